@@ -1,0 +1,119 @@
+// Arguments, the GIL and errors; nothing else.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <tuple>
+
+#include "device_cuda.hpp"
+#include "device_host.hpp"
+#include "engine.hpp"
+#include "error.hpp"
+#include "kernels_ptx.hpp"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace pyint8 {
+namespace {
+
+// How long a wait may keep Python from handling Ctrl-C.
+constexpr std::chrono::milliseconds kSignalInterval{50};
+
+using ReadTuple = std::tuple<std::uint32_t, std::uint64_t, std::uint64_t, Address>;
+
+// The class and its fields are chosen in pyint8/errors.py.
+void raise(const Error& error) {
+  const auto offset = error.offset();
+  py::object path = py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefault(error.path().c_str()));
+  py::object exception =
+      py::module_::import("pyint8.errors")
+          .attr("from_core")(name_of(error.code()), error.message(), path,
+                             offset ? py::object(py::int_(*offset)) : py::none(), error.system_errno());
+  PyErr_SetObject(py::type::handle_of(exception).ptr(), exception.ptr());
+}
+
+Ticket submit(Engine& engine, std::uint32_t lane, const std::vector<ReadTuple>& tuples, StreamHandle stream,
+              bool first) {
+  const py::gil_scoped_release released;
+  std::vector<Read> reads;
+  reads.reserve(tuples.size());
+  for (const auto& [file, offset, nbytes, to] : tuples) reads.push_back({{file, offset, nbytes}, to});
+  return engine.submit(lane, reads, stream, first);
+}
+
+void wait(Engine& engine, Ticket ticket, StreamHandle stream) {
+  for (;;) {
+    bool over = false;
+    {
+      const py::gil_scoped_release released;
+      over = engine.wait(ticket, stream, kSignalInterval);
+    }
+    if (over) return;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  }
+}
+
+// By the names of the safetensors format.
+ElementType element_type(const std::string& dtype) {
+  if (dtype == "F16") return ElementType::kHalf;
+  if (dtype == "BF16") return ElementType::kBFloat16;
+  if (dtype == "F32") return ElementType::kFloat;
+  throw Error(ErrorCode::kInvalidArgument, "no kernel turns " + dtype + "; F16, BF16 and F32 are turned");
+}
+
+void turn(Engine& engine, std::uint32_t lane, Address from, const std::string& dtype, bool through_bfloat16,
+          std::size_t rows, std::size_t columns, Address to, std::size_t to_stride, StreamHandle stream) {
+  const py::gil_scoped_release released;
+  const Turn turn{from, element_type(dtype), through_bfloat16, rows, columns, to, to_stride};
+  engine.turn_to_half(lane, turn, stream);
+}
+
+std::uint32_t add_cuda_device(Engine& engine, int ordinal, const std::string& library) {
+  const py::gil_scoped_release released;
+  return engine.add_device(std::make_unique<CudaDevice>(CudaApi::open(library), ordinal));
+}
+
+py::dict stats(const Engine& engine) {
+  const Stats stats = engine.stats();
+  return py::dict("bytes_read"_a = stats.bytes_read, "bytes_delivered"_a = stats.bytes_delivered,
+                  "pieces"_a = stats.pieces, "read_seconds"_a = stats.read_seconds,
+                  "slot_seconds"_a = stats.slot_seconds);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, module) {
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const Error& error) {
+      raise(error);
+    }
+  });
+
+  py::class_<Engine>(module, "Engine")
+      .def(py::init([](std::size_t threads, std::size_t slots_per_thread, std::size_t slot_bytes,
+                       bool direct_io) {
+             return std::make_unique<Engine>(EngineOptions{threads, slots_per_thread, slot_bytes, direct_io});
+           }),
+           py::kw_only(), "threads"_a, "slots_per_thread"_a, "slot_bytes"_a, "direct_io"_a)
+      .def("add_file", &Engine::add_file, "path"_a, py::call_guard<py::gil_scoped_release>())
+      .def(
+          "add_host_device",
+          [](Engine& engine, std::size_t threads) {
+            return engine.add_device(std::make_unique<HostDevice>(threads));
+          },
+          "threads"_a)
+      .def("add_cuda_device", &add_cuda_device, "ordinal"_a, "library"_a)
+      .def("submit", &submit, "lane"_a, "reads"_a, "stream"_a, "first"_a)
+      .def("wait", &wait, "ticket"_a, "stream"_a)
+      .def("turn_to_half", &turn, "lane"_a, "source"_a, "dtype"_a, "through_bfloat16"_a, "rows"_a,
+           "columns"_a, "destination"_a, "destination_stride"_a, "stream"_a)
+      .def("close", &Engine::close, py::call_guard<py::gil_scoped_release>())
+      .def("stats", &stats);
+
+  module.def("has_kernels", &has_kernels);
+  module.def("pinned_bytes_in_use", &pinned_bytes_in_use);
+}
+
+}  // namespace pyint8

@@ -1,0 +1,42 @@
+#include "error.hpp"
+
+#include <system_error>
+#include <utility>
+
+namespace pyint8 {
+
+const char* name_of(ErrorCode code) {
+  switch (code) {
+    case ErrorCode::kInvalidArgument:
+      return "invalid_argument";
+    case ErrorCode::kIo:
+      return "io";
+    case ErrorCode::kTruncated:
+      return "truncated";
+    case ErrorCode::kDriver:
+      return "driver";
+    case ErrorCode::kCancelled:
+      return "cancelled";
+  }
+  return "unknown";
+}
+
+Error::Error(ErrorCode code, std::string message) : code_(code), message_(std::move(message)) {}
+
+Error Error::at(std::string path, std::uint64_t offset) const {
+  Error placed = *this;
+  placed.path_ = std::move(path);
+  placed.offset_ = offset;
+  return placed;
+}
+
+Error Error::io(const std::string& what, int system_errno, std::string path,
+                std::optional<std::uint64_t> offset) {
+  Error error(ErrorCode::kIo, what + ": " + std::generic_category().message(system_errno));
+  error.path_ = std::move(path);
+  error.offset_ = offset;
+  error.errno_ = system_errno;
+  return error;
+}
+
+}  // namespace pyint8

@@ -1,0 +1,57 @@
+#include "file.hpp"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <utility>
+
+#include "error.hpp"
+#include "plan.hpp"
+
+namespace pyint8 {
+
+File::File(std::string path, bool direct) : path_(std::move(path)), direct_(-1) {
+  buffered_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC);
+  if (buffered_ < 0) throw Error::io("cannot open the file", errno, path_, std::nullopt);
+#ifdef O_DIRECT
+  if (direct) {
+    twin_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
+    direct_.store(twin_, std::memory_order_relaxed);
+  }
+#else
+  (void)direct;
+#endif
+}
+
+File::~File() {
+  if (twin_ >= 0) ::close(twin_);
+  ::close(buffered_);
+}
+
+int File::descriptor_for(const std::byte* out, std::size_t capacity, std::uint64_t offset) const {
+  const int direct = direct_.load(std::memory_order_relaxed);
+  const bool aligned = (reinterpret_cast<std::uintptr_t>(out) | capacity | offset) % kDirectAlignment == 0;
+  return direct >= 0 && aligned ? direct : buffered_;
+}
+
+void File::read_at(std::byte* out, std::size_t needed, std::size_t capacity, std::uint64_t offset) const {
+  std::size_t got = 0;
+  while (got < needed) {
+    const int descriptor = descriptor_for(out + got, capacity - got, offset + got);
+    const ssize_t count = ::pread(descriptor, out + got, capacity - got, static_cast<off_t>(offset + got));
+    if (count > 0) {
+      got += static_cast<std::size_t>(count);
+    } else if (count == 0) {
+      throw Error(ErrorCode::kTruncated, "the file ends here, " + std::to_string(needed - got) +
+                                             " bytes before the tensor does; fetch it again")
+          .at(path_, offset + got);
+    } else if (errno == EINVAL && descriptor != buffered_) {
+      direct_.store(-1, std::memory_order_relaxed);
+    } else if (errno != EINTR) {
+      throw Error::io("cannot read the file", errno, path_, offset + got);
+    }
+  }
+}
+
+}  // namespace pyint8

@@ -1,0 +1,37 @@
+// An owned, read-only file descriptor.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace pyint8 {
+
+class File {
+ public:
+  // Opens `path`. With `direct`, also opens a twin that bypasses the page cache; where the file system
+  // refuses (EINVAL on network and overlay file systems) reads silently use the first descriptor.
+  File(std::string path, bool direct);
+  ~File();
+  File(const File&) = delete;
+  File& operator=(const File&) = delete;
+
+  // Reads up to `capacity` bytes at `offset` into `out`, retrying short reads and EINTR, and returns once at
+  // least `needed` have arrived. Throws kTruncated where the file ends before, kIo on any other failure. A
+  // direct read wants `out`, `offset` and `capacity` aligned to kDirectAlignment; others go the buffered way.
+  void read_at(std::byte* out, std::size_t needed, std::size_t capacity, std::uint64_t offset) const;
+
+  const std::string& path() const { return path_; }
+  bool direct() const { return direct_.load(std::memory_order_relaxed) >= 0; }
+
+ private:
+  int descriptor_for(const std::byte* out, std::size_t capacity, std::uint64_t offset) const;
+
+  std::string path_;
+  int buffered_ = -1;
+  int twin_ = -1;                    // owned for good; `direct_` is only whether to use it
+  mutable std::atomic<int> direct_;  // the twin's descriptor, or -1 once the file system refused a read
+};
+
+}  // namespace pyint8

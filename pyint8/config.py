@@ -1,0 +1,159 @@
+"""What to quantize (`Int8Config`) and how to move bytes (`StreamOptions`).
+
+This module is the only reader of `PYINT8_*` environment variables, and imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from pyint8.errors import OptionError
+
+_MIB = 1 << 20
+_ENVIRONMENT_PREFIX = "PYINT8_"
+
+
+@dataclass(frozen=True)
+class Int8Config:
+    """LLM.int8() as transformers' `BitsAndBytesConfig(load_in_8bit=True)` has it, under the same defaults.
+
+    Args:
+        threshold: Activation columns with a value above this are multiplied in 16 bit (`llm_int8_threshold`).
+        skip_modules: Names of modules to leave unquantized (`llm_int8_skip_modules`). None finds them: tied weights
+            and the output head. An empty sequence skips nothing.
+        has_fp16_weight: Keep the weights in 16 bit and quantize in every forward pass (`llm_int8_has_fp16_weight`).
+        fp32_cpu_offload: Allow a device map to put modules, unquantized, on the CPU or the disk beside a GPU
+            (`llm_int8_enable_fp32_cpu_offload`).
+
+    Raises:
+        OptionError: A value of the wrong type, or a negative threshold.
+    """
+
+    threshold: float = 6.0
+    skip_modules: Sequence[str] | None = None
+    has_fp16_weight: bool = False
+    fp32_cpu_offload: bool = False
+
+    def __post_init__(self) -> None:
+        threshold = self.threshold
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not threshold >= 0:
+            raise OptionError(f"threshold is {threshold!r}; it must be a number of at least 0")
+        object.__setattr__(self, "threshold", float(threshold))  # bitsandbytes takes no int
+        skip = self.skip_modules
+        if skip is not None:
+            if isinstance(skip, str) or not all(isinstance(name, str) for name in skip):
+                raise OptionError(f"skip_modules is {skip!r}; it must be a sequence of module names, or None")
+            object.__setattr__(self, "skip_modules", tuple(skip))
+        for name in ("has_fp16_weight", "fp32_cpu_offload"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name} is {getattr(self, name)!r}; it must be True or False")
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """How bytes travel from the files to their device. The defaults suit every machine measured so far.
+
+    Args:
+        threads: Workers that read. None means the CPUs this process may use (affinity and cgroup), 16 at most:
+            more gained nothing on any machine.
+        slots_per_thread: Pinned slots for each worker: one being filled, the others on their way to the GPU.
+        slot_bytes: Size of one slot, a multiple of 4096. Small slots keep the ring inside the last-level cache.
+        device_scratch: GPU memory, in bytes, for weights on their way to int8; a larger weight is quantized in bands
+            of rows. At least 1 MiB.
+        host_scratch: The same for weights that are quantized on the CPU.
+        direct_io: Read past the page cache (O_DIRECT), for a cold checkpoint on a fast local disk.
+        libcuda: The driver library to open.
+
+    Raises:
+        OptionError: A value out of its range, naming the option.
+    """
+
+    threads: int | None = None
+    slots_per_thread: int = 3
+    slot_bytes: int = 2 * _MIB
+    device_scratch: int = 256 * _MIB
+    host_scratch: int = 64 * _MIB
+    direct_io: bool = False
+    libcuda: str = "libcuda.so.1"
+
+    def __post_init__(self) -> None:
+        _require_int("threads", self.threads, 1, 1024, optional=True)
+        _require_int("slots_per_thread", self.slots_per_thread, 1, 64)
+        _require_int("slot_bytes", self.slot_bytes, 2 * 4096, 1 << 30)
+        if self.slot_bytes % 4096:
+            raise OptionError(f"slot_bytes is {self.slot_bytes}; it must be a multiple of 4096")
+        _require_int("device_scratch", self.device_scratch, _MIB, 1 << 40)
+        _require_int("host_scratch", self.host_scratch, _MIB, 1 << 40)
+
+    @property
+    def worker_threads(self) -> int:
+        """`threads`, or its default on this machine."""
+        return self.threads or min(16, usable_cpus())
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> StreamOptions:
+        """The defaults, changed by `PYINT8_THREADS`, `PYINT8_SLOT_BYTES` and so on for every option.
+
+        Raises:
+            OptionError: A value that cannot be read or is out of range, naming the variable.
+        """
+        values: dict[str, Any] = {}
+        for field in fields(cls):
+            variable = _ENVIRONMENT_PREFIX + field.name.upper()
+            text = environment.get(variable)
+            if text is None:
+                continue
+            values[field.name] = _parse(variable, text, type(field.default))
+            try:
+                cls(**{field.name: values[field.name]})
+            except OptionError as error:
+                raise OptionError(f"environment variable {variable}: {error}") from None
+        return cls(**values)
+
+
+def _require_int(name: str, value: object, low: int, high: int, *, optional: bool = False) -> None:
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise OptionError(f"{name} is {value!r}; it must be an integer from {low} to {high}")
+
+
+def _parse(variable: str, text: str, kind: type) -> object:
+    if kind is str:
+        return text
+    if kind is bool:
+        choices = {"0": False, "false": False, "1": True, "true": True}
+        if text.lower() not in choices:
+            raise OptionError(f"environment variable {variable} is {text!r}; it must be 0 or 1")
+        return choices[text.lower()]
+    try:
+        return int(text)
+    except ValueError:
+        raise OptionError(f"environment variable {variable} is {text!r}; it must be an integer") from None
+
+
+def usable_cpus(cgroup_root: Path = Path("/sys/fs/cgroup")) -> int:
+    """CPUs this process may use: its affinity, or its cgroup's quota where that is smaller."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cgroup_quota(cgroup_root)
+    return allowed if quota is None else max(1, min(allowed, math.ceil(quota)))
+
+
+def _cgroup_quota(root: Path) -> float | None:
+    """CPUs of the process's cgroup, version 2 or 1; None without a limit."""
+    try:
+        quota, period = (root / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota = (root / "cpu" / "cpu.cfs_quota_us").read_text().strip()
+            period = (root / "cpu" / "cpu.cfs_period_us").read_text().strip()
+        except OSError:
+            return None
+    if quota in ("max", "-1"):
+        return None
+    return int(quota) / int(period)

@@ -1,0 +1,164 @@
+"""What can go wrong, by kind.
+
+Every error raised on purpose by pyint8 is a `Pyint8Error`. Each kind also derives from the builtin a caller would
+expect (`ValueError`, `OSError`, …), so code that never heard of pyint8 can still catch it. Where they apply, an error
+carries `path`, `tensor` and `offset` as attributes and says them in its message.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+class Pyint8Error(Exception):
+    """The base of every error of this library."""
+
+
+class OptionError(Pyint8Error, ValueError):
+    """An argument or a `PYINT8_*` environment variable has a value that cannot be used."""
+
+
+class EnvironmentNotSupportedError(Pyint8Error, RuntimeError):
+    """This machine has no device that bitsandbytes can quantize on."""
+
+
+class MissingDependencyError(Pyint8Error, ImportError):
+    """A required package is absent, or the compiled extension was not built."""
+
+
+class DependencyVersionError(Pyint8Error, ValueError):
+    """A required package is too old."""
+
+
+class ModelNotSupportedError(Pyint8Error, ValueError):
+    """The model's class or configuration is unknown, or its checkpoint is quantized by another method."""
+
+
+class PlacementError(Pyint8Error, ValueError):
+    """A device map that cannot be honoured."""
+
+
+class _LocatedError(Pyint8Error):
+    """An error with a place in a file.
+
+    Args:
+        problem: What is wrong, and what to do about it.
+        path: The file, if one is at fault.
+        tensor: The tensor's name in the checkpoint (or in the model), if one is at fault.
+        offset: Where in the file, in bytes from its start.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        tensor: str | None = None,
+        offset: int | None = None,
+    ) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.path = None if path is None else os.fspath(path)
+        self.tensor = tensor
+        self.offset = offset
+
+    def __str__(self) -> str:
+        place = []
+        if self.tensor is not None:
+            place.append(f"tensor {self.tensor!r}")
+        if self.path is not None:
+            place.append(self.path)
+        if self.offset is not None:
+            place.append(f"byte {self.offset}")
+        return f"{', '.join(place)}: {self.problem}" if place else self.problem
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (type(self), self.problem, self.path, self.tensor, self.offset)
+
+
+def _rebuild(
+    kind: type[_LocatedError], problem: str, path: str | None, tensor: str | None, offset: int | None
+) -> _LocatedError:
+    return kind(problem, path=path, tensor=tensor, offset=offset)
+
+
+class CheckpointError(_LocatedError, ValueError):
+    """The checkpoint's files are not what their format, their index or the model demands."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """A folder without a checkpoint, or an index that names a shard which is not there."""
+
+    __str__ = _LocatedError.__str__
+
+
+class HeaderError(CheckpointError):
+    """A safetensors header that breaks a rule of the format."""
+
+
+class TruncatedError(CheckpointError):
+    """A file that ends before the tensors its header promises."""
+
+
+class ShapeMismatchError(CheckpointError):
+    """A tensor whose shape is not the one of the parameter it is meant for."""
+
+
+class QuantizationStateError(CheckpointError):
+    """A pre-quantized weight without its scales (`SCB`), or not of dtype int8."""
+
+
+class NonFiniteWeightError(CheckpointError):
+    """NaN or infinity in a weight, or a value that float16 cannot hold."""
+
+
+class ReadError(_LocatedError, OSError):
+    """The operating system refused to open or read a file; `errno` says why."""
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        tensor: str | None = None,
+        offset: int | None = None,
+        errno: int | None = None,
+    ) -> None:
+        super().__init__(problem, path=path, tensor=tensor, offset=offset)
+        self.errno = errno
+
+    __str__ = _LocatedError.__str__
+
+    def __reduce__(self) -> Any:
+        return _rebuild_read, (self.problem, self.path, self.tensor, self.offset, self.errno)
+
+
+def _rebuild_read(
+    problem: str, path: str | None, tensor: str | None, offset: int | None, errno: int | None
+) -> ReadError:
+    return ReadError(problem, path=path, tensor=tensor, offset=offset, errno=errno)
+
+
+class DeviceError(Pyint8Error, RuntimeError):
+    """The GPU's driver is absent, too old, or refused a call."""
+
+
+class CancelledError(Pyint8Error, RuntimeError):
+    """The stream was closed while somebody waited for a tensor."""
+
+
+_FROM_CORE: dict[str, type[Pyint8Error]] = {
+    "invalid_argument": OptionError,
+    "driver": DeviceError,
+    "cancelled": CancelledError,
+}
+
+
+def from_core(code: str, message: str, path: str, offset: int | None, errno: int) -> Pyint8Error:
+    """Build the Python error of an error of the extension; called by the extension itself."""
+    if code == "io":
+        return ReadError(message, path=path or None, offset=offset, errno=errno or None)
+    if code == "truncated":
+        return TruncatedError(message, path=path or None, offset=offset)
+    return _FROM_CORE.get(code, Pyint8Error)(message)

@@ -1,0 +1,79 @@
+"""What a load did: bytes, seconds, memory, and what was left unquantized and why."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+_GB = 1e9
+_PHASES = ("read headers", "build", "stream", "finish")
+
+
+@dataclass
+class LoadReport:
+    """Returned by `pyint8.load(..., return_report=True)`.
+
+    It is returned beside the model, not set on it: a loaded model carries nothing of pyint8, so that copying,
+    pickling and saving it is what it would be without.
+
+    Attributes:
+        checkpoint_bytes: Bytes of tensors that were read from the checkpoint and delivered to a device.
+        seconds: Wall seconds by phase: "read headers", "build" (the model on meta, and the plan), "stream" (first
+            byte asked for to last parameter set) and "finish".
+        tensors: Number of parameters and buffers by what became of them: "int8" (quantized here), "pre-quantized",
+            "cast" (to another dtype), "as stored", "converted" (renamed is not converted; split or fused is).
+        skipped: Modules that could have been quantized and were not, with the reason.
+        device_peak_bytes: For each CUDA device, the most memory that torch had allocated during the load.
+        host_peak_bytes: Growth of this process's peak resident memory during the load, and of its pinned memory.
+        engine: What the workers did: bytes_read, bytes_delivered, pieces, read_seconds, slot_seconds (sums).
+        loading_info: As transformers' `output_loading_info`: missing, unexpected and mismatched keys.
+    """
+
+    checkpoint_bytes: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_PHASES, 0.0))
+    tensors: Counter[str] = field(default_factory=Counter)
+    skipped: dict[str, str] = field(default_factory=dict)
+    device_peak_bytes: dict[str, int] = field(default_factory=dict)
+    host_peak_bytes: int = 0
+    engine: dict[str, float] = field(default_factory=dict)
+    loading_info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Checkpoint bytes over the seconds of the "stream" phase, in 1e9 bytes per second."""
+        seconds = self.seconds["stream"]
+        return self.checkpoint_bytes / _GB / seconds if seconds else 0.0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time of the block to a phase; time in a phase inside it counts for that one only."""
+        start = time.perf_counter()
+        before = self.total_seconds
+        try:
+            yield
+        finally:
+            nested = self.total_seconds - before
+            self.seconds[name] += time.perf_counter() - start - nested
+
+    def __str__(self) -> str:
+        phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.seconds.items())
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.tensors.most_common())
+        lines = [
+            f"read        {self.checkpoint_bytes / _GB:.3f} GB at {self.gigabytes_per_second:.2f} GB/s",
+            f"seconds     {self.total_seconds:.2f} ({phases})",
+            f"tensors     {kinds}",
+            f"host peak   +{self.host_peak_bytes / _GB:.3f} GB",
+        ]
+        lines += [f"{name:<11} peak {peak / _GB:.3f} GB" for name, peak in self.device_peak_bytes.items()]
+        if self.skipped:
+            lines.append("not quantized")
+            lines += [f"  {name}: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)

@@ -1,0 +1,22 @@
+"""Where every tensor's bytes lie: the headers of safetensors files, and the index of a sharded checkpoint.
+
+Nothing here reads a byte of a tensor, and importing it imports no torch.
+
+    checkpoint = open_checkpoint("path/to/model")
+    entry = checkpoint["model.embed_tokens.weight"]
+    entry.dtype, entry.shape, entry.path, entry.offset, entry.nbytes
+"""
+
+from .entry import DTYPES, Entry
+from .index import Checkpoint, checkpoint_of_files, open_checkpoint
+from .safetensors import SafetensorsFile, read_header
+
+__all__ = [
+    "DTYPES",
+    "Checkpoint",
+    "Entry",
+    "SafetensorsFile",
+    "checkpoint_of_files",
+    "open_checkpoint",
+    "read_header",
+]

@@ -1,0 +1,123 @@
+"""Reading and parsing what may be damaged or hostile."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pyint8.errors import CheckpointNotFoundError, ReadError
+
+MAX_DEPTH = 127
+"""The deepest nesting of JSON that safetensors' own parser (serde_json) follows."""
+
+DOWNLOAD_AGAIN = "download the file again, or save it again with safetensors"
+
+_ADVICE = {
+    errno.EACCES: "give this user permission to read it",
+    errno.EPERM: "give this user permission to read it",
+    errno.EISDIR: "give the path of a file",
+    errno.EMFILE: "close files or raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close files or raise the limit of open files (ulimit -n)",
+}
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = 200
+
+
+@contextmanager
+def os_errors(path: str) -> Iterator[None]:
+    """Turn what the operating system says about `path` into `CheckpointNotFoundError` or `ReadError` with its errno."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointNotFoundError("there is no such file or folder; check the path", path=path) from error
+    except OSError as error:
+        advice = _ADVICE.get(error.errno or 0, "check the disk, then try again")
+        raise ReadError(f"cannot be read: {error.strerror or error}; {advice}", path=path, errno=error.errno) from error
+
+
+class JsonError(ValueError):
+    """What is wrong with a JSON text, and at which of its bytes (None if unknown)."""
+
+    def __init__(self, problem: str, position: int | None = None) -> None:
+        super().__init__(problem)
+        self.position = position
+
+
+def parse_json(raw: bytes) -> object:
+    """Parse UTF-8 JSON, refusing all that serde_json (so safetensors) refuses, and duplicate keys at every level.
+
+    Beyond what Python's parser accepts, refused are: NaN, infinities, numbers beyond float64, lone surrogates, nesting
+    deeper than `MAX_DEPTH`. "-0" and integers of more than 20 characters become floats, as in serde_json.
+
+    Raises:
+        JsonError: The text breaks a rule.
+    """
+    text = ""
+    try:
+        text = raw.decode("utf-8")
+        value: object = json.loads(
+            text, object_pairs_hook=_unique, parse_int=_integer, parse_float=_finite, parse_constant=_no_constant
+        )
+        if _too_deep(value):
+            raise RecursionError
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise JsonError(f"JSON nested deeper than {MAX_DEPTH} levels") from None
+    except UnicodeDecodeError as error:
+        raise JsonError("not UTF-8", error.start) from None
+    except UnicodeEncodeError:
+        raise JsonError("not valid JSON: half of a surrogate pair in a string") from None
+    except json.JSONDecodeError as error:
+        raise JsonError(f"not valid JSON: {error.msg}", len(text[: error.pos].encode("utf-8"))) from None
+    return value
+
+
+def brief(value: object) -> str:
+    """A value of a hostile file as it may stand in a message: never more than a line."""
+    return _BRIEF.repr(value)
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise JsonError(f"the key {brief(key)} appears twice in one object")
+            seen.add(key)
+    return made
+
+
+def _integer(text: str) -> int | float:
+    return int(text) if len(text) <= 20 and text != "-0" else _finite(text)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise JsonError(f"not valid JSON: the number {brief(text)} is out of range")
+    return value
+
+
+def _no_constant(text: str) -> object:
+    raise JsonError(f"not valid JSON: {text} is not a JSON value")
+
+
+def _too_deep(value: object) -> bool:
+    containers = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(MAX_DEPTH):
+        containers = [
+            child
+            for container in containers
+            for child in (container.values() if isinstance(container, dict) else container)
+            if isinstance(child, (dict, list))
+        ]
+        if not containers:
+            return False
+    return True

@@ -1,0 +1,112 @@
+"""Where one tensor's bytes lie, and what they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from pyint8.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES: Mapping[str, tuple[int, str | None]] = MappingProxyType(
+    {
+        "BOOL": (8, "bool"),
+        "F4": (4, "float4_e2m1fn_x2"),
+        "F6_E2M3": (6, None),
+        "F6_E3M2": (6, None),
+        "U8": (8, "uint8"),
+        "I8": (8, "int8"),
+        "F8_E5M2": (8, "float8_e5m2"),
+        "F8_E4M3": (8, "float8_e4m3fn"),
+        "F8_E8M0": (8, "float8_e8m0fnu"),
+        "F8_E4M3FNUZ": (8, "float8_e4m3fnuz"),
+        "F8_E5M2FNUZ": (8, "float8_e5m2fnuz"),
+        "I16": (16, "int16"),
+        "U16": (16, "uint16"),
+        "F16": (16, "float16"),
+        "BF16": (16, "bfloat16"),
+        "I32": (32, "int32"),
+        "U32": (32, "uint32"),
+        "F32": (32, "float32"),
+        "C64": (64, "complex64"),
+        "F64": (64, "float64"),
+        "I64": (64, "int64"),
+        "U64": (64, "uint64"),
+    }
+)
+"""Every dtype of the safetensors format (as of safetensors 0.8): bits per element, and the attribute of `torch` that is
+the same dtype, None where torch has none. torch's `float4_e2m1fn_x2` holds two of the format's elements."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a checkpoint, not yet read.
+
+    Attributes:
+        name: The tensor's name in the checkpoint.
+        dtype: The format's name of the dtype, a key of `DTYPES`, such as "BF16".
+        shape: The format's shape, in elements; empty for a scalar.
+        path: The file that holds the tensor.
+        offset: Where its first byte lies, in bytes from the start of the file.
+        nbytes: How many bytes it has, contiguous, row-major and little-endian.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: str
+    offset: int
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        """The number of elements, as the format counts them; 1 for a scalar."""
+        return math.prod(self.shape)
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether the elements are real floating-point numbers (as torch says: complex ones are not)."""
+        return self.dtype.startswith(("F", "BF"))
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The torch dtype of the tensor; imports torch.
+
+        Raises:
+            CheckpointError: The installed torch has no such dtype.
+        """
+        import torch
+
+        attribute = DTYPES[self.dtype][1]
+        if attribute is None:
+            raise self._error(f"torch has no dtype for {self.dtype}; convert the tensor to one it has, such as BF16")
+        dtype = getattr(torch, attribute, None)
+        if not isinstance(dtype, torch.dtype):
+            raise self._error(
+                f"torch {torch.__version__} has no torch.{attribute}, the dtype of {self.dtype}; install a newer torch"
+            )
+        return dtype
+
+    @property
+    def torch_shape(self) -> tuple[int, ...]:
+        """The shape of the tensor in torch, which differs from `shape` for F4 only: torch packs two F4 in one element.
+
+        Raises:
+            CheckpointError: The last dimension of an F4 tensor is odd or absent, so torch cannot hold it.
+        """
+        if self.dtype != "F4":
+            return self.shape
+        if not self.shape or self.shape[-1] % 2:
+            raise self._error(
+                f"torch packs F4 in pairs, and the last dimension of shape {list(self.shape)} is not even; "
+                "pad the tensor or convert it to another dtype"
+            )
+        return (*self.shape[:-1], self.shape[-1] // 2)
+
+    def _error(self, problem: str) -> CheckpointError:
+        return CheckpointError(problem, path=self.path, tensor=self.name, offset=self.offset)

@@ -1,0 +1,214 @@
+"""The header of a safetensors file, validated by the format's own rules.
+
+The rules are those of https://github.com/huggingface/safetensors (README, "Format") and of its parser (0.8): whatever
+that parser refuses is refused here. On purpose, more is refused here: duplicate keys at any level (the parser keeps the
+last), a header that does not begin with `{` (the README demands it, the parser skips white space), and a tensor or a
+dtype written as anything but an object and a string (the parser's generic deserializer also takes arrays and maps).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from pyint8.errors import HeaderError, TruncatedError
+
+from ._reading import DOWNLOAD_AGAIN, JsonError, brief, os_errors, parse_json
+from .entry import DTYPES, Entry
+
+MAX_HEADER_BYTES = 100_000_000
+"""The longest header that the format allows, in bytes."""
+
+_LENGTH_BYTES = 8
+_U64_MAX = 2**64 - 1
+_FIELDS = ("dtype", "shape", "data_offsets")
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """What the header of one file says.
+
+    Attributes:
+        path: The file.
+        size: Its length in bytes.
+        entries: Its tensors by name, in order of offset.
+        metadata: Its `__metadata__`; empty if it has none.
+    """
+
+    path: str
+    size: int
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+
+
+def read_header(path: str | os.PathLike[str]) -> SafetensorsFile:
+    """Read and validate the header of a safetensors file; no byte of a tensor is read.
+
+    Unknown keys in a tensor's description are ignored and `"__metadata__": null` means none, as in safetensors.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The tensors with their absolute offsets: without overlap or hole, together the whole data section.
+
+    Raises:
+        HeaderError: The header breaks a rule of the format.
+        TruncatedError: The file ends before its header or its tensors do.
+        CheckpointNotFoundError: There is no such file.
+        ReadError: The operating system refused to open or read it; `errno` says why.
+    """
+    path = os.fspath(path)
+    size, raw = _read(path)
+    header = _parse(path, raw)
+    metadata = _metadata(path, header.pop("__metadata__", None))
+    data_start = _LENGTH_BYTES + len(raw)
+    entries = [_entry(path, name, info, data_start) for name, info in header.items()]
+    entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
+    data_end = _check_cover(path, entries, data_start)
+    _check_size(path, entries, data_end, size)
+    return SafetensorsFile(path, size, {entry.name: entry for entry in entries}, metadata)
+
+
+def _read(path: str) -> tuple[int, bytes]:
+    with os_errors(path), open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        prefix = file.read(_LENGTH_BYTES)
+        if len(prefix) < _LENGTH_BYTES:
+            raise TruncatedError(
+                f"the file has {len(prefix)} bytes, fewer than the 8 of the header's length; {DOWNLOAD_AGAIN}",
+                path=path,
+                offset=len(prefix),
+            )
+        length = int.from_bytes(prefix, "little")
+        if length > MAX_HEADER_BYTES:
+            raise HeaderError(_not_a_length(prefix, length), path=path, offset=0)
+        raw = file.read(min(length, max(0, size - _LENGTH_BYTES)))
+    if len(raw) < length:
+        raise TruncatedError(
+            f"the header's length is {length}, but the file ends {length - len(raw)} bytes earlier; {DOWNLOAD_AGAIN}",
+            path=path,
+            offset=_LENGTH_BYTES + len(raw),
+        )
+    return size, raw
+
+
+def _not_a_length(prefix: bytes, length: int) -> str:
+    if prefix == b"version ":
+        return "this is text, probably a Git LFS pointer instead of the file; run `git lfs pull`"
+    return (
+        f"the header's length is {length}, more than the {MAX_HEADER_BYTES} that the format allows, so this is no "
+        f"safetensors file or a damaged one; {DOWNLOAD_AGAIN}"
+    )
+
+
+def _parse(path: str, raw: bytes) -> dict[str, object]:
+    if not raw.startswith(b"{"):
+        raise HeaderError(f"the header does not begin with '{{'; {DOWNLOAD_AGAIN}", path=path, offset=_LENGTH_BYTES)
+    try:
+        header = parse_json(raw)
+    except JsonError as error:
+        offset = None if error.position is None else _LENGTH_BYTES + error.position
+        raise HeaderError(f"the header: {error}; {DOWNLOAD_AGAIN}", path=path, offset=offset) from None
+    assert isinstance(header, dict), "JSON that begins with { is an object"
+    return header
+
+
+def _metadata(path: str, value: object) -> dict[str, str]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise HeaderError(f"__metadata__ is {brief(value)}, not an object; {DOWNLOAD_AGAIN}", path=path)
+    for key, text in value.items():
+        if not isinstance(text, str):
+            raise HeaderError(
+                f"__metadata__ has {brief(text)} under {brief(key)}, which must be a string; {DOWNLOAD_AGAIN}",
+                path=path,
+            )
+    return value
+
+
+def _entry(path: str, name: str, info: object, data_start: int) -> Entry:
+    if not isinstance(info, dict):
+        raise _broken(path, name, f"is described by {brief(info)}, not by an object")
+    missing = [field for field in _FIELDS if field not in info]
+    if missing:
+        raise _broken(path, name, f"its description lacks {', '.join(missing)}")
+    dtype, shape, offsets = (info[field] for field in _FIELDS)
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise HeaderError(
+            f"unknown dtype {brief(dtype)}; the format's are {', '.join(DTYPES)}; save the tensor with one of them",
+            path=path,
+            tensor=name,
+        )
+    if not _are_sizes(shape):
+        raise _broken(path, name, f"its shape {brief(shape)} is not a list of non-negative 64-bit integers")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _broken(path, name, f"its data_offsets {brief(offsets)} are not [begin, end] with 0 <= begin <= end")
+    begin, end = offsets
+    entry = Entry(name, dtype, tuple(shape), path, data_start + begin, end - begin)
+    _check_nbytes(entry)
+    return entry
+
+
+def _are_sizes(value: object) -> bool:
+    # bool is an int to isinstance, but not to the format.
+    return isinstance(value, list) and all(type(item) is int and 0 <= item <= _U64_MAX for item in value)
+
+
+def _check_nbytes(entry: Entry) -> None:
+    bits = _bits(entry)
+    if bits is None:
+        problem = "has more elements or bits than 64 bits count"
+    elif bits % 8:
+        problem = f"is {bits} bits, not whole bytes"
+    elif bits // 8 != entry.nbytes:
+        problem = f"is {bits // 8} bytes, but its data_offsets span {entry.nbytes}"
+    else:
+        return
+    what = f"shape {brief(list(entry.shape))} of {entry.dtype}"
+    raise _broken(entry.path, entry.name, f"{what} {problem}", entry.offset)
+
+
+def _bits(entry: Entry) -> int | None:
+    numel = 1
+    for dimension in entry.shape:
+        # The format multiplies from the left and checks each step, so an overflow before a 0 is still one.
+        numel *= dimension
+        if numel > _U64_MAX:
+            return None
+    bits = numel * DTYPES[entry.dtype][0]
+    return bits if bits <= _U64_MAX else None
+
+
+def _check_cover(path: str, entries: list[Entry], data_start: int) -> int:
+    end, before = data_start, None
+    for entry in entries:
+        if entry.offset != end:
+            how = "overlaps" if entry.offset < end else f"leaves a hole of {entry.offset - end} bytes after"
+            what = "the header" if before is None else f"tensor {before.name!r}"
+            raise _broken(path, entry.name, f"{how} {what}, which ends at byte {end}", entry.offset)
+        end, before = entry.offset + entry.nbytes, entry
+    return end
+
+
+def _check_size(path: str, entries: list[Entry], data_end: int, size: int) -> None:
+    if size > data_end:
+        raise HeaderError(
+            f"{size - data_end} bytes follow the last tensor, which ends here; {DOWNLOAD_AGAIN}",
+            path=path,
+            offset=data_end,
+        )
+    if size < data_end:
+        cut = next(entry for entry in entries if entry.offset + entry.nbytes > size)
+        raise TruncatedError(
+            f"the file ends here, {data_end - size} bytes too early, and this is the first tensor that is cut "
+            f"(its bytes are {cut.offset} to {cut.offset + cut.nbytes}); {DOWNLOAD_AGAIN}",
+            path=path,
+            tensor=cut.name,
+            offset=size,
+        )
+
+
+def _broken(path: str, name: str, problem: str, offset: int | None = None) -> HeaderError:
+    return HeaderError(f"{problem}; {DOWNLOAD_AGAIN}", path=path, tensor=name, offset=offset)

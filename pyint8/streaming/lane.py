@@ -1,0 +1,84 @@
+"""A device as the stream sees it: a lane of the engine, the caller's stream, and scratch memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from pyint8.errors import DeviceError
+from pyint8.streaming.extension import _core
+from pyint8.streaming.scratch import ScratchRing
+
+if TYPE_CHECKING:
+    from pyint8.config import StreamOptions
+
+logger = logging.getLogger("pyint8")
+
+# A weight passes through scratch in bands of this part of it: the next ones arrive while one is quantized.
+_BANDS_IN_SCRATCH = 8
+
+
+@dataclass(eq=False)
+class Lane:
+    """Where tensors land.
+
+    Attributes:
+        device: The torch device of the memory.
+        index: The engine's number of this lane.
+        stream: The caller's stream as an integer; work on landed tensors is ordered after their arrival on it.
+        scratch_bytes: Memory for what only passes through. It is allocated when first needed.
+        ahead: Bytes asked for into tensors of their own and not yet taken.
+    """
+
+    device: torch.device
+    index: int
+    stream: int
+    scratch_bytes: int
+    ring: ScratchRing = field(init=False)
+    ahead: int = 0
+    filling: bool = True
+    _buffer: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        # What is left holds the band being quantized: its fp16 form and its codes.
+        self.ring = ScratchRing(self.scratch_bytes * (_BANDS_IN_SCRATCH - 2) // _BANDS_IN_SCRATCH)
+
+    @property
+    def band_bytes(self) -> int:
+        """The most that one band of rows should take."""
+        return self.scratch_bytes // _BANDS_IN_SCRATCH
+
+    @property
+    def buffer(self) -> torch.Tensor:
+        """The scratch memory itself, uint8."""
+        if self._buffer is None:
+            self._buffer = torch.empty(self.ring.size, dtype=torch.uint8, device=self.device)
+        return self._buffer
+
+
+LaneOpener = Callable[[_core.Engine, torch.device, "StreamOptions"], Lane]
+
+
+def open_lane(engine: _core.Engine, device: torch.device, options: StreamOptions) -> Lane:
+    """A lane for `device`: of its own for a CUDA device, else in host memory, from where torch moves tensors on.
+
+    A CUDA device whose driver does not open (torch for AMD GPUs, say) is served through host memory too, with a
+    warning.
+    """
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        device = torch.device("cuda", index)
+        torch.zeros(1, device=device)  # torch makes the context, with its own flags
+        try:
+            number = engine.add_cuda_device(index, options.libcuda)
+        except DeviceError as error:
+            logger.warning("tensors for %s go through pageable host memory, slowly: %s", device, error)
+        else:
+            stream = torch.cuda.current_stream(device).cuda_stream
+            return Lane(device, number, stream, options.device_scratch)
+    number = engine.add_host_device(options.worker_threads)
+    return Lane(torch.device("cpu"), number, 0, options.host_scratch)

@@ -1,0 +1,59 @@
+"""Bookkeeping of a fixed buffer that tensors pass through in about the order they came: pure arithmetic."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+# Of every region's start and size: what a GPU's widest loads and torch's own allocator keep to.
+ALIGNMENT = 256
+
+
+@dataclass(slots=True)
+class Region:
+    """A range of the buffer, in bytes. `end` includes what alignment and the wrap-around left unused."""
+
+    start: int
+    nbytes: int
+    end: int
+    free: bool = False
+
+
+class ScratchRing:
+    """Hands out regions of `size` bytes in a circle; a region can be used again once all older ones are released."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size // ALIGNMENT * ALIGNMENT
+        self._regions: deque[Region] = deque()
+        self._next = 0
+
+    def acquire(self, nbytes: int) -> Region | None:
+        """A region of `nbytes`, or None while there is no room for it."""
+        need = max(1, -(-nbytes // ALIGNMENT)) * ALIGNMENT
+        start = self._place(need)
+        if start is None:
+            return None
+        region = Region(start, nbytes, start + need)
+        self._regions.append(region)
+        self._next = region.end
+        return region
+
+    def release(self, region: Region) -> None:
+        """Gives a region back, in any order."""
+        region.free = True
+        while self._regions and self._regions[0].free:
+            self._regions.popleft()
+        if not self._regions:
+            self._next = 0
+
+    def _place(self, need: int) -> int | None:
+        if not self._regions:
+            return 0 if need <= self.size else None
+        oldest = self._regions[0].start
+        # The newest region ends at _next. Free is what lies ahead of it, up to the oldest or the buffer's end.
+        wrapped = self._next <= oldest
+        if wrapped:
+            return self._next if oldest - self._next >= need else None
+        if self.size - self._next >= need:
+            return self._next
+        return 0 if oldest >= need else None

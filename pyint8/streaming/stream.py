@@ -1,0 +1,293 @@
+"""Checkpoint entries, in the order they will be asked for, to tensors on their device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+
+from pyint8.errors import ReadError, TruncatedError
+from pyint8.streaming.extension import _core
+from pyint8.streaming.lane import Lane, LaneOpener, open_lane
+from pyint8.streaming.turn import Turner
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from pyint8.checkpoint import Entry
+    from pyint8.config import StreamOptions
+    from pyint8.streaming.scratch import Region
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """One entry's way.
+
+    Attributes:
+        entry: What to read.
+        device: Where the result is wanted. It lands there if that is a CUDA device or the CPU, else on the CPU.
+        in_bands: Land in scratch, a band of rows at a time, instead of in a tensor of its own.
+    """
+
+    entry: Entry
+    device: torch.device
+    in_bands: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class _Chunk:
+    """What lands at once: a whole tensor, or a band of its rows."""
+
+    delivery: Delivery
+    lane: Lane
+    row: int
+    rows: int
+    offset: int
+    nbytes: int
+    memory: torch.Tensor | None = None  # uint8
+    region: Region | None = None
+    ticket: int | None = None
+
+
+class TensorStream:
+    """Reads ahead of need within the lanes' budgets; entries are best taken in the order they were given.
+
+    An entry taken out of order is read on demand, into memory of its own. Use as a context manager: on leaving, the
+    workers are joined and nothing is on its way any more.
+
+    Args:
+        deliveries: In the order they will be asked for; names are unique.
+        options: How to move bytes.
+        on_bytes: Called with a number of bytes whenever so many have landed.
+        opener: Makes the lane of a device (another one for tests).
+
+    Raises:
+        ReadError: A file cannot be opened.
+        DeviceError: The driver refuses.
+    """
+
+    def __init__(
+        self,
+        deliveries: Sequence[Delivery],
+        options: StreamOptions,
+        *,
+        on_bytes: Callable[[int], None] | None = None,
+        opener: LaneOpener = open_lane,
+    ) -> None:
+        self._options = options
+        self._on_bytes = on_bytes
+        self._opener = opener
+        self._engine = _core.Engine(
+            threads=options.worker_threads,
+            slots_per_thread=options.slots_per_thread,
+            slot_bytes=options.slot_bytes,
+            direct_io=options.direct_io,
+        )
+        self._turner = Turner(self._engine)
+        self._lanes: dict[torch.device, Lane] = {}
+        self._files: dict[str, int] = {}
+        self._chunks: dict[str, list[_Chunk]] = {}
+        try:
+            for delivery in deliveries:
+                self._chunks[delivery.entry.name] = self._cut(delivery)
+            self._pending = [chunk for chunks in self._chunks.values() for chunk in chunks]
+            self._cursor = 0
+            self._ask_ahead()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop reading, join the workers, wait for the copies under way, give back the pinned memory."""
+        self._engine.close()
+        self._chunks.clear()
+        self._pending = []
+
+    def stats(self) -> dict[str, float]:
+        """What the engine did so far (see `LoadReport.engine`)."""
+        return self._engine.stats()
+
+    def whole(self, name: str) -> torch.Tensor:
+        """The entry as a tensor of its own, of its stored dtype and shape, contiguous."""
+        chunks = self._chunks[name]
+        entry = chunks[0].delivery.entry
+        if len(chunks) == 1 and chunks[0].region is None:
+            memory = self._land(chunks[0])
+            self._release(chunks[0])
+            return _typed(memory, entry, entry.torch_shape)
+        tensor = torch.empty(entry.torch_shape, dtype=entry.torch_dtype, device=chunks[0].lane.device)
+        for row, band in self.bands(name):
+            tensor[row : row + len(band)] = band
+        return tensor
+
+    def bands(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """The entry's rows: (first row, tensor [rows, ...] in scratch), valid until the next one is asked for."""
+        for chunk in self._chunks[name]:
+            memory = self._land(chunk)
+            entry = chunk.delivery.entry
+            shape = (chunk.rows, *entry.torch_shape[1:]) if entry.torch_shape else ()
+            try:
+                yield chunk.row, _typed(memory, entry, shape)
+            finally:
+                del memory
+                self._release(chunk)
+
+    def turned_half(self, name: str, model_dtype: torch.dtype) -> torch.Tensor:
+        """A Conv1D weight [in, out] as fp16 [out, in], rounded to `model_dtype` on the way."""
+        first = self._chunks[name][0]
+        entry, lane = first.delivery.entry, first.lane
+        rows, columns = entry.torch_shape
+        turned = torch.empty((columns, rows), dtype=torch.float16, device=lane.device)
+        for row, band in self.bands(name):
+            self._turner.turn(lane, band, entry.dtype, model_dtype, turned, row)
+        return turned
+
+    def _cut(self, delivery: Delivery) -> list[_Chunk]:
+        entry = delivery.entry
+        lane = self._lane(delivery.device)
+        rows = entry.torch_shape[0] if entry.torch_shape else 1
+        if not delivery.in_bands or entry.nbytes == 0:
+            return [_Chunk(delivery, lane, 0, rows, entry.offset, entry.nbytes)]
+        row_bytes = entry.nbytes // rows
+        step = max(1, lane.band_bytes // row_bytes)
+        return [
+            _Chunk(
+                delivery,
+                lane,
+                row,
+                min(step, rows - row),
+                entry.offset + row * row_bytes,
+                min(step, rows - row) * row_bytes,
+            )
+            for row in range(0, rows, step)
+        ]
+
+    def _lane(self, device: torch.device) -> Lane:
+        landing = device if device.type == "cuda" else torch.device("cpu")
+        lane = self._lanes.get(landing)
+        if lane is None:
+            lane = self._lanes[landing] = self._opener(self._engine, landing, self._options)
+        return lane
+
+    def _ask_ahead(self) -> None:
+        """Asks for as much as the budgets allow, in order."""
+        batch: list[_Chunk] = []
+        while self._cursor < len(self._pending):
+            chunk = self._pending[self._cursor]
+            if chunk.ticket is None:
+                if not self._place(chunk):
+                    break
+                if batch and batch[-1].lane is not chunk.lane:
+                    self._submit(batch)
+                    batch = []
+                batch.append(chunk)
+            self._cursor += 1
+        self._submit(batch)
+
+    def _place(self, chunk: _Chunk) -> bool:
+        """Gives a chunk its memory; False while there is no room."""
+        lane = chunk.lane
+        if chunk.delivery.in_bands and 0 < chunk.nbytes <= lane.ring.size:
+            chunk.region = lane.ring.acquire(chunk.nbytes)
+            if chunk.region is None:
+                return False
+            chunk.memory = lane.buffer[chunk.region.start : chunk.region.start + chunk.nbytes]
+            return True
+        # Tensors of their own: ask for many at a time, so that small neighbours share reads.
+        lane.filling = lane.filling or lane.ahead <= lane.scratch_bytes // 2
+        if lane.ahead and (not lane.filling or lane.ahead + chunk.nbytes > lane.scratch_bytes):
+            lane.filling = False
+            return False
+        lane.ahead += chunk.nbytes
+        chunk.memory = torch.empty(chunk.nbytes, dtype=torch.uint8, device=lane.device)
+        return True
+
+    def _submit(self, chunks: list[_Chunk], *, first: bool = False) -> None:
+        if not chunks:
+            return
+        lane = chunks[0].lane
+        reads = []
+        for chunk in chunks:
+            assert chunk.memory is not None
+            reads.append((self._file(chunk.delivery.entry.path), chunk.offset, chunk.nbytes, chunk.memory.data_ptr()))
+        ticket = self._engine.submit(lane.index, reads, lane.stream, first)
+        for number, chunk in enumerate(chunks, ticket):
+            chunk.ticket = number
+
+    def _file(self, path: str) -> int:
+        number = self._files.get(path)
+        if number is None:
+            number = self._files[path] = self._engine.add_file(path)
+        return number
+
+    def _land(self, chunk: _Chunk) -> torch.Tensor:
+        """Waits until the chunk's bytes are ordered before the caller's stream; its memory."""
+        if chunk.ticket is None:  # taken out of order: it gets memory of its own, ahead of the queue
+            chunk.lane.ahead += chunk.nbytes
+            chunk.memory = torch.empty(chunk.nbytes, dtype=torch.uint8, device=chunk.lane.device)
+            self._submit([chunk], first=True)
+        assert chunk.ticket is not None
+        assert chunk.memory is not None
+        try:
+            self._engine.wait(chunk.ticket, chunk.lane.stream)
+        except (ReadError, TruncatedError) as error:
+            error.tensor = self._tensor_at(error.path, error.offset)
+            raise
+        if self._on_bytes is not None:
+            self._on_bytes(chunk.nbytes)
+        return chunk.memory
+
+    def _release(self, chunk: _Chunk) -> None:
+        """The caller has put all its work on the chunk's memory into its stream, or owns the memory."""
+        if chunk.region is not None:
+            chunk.lane.ring.release(chunk.region)
+        else:
+            chunk.lane.ahead -= chunk.nbytes
+        chunk.memory = None
+        self._ask_ahead()
+
+    def _tensor_at(self, path: str | None, offset: int | None) -> str | None:
+        for name, chunks in self._chunks.items():
+            entry = chunks[0].delivery.entry
+            if offset is not None and entry.path == path and entry.offset <= offset < entry.offset + entry.nbytes:
+                return name
+        return None
+
+
+def _typed(memory: torch.Tensor, entry: Entry, shape: tuple[int, ...]) -> torch.Tensor:
+    """`memory` as elements of the entry's dtype."""
+    if entry.nbytes == 0:
+        return torch.empty(shape, dtype=entry.torch_dtype, device=memory.device)
+    return memory.view(entry.torch_dtype).view(shape)
+
+
+@dataclass(frozen=True)
+class StreamSource:
+    """One entry of a stream, as a weight to quantize (see `pyint8.quantizer.WeightSource`)."""
+
+    stream: TensorStream
+    entry: Entry
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.entry.torch_shape
+
+    def bands(self) -> Iterator[tuple[int, torch.Tensor]]:
+        return self.stream.bands(self.entry.name)
+
+    def whole(self) -> torch.Tensor:
+        return self.stream.whole(self.entry.name)
+
+    def turned_half(self, model_dtype: torch.dtype) -> torch.Tensor:
+        return self.stream.turned_half(self.entry.name, model_dtype)

@@ -1,0 +1,70 @@
+"""Turning Conv1D weights: with the extension's kernel where there is one, else with torch's own operators."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from pyint8.errors import DeviceError
+from pyint8.streaming.extension import _core
+from pyint8.streaming.lane import Lane
+
+logger = logging.getLogger("pyint8")
+
+_TURNED_DTYPES = frozenset({"F16", "BF16", "F32"})
+_MODEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
+
+
+class Turner:
+    """Turns bands of a weight [in, out] into columns of an fp16 tensor [out, in], on one engine's lanes."""
+
+    def __init__(self, engine: _core.Engine) -> None:
+        self._engine = engine
+        self._kernels = True
+
+    def turn(
+        self,
+        lane: Lane,
+        band: torch.Tensor,
+        dtype: str,
+        model_dtype: torch.dtype,
+        turned: torch.Tensor,
+        column: int,
+    ) -> None:
+        """Writes `band` [rows, out], stored as `dtype`, to `turned[:, column : column + rows]`.
+
+        Values are rounded to `model_dtype`, then to fp16, as transformers and bitsandbytes round them.
+        """
+        if not self._turn_with_kernel(lane, band, dtype, model_dtype, turned, column):
+            turned[:, column : column + len(band)] = band.to(model_dtype).to(torch.float16).T
+
+    def _turn_with_kernel(
+        self,
+        lane: Lane,
+        band: torch.Tensor,
+        dtype: str,
+        model_dtype: torch.dtype,
+        turned: torch.Tensor,
+        column: int,
+    ) -> bool:
+        if not self._kernels or dtype not in _TURNED_DTYPES or model_dtype not in _MODEL_DTYPES:
+            return False
+        rows, columns = band.shape
+        try:
+            self._engine.turn_to_half(
+                lane.index,
+                band.data_ptr(),
+                dtype,
+                model_dtype == torch.bfloat16,
+                rows,
+                columns,
+                turned.data_ptr() + column * turned.element_size(),
+                turned.stride(0),
+                lane.stream,
+            )
+        except DeviceError as error:
+            logger.warning("Conv1D weights are turned by torch, more slowly: %s", error)
+            self._kernels = False
+            return False
+        return True

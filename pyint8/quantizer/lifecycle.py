@@ -1,0 +1,266 @@
+"""The int8 lifecycle, by the verbs of transformers' 8-bit quantizer from which it descends.
+
+It knows torch, accelerate's device maps and bitsandbytes, but neither transformers' loading nor where bytes come
+from: `pyint8.models` calls the verbs in order.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from pyint8.config import Int8Config
+from pyint8.errors import PlacementError, QuantizationStateError
+from pyint8.quantizer import requirements, weights
+from pyint8.quantizer.health import WeightHealth
+from pyint8.quantizer.modules import is_conv1d, name_matches, replace_with_int8
+from pyint8.quantizer.weights import WeightSource
+
+logger = logging.getLogger("pyint8")
+
+DeviceMap = Mapping[str, Any]
+_Memory = TypeVar("_Memory")
+_OFF_DEVICE = ("cpu", "disk")
+
+
+class Int8Quantizer:
+    """One load's quantizer.
+
+    Args:
+        config: What to quantize.
+        pre_quantized: The checkpoint holds int8 weights already.
+        strict: Raise for weights that cannot be quantized soundly; else warn once and do as bitsandbytes does.
+
+    Attributes:
+        converted: Modules that were replaced by `Linear8bitLt`, by name, as they were before.
+        skipped: Linear modules that were not, by name, with the reason.
+        skip: The modules not to convert, as given, and those that turned out so.
+        health: What is known of the weights' values.
+    """
+
+    def __init__(self, config: Int8Config, *, pre_quantized: bool = False, strict: bool = True) -> None:
+        self.config = config
+        self.pre_quantized = pre_quantized
+        self.strict = strict
+        self.converted: dict[str, nn.Module] = {}
+        self.skipped: dict[str, str] = {}
+        self.skip: list[str] = []
+        self.health = WeightHealth()
+        self._preprocessed = False
+
+    # --- Before the model is there --------------------------------------------------------------------------------
+
+    def validate_environment(self, *, device_map: Any = None, **arguments: Any) -> None:
+        """Refuses what cannot work.
+
+        Raises:
+            MissingDependencyError, DependencyVersionError: accelerate or bitsandbytes is absent or too old.
+            OptionError: `from_tf` or `from_flax`.
+            EnvironmentNotSupportedError: bitsandbytes has no backend for this machine.
+            PlacementError: The device map puts modules that are to be quantized on the CPU or the disk beside a GPU
+                (known once the modules are: `preprocess_model` checks a map that came earlier).
+        """
+        requirements.require_packages()
+        requirements.refuse_foreign_weights(arguments)
+        requirements.require_device()
+        if self._preprocessed and isinstance(device_map, Mapping):
+            self._check_placement(device_map)
+
+    def adjust_max_memory(self, max_memory: Mapping[Any, Any]) -> dict[Any, float]:
+        """Leaves a tenth of every device for the buffers of quantization."""
+        return {device: memory * 0.90 for device, memory in max_memory.items()}
+
+    def update_dtype(self, dtype: _Memory | None) -> _Memory | torch.dtype:
+        """None means float16, what bitsandbytes computes in; everything else ("auto" too) is kept."""
+        if dtype is not None:
+            return dtype
+        logger.info(
+            "dtype was not given: modules that are not quantized are loaded in float16, what bitsandbytes computes "
+            'in; pass dtype="auto" for the checkpoint\'s own, or a torch.dtype'
+        )
+        return torch.float16
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """None means the current CUDA (NPU, HPU, XPU) device, or the CPU where there is none."""
+        if device_map is not None:
+            return device_map
+        device: int | str = "cpu"
+        if torch.cuda.is_available():
+            device = torch.cuda.current_device()
+        else:
+            accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+            if accelerator is not None and accelerator.type in ("npu", "hpu", "xpu"):
+                device = f"{accelerator.type}:{torch.accelerator.current_device_index()}"
+        logger.info("device_map was not given: the model goes to %s; pass device_map='auto' to place it", device)
+        return {"": device}
+
+    def adjust_target_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What a quantized weight takes when memory is planned: int8, whatever `dtype` it is stored in."""
+        if dtype != torch.int8:
+            logger.debug("memory is planned with int8 weights instead of %s", dtype)
+        return torch.int8
+
+    # --- Before loading -------------------------------------------------------------------------------------------
+
+    def preprocess_model(
+        self,
+        model: nn.Module,
+        *,
+        skip: list[str],
+        device_map: Any,
+        matches: Callable[[str, list[str]], bool] | None = None,
+    ) -> None:
+        """Replaces linear modules by `Linear8bitLt` on meta.
+
+        Args:
+            model: Changed in place.
+            skip: Modules not to convert: what was asked for or found, and those kept in fp32.
+            device_map: Where modules go, if known by now; under `fp32_cpu_offload` what it puts on the CPU or the
+                disk is not converted.
+            matches: Whether a module's name is in such a list; transformers' rule by default.
+
+        Raises:
+            PlacementError: As `validate_environment` has it.
+        """
+        self.skip = list(skip)
+        if self.config.fp32_cpu_offload and isinstance(device_map, Mapping):
+            self.skip.extend(name for name, device in device_map.items() if _device_name(device) in _OFF_DEVICE)
+        in_list = matches or name_matches
+        self.converted, self.skipped = replace_with_int8(
+            model, self.config, self.pre_quantized, lambda name: not in_list(name, self.skip)
+        )
+        if not self.converted:
+            logger.warning(
+                "nothing in this %s is quantized: it has no linear modules but those skipped", type(model).__name__
+            )
+        self._preprocessed = True
+        if isinstance(device_map, Mapping):
+            self._check_placement(device_map)
+
+    def keep_unquantized(self, model: nn.Module, name: str, reason: str) -> None:
+        """Puts the ordinary module back that `preprocess_model` replaced: its weight will not come as expected."""
+        model.set_submodule(name, self.converted.pop(name))
+        self.skipped[name] = reason
+        self.skip.append(name)
+
+    def name_absent(self, names: list[str]) -> None:
+        """One warning for all modules that stay ordinary because the checkpoint has no weight for them."""
+        if names:
+            logger.warning(
+                "not in the checkpoint, so initialized afresh and not quantized: %s; train before use",
+                ", ".join(names),
+            )
+
+    def expected_shape(self, model: nn.Module, parameter_name: str) -> tuple[int, ...]:
+        """The shape in which the checkpoint must hold a quantized weight."""
+        shape = tuple(model.get_parameter(parameter_name).shape)
+        return tuple(reversed(shape)) if self._is_turned(parameter_name) else shape
+
+    @property
+    def reads_bands(self) -> bool:
+        """Whether quantized weights are read band by band, or whole."""
+        return not (self.pre_quantized or self.config.has_fp16_weight)
+
+    # --- While loading --------------------------------------------------------------------------------------------
+
+    def check_quantized_param(self, parameter_name: str) -> bool:
+        """Whether this name is the weight of a module that was converted."""
+        module_name, _, leaf = parameter_name.rpartition(".")
+        return leaf == "weight" and module_name in self.converted
+
+    def create_quantized_param(
+        self,
+        parameter_name: str,
+        source: WeightSource,
+        *,
+        scales: torch.Tensor | None = None,
+        model_dtype: torch.dtype,
+        device: torch.device,
+    ) -> torch.Tensor:
+        """The parameter for a converted module's weight, on `device`.
+
+        Args:
+            parameter_name: Its name in the model.
+            source: Its value; [out, in], or [in, out] for a Conv1D's weight that is not pre-quantized.
+            scales: The `SCB` of a pre-quantized weight, fp32 [out].
+            model_dtype: The dtype the weight would have unquantized.
+            device: Where it goes and is quantized.
+
+        Returns:
+            An `Int8Params`; with `has_fp16_weight` what that is on this device.
+
+        Raises:
+            QuantizationStateError: A pre-quantized weight without scales, or not int8.
+        """
+        if self.pre_quantized:
+            codes = source.whole()
+            if scales is None:
+                raise QuantizationStateError(
+                    "an int8 weight without its scales (its `SCB` tensor); save the quantized model again",
+                    tensor=parameter_name,
+                )
+            if codes.dtype != torch.int8:
+                raise QuantizationStateError(
+                    f"scales (`SCB`) for a weight of dtype {codes.dtype}, which must be int8; save the quantized model "
+                    "again",
+                    tensor=parameter_name,
+                )
+            return weights.pre_quantized(codes, scales, device)
+        turned = self._is_turned(parameter_name)
+        if self.config.has_fp16_weight:
+            return weights.sixteen_bit(source, turned=turned, model_dtype=model_dtype, device=device)
+        return weights.quantize(
+            source, turned=turned, model_dtype=model_dtype, device=device, name=parameter_name, health=self.health
+        )
+
+    # --- After loading --------------------------------------------------------------------------------------------
+
+    def postprocess_model(self, model: nn.Module) -> None:
+        """Marks the model as bitsandbytes' users expect it, and settles what was seen of the weights.
+
+        Raises:
+            NonFiniteWeightError: `strict`, and a weight has NaN, infinity, or a value beyond fp16.
+        """
+        self.health.settle(strict=self.strict)
+        model.is_loaded_in_8bit = True  # type: ignore[assignment]
+        model.is_8bit_serializable = self.is_serializable  # type: ignore[assignment]
+
+    @property
+    def is_serializable(self) -> bool:
+        return requirements.is_serializable()
+
+    @property
+    def is_trainable(self) -> bool:
+        return requirements.is_trainable()
+
+    def _is_turned(self, parameter_name: str) -> bool:
+        """Whether this weight is stored as [in, out]: a Conv1D's, unless it was turned when it was quantized."""
+        module = self.converted.get(parameter_name.rpartition(".")[0])
+        return module is not None and not self.pre_quantized and is_conv1d(type(module))
+
+    def _check_placement(self, device_map: DeviceMap) -> None:
+        devices = {_device_name(device) for device in device_map.values()}
+        if self.config.fp32_cpu_offload or devices == {"cpu"} or not devices & set(_OFF_DEVICE):
+            return
+        lost = [name for name in self.converted if _device_name(_device_of(name, device_map)) in _OFF_DEVICE]
+        if lost:
+            raise PlacementError(
+                f"the device map puts {len(lost)} modules that are to be quantized on the CPU or the disk beside "
+                f"another device ({', '.join(lost[:3])}{', …' if len(lost) > 3 else ''}). Free memory on the device, "
+                "or pass Int8Config(fp32_cpu_offload=True) to keep such modules there, unquantized"
+            )
+
+
+def _device_name(device: Any) -> str:
+    return device.type if isinstance(device, torch.device) else str(device)
+
+
+def _device_of(name: str, device_map: DeviceMap) -> Any:
+    """The map's entry for the longest prefix of `name`; None without one."""
+    while name not in device_map and name:
+        name = name.rpartition(".")[0]
+    return device_map.get(name)

@@ -1,0 +1,131 @@
+"""Which modules become `Linear8bitLt`, and putting them there on meta (and back)."""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+from collections.abc import Callable, Iterable
+
+import bitsandbytes
+import torch
+from torch import nn
+
+from pyint8.config import Int8Config
+
+# out_proj of nn.MultiheadAttention, whose weight is used without calling it.
+_WEIGHT_USED_DIRECTLY = (nn.modules.linear.NonDynamicallyQuantizableLinear,)
+
+
+def conv1d_class() -> type[nn.Module] | None:
+    """transformers' Conv1D; None while transformers was never imported, when no module can be one."""
+    module = sys.modules.get("transformers.pytorch_utils")
+    return getattr(module, "Conv1D", None)
+
+
+def is_conv1d(kind: type[nn.Module]) -> bool:
+    """Whether modules of this class store their weight as [in, out]."""
+    conv1d = conv1d_class()
+    return conv1d is not None and issubclass(kind, conv1d)
+
+
+def why_not_linear(module: nn.Module) -> str | None:
+    """None for a module that computes x @ W.T + b and nothing else; else what speaks against it."""
+    if type(module) is nn.Linear or is_conv1d(type(module)):
+        return None
+    if isinstance(module, _WEIGHT_USED_DIRECTLY):
+        return "its weight is used without calling the module"
+    if isinstance(module, nn.Linear):
+        return None if _is_linear_in_disguise(module) else f"{type(module).__name__} computes more than a Linear does"
+    return "not a Linear"
+
+
+def _is_linear_in_disguise(module: nn.Linear) -> bool:
+    """Whether a subclass of Linear (Falcon's, say) only spells the same product in another way: tried on numbers."""
+    state = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    if not state <= {"weight", "bias"} or any(True for _ in module.buffers()) or any(True for _ in module.children()):
+        return False
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:  # models are built with meta and fp16 as defaults
+        return torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32)
+
+    probe = copy.copy(module)
+    probe.in_features, probe.out_features = 5, 3
+    weight, bias, inputs = draw(3, 5), draw(3), draw(2, 5)
+    probe._parameters = {
+        "weight": nn.Parameter(weight, requires_grad=False),
+        "bias": None if module.bias is None else nn.Parameter(bias, requires_grad=False),
+    }
+    expected = nn.functional.linear(inputs, weight, probe._parameters["bias"])
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            result = probe(inputs)
+    except Exception:  # whatever it wants, it is not what a Linear wants
+        return False
+    return isinstance(result, torch.Tensor) and result.shape == expected.shape and torch.allclose(result, expected)
+
+
+def name_matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a module's name is among `patterns`: as transformers 5 matches `llm_int8_skip_modules`.
+
+    A pattern matches from the start up to a module's boundary, as a plain name or a regular expression, or as a
+    suffix (source: transformers.quantizers.quantizers_utils.should_convert_module).
+    """
+    boundary = r"(?:(?<=\.)|(?=\.|$))"
+    return any(re.match(rf"(?:{key}){boundary}", name) or name.endswith(key) for key in patterns)
+
+
+def modules_to_keep(model: nn.Module) -> list[str]:
+    """Modules best left unquantized: those whose weights are tied, and the last one, the output head."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    keep = {name for group in names.values() if len(group) > 1 for name in group}
+    last = next(reversed([name for name, _ in model.named_parameters()]), None)
+    if last is not None:
+        keep.add(last)
+    return sorted(name.rpartition(".")[0] for name in keep)
+
+
+def replace_with_int8(
+    model: nn.Module, config: Int8Config, pre_quantized: bool, wanted: Callable[[str], bool]
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Puts a `Linear8bitLt` on meta in the place of every linear module that is wanted.
+
+    Returns:
+        The modules that were replaced, and for the linear ones that were not, why.
+    """
+    replaced: dict[str, nn.Module] = {}
+    skipped: dict[str, str] = {}
+    for name, module in list(model.named_modules()):
+        if not (isinstance(module, nn.Linear) or is_conv1d(type(module))) or name == "":
+            continue
+        if not wanted(name):
+            skipped[name] = "in the list of modules to skip"
+        elif (reason := why_not_linear(module)) is not None:
+            skipped[name] = reason
+        else:
+            model.set_submodule(name, _int8_module(module, config, pre_quantized))
+            replaced[name] = module
+    return replaced, skipped
+
+
+def _int8_module(module: nn.Module, config: Int8Config, pre_quantized: bool) -> nn.Module:
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    out_features, in_features = reversed(weight.shape) if is_conv1d(type(module)) else weight.shape
+    with torch.device("meta"):
+        int8 = bitsandbytes.nn.Linear8bitLt(
+            in_features,
+            out_features,
+            module.bias is not None,
+            has_fp16_weights=config.has_fp16_weight,
+            threshold=config.threshold,
+        )
+    if pre_quantized:
+        int8.weight.data = int8.weight.data.to(torch.int8)
+    int8.source_cls = type(module)
+    int8.requires_grad_(False)
+    int8.train(module.training)
+    return int8  # type: ignore[no-any-return]

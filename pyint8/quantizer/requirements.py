@@ -1,0 +1,75 @@
+"""What must be installed, and what must not be asked for, before anything is quantized."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import Any
+
+from packaging.version import Version
+
+from pyint8.errors import DependencyVersionError, EnvironmentNotSupportedError, MissingDependencyError, OptionError
+
+MINIMUM_BITSANDBYTES = "0.37.2"
+_MINIMUM_TRAINABLE = "0.37.0"
+_FOREIGN_WEIGHTS = {"from_tf": "TensorFlow", "from_flax": "Flax"}
+
+
+def installed_version(package: str) -> Version | None:
+    """The version of an installed distribution; None where it is absent."""
+    try:
+        return Version(metadata.version(package))
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def require_packages() -> None:
+    """Raises MissingDependencyError or DependencyVersionError, naming the command that mends it."""
+    if installed_version("accelerate") is None:
+        raise MissingDependencyError("loading in int8 needs accelerate: `pip install accelerate`")
+    version = installed_version("bitsandbytes")
+    if version is None:
+        raise MissingDependencyError("loading in int8 needs bitsandbytes: `pip install -U bitsandbytes`")
+    if version < Version(MINIMUM_BITSANDBYTES):
+        raise DependencyVersionError(
+            f"bitsandbytes {version} is too old for int8 weights: at least {MINIMUM_BITSANDBYTES} is needed; "
+            "`pip install -U bitsandbytes`"
+        )
+
+
+def refuse_foreign_weights(arguments: dict[str, Any]) -> None:
+    """Raises OptionError where `from_tf` or `from_flax` is asked for."""
+    for name, framework in _FOREIGN_WEIGHTS.items():
+        if arguments.get(name):
+            raise OptionError(
+                f"{name}=True: int8 models are not made from {framework} weights; convert them to PyTorch first "
+                "(load them with transformers, then save_pretrained)"
+            )
+
+
+def require_device() -> None:
+    """Raises EnvironmentNotSupportedError where bitsandbytes has a backend for none of this machine's devices."""
+    import bitsandbytes
+    import torch
+
+    available = {"cpu"}
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None:
+        available.add(accelerator.type)
+    supported = set(getattr(bitsandbytes, "supported_torch_devices", {"cuda"}))
+    if not available & supported:
+        raise EnvironmentNotSupportedError(
+            f"bitsandbytes {bitsandbytes.__version__} quantizes on {sorted(supported)}, and this machine has "
+            f"{sorted(available)}; install a bitsandbytes with a backend for it"
+        )
+
+
+def is_serializable() -> bool:
+    """Whether the installed bitsandbytes can save int8 weights (after 0.37.2)."""
+    version = installed_version("bitsandbytes")
+    return version is not None and version > Version(MINIMUM_BITSANDBYTES)
+
+
+def is_trainable() -> bool:
+    """Whether adapters can be trained on int8 weights of the installed bitsandbytes (0.37.0 and later)."""
+    version = installed_version("bitsandbytes")
+    return version is not None and version >= Version(_MINIMUM_TRAINABLE)

@@ -1,0 +1,123 @@
+"""From a weight's source to its int8 parameter: bitsandbytes' own operator, on bands of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import bitsandbytes
+import torch
+
+from pyint8.quantizer.health import WeightHealth
+
+
+class WeightSource(Protocol):
+    """Where a weight comes from."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def bands(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first row, rows): the weight in order, in its stored dtype; a band is valid until the next."""
+
+    def whole(self) -> torch.Tensor:
+        """The weight in its stored dtype, in memory of its own."""
+
+    def turned_half(self, model_dtype: torch.dtype) -> torch.Tensor:
+        """The transposed weight, rounded to `model_dtype`, then to fp16; contiguous."""
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """A weight that is a tensor already: what a conversion (a split, a fusion) of checkpoint tensors gave."""
+
+    tensor: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    def bands(self) -> Iterator[tuple[int, torch.Tensor]]:
+        yield 0, self.tensor
+
+    def whole(self) -> torch.Tensor:
+        return self.tensor
+
+    def turned_half(self, model_dtype: torch.dtype) -> torch.Tensor:
+        return self.tensor.to(model_dtype).to(torch.float16).T.contiguous()
+
+
+def quantize(
+    source: WeightSource,
+    *,
+    turned: bool,
+    model_dtype: torch.dtype,
+    device: torch.device,
+    name: str,
+    health: WeightHealth,
+) -> torch.Tensor:
+    """The parameter that `Int8Params(weight).to(device)` gives, without the weight's way through the CPU.
+
+    Rows are independent of each other in LLM.int8(), so bands of them give the same bytes as the whole.
+
+    Args:
+        source: The weight, [out, in] (or [in, out] if `turned`).
+        turned: Transpose it first: a Conv1D's weight.
+        model_dtype: Rounded to before fp16, as transformers casts before it quantizes.
+        device: Where to quantize; results differ between devices by bitsandbytes' own arithmetic.
+        name: For errors.
+        health: Is shown every band.
+
+    Returns:
+        `data` and its alias `CB` int8 [out, in], `SCB` fp32 [out].
+    """
+    if turned:
+        half = source.turned_half(model_dtype).to(device)
+        codes, scales = _quantize_rows(half, 0, name, health)
+        return _int8_params(codes, scales)
+    rows, columns = source.shape
+    codes, scales = torch.empty((0, columns), dtype=torch.int8), torch.empty(0)
+    for row, band in source.bands():
+        half = band.to(device).to(model_dtype).to(torch.float16)
+        band_codes, band_scales = _quantize_rows(half, row, name, health)
+        if len(band) == rows:
+            return _int8_params(band_codes, band_scales)
+        if row == 0:
+            codes = torch.empty((rows, columns), dtype=torch.int8, device=band_codes.device)
+            scales = torch.empty(rows, dtype=torch.float32, device=band_codes.device)
+        codes[row : row + len(band)] = band_codes
+        scales[row : row + len(band)] = band_scales
+    return _int8_params(codes, scales)
+
+
+def _quantize_rows(half: torch.Tensor, row: int, name: str, health: WeightHealth) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(half)
+    health.watch(name, row, half, scales)
+    return codes, scales
+
+
+def pre_quantized(codes: torch.Tensor, scales: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The parameter of a checkpoint that holds int8 codes [out, in] and fp32 scales [out]."""
+    return _int8_params(codes.to(device), scales.to(device))
+
+
+def _int8_params(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    parameter: torch.Tensor = bitsandbytes.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False)
+    parameter.CB = parameter.data  # type: ignore[attr-defined]
+    parameter.SCB = scales  # type: ignore[attr-defined]
+    return parameter
+
+
+def sixteen_bit(source: WeightSource, *, turned: bool, model_dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The weight of a layer that quantizes in every forward pass (`has_fp16_weight`).
+
+    On the CPU it is an `Int8Params` that was never quantized, elsewhere a plain tensor: what moving such an
+    `Int8Params` there gives (bitsandbytes' `Int8Params.to`).
+    """
+    value = source.whole().to(device).to(model_dtype)
+    value = value.T if turned else value
+    if device.type != "cpu":
+        return value
+    parameter: torch.Tensor = bitsandbytes.nn.Int8Params(value, requires_grad=False, has_fp16_weights=True)
+    return parameter

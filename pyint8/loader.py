@@ -1,0 +1,211 @@
+"""The one road from a path to a model."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from pyint8.checkpoint import Checkpoint, open_checkpoint
+from pyint8.config import Int8Config, StreamOptions
+from pyint8.errors import OptionError
+from pyint8.progress import ByteProgress
+from pyint8.report import LoadReport
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+# Said in `config`, or by the return value.
+_REPLACED_ARGUMENTS = {
+    "load_in_8bit": "pyint8.load always loads in 8 bit",
+    "load_in_4bit": "pyint8.load loads in 8 bit",
+    "quantization_config": "say what to quantize with config=pyint8.Int8Config(...)",
+    "output_loading_info": "pass return_report=True; the report has loading_info",
+    "state_dict": "pyint8.load reads files; use transformers for tensors you have",
+    "gguf_file": "GGUF checkpoints are not read; convert to safetensors",
+    "torch_dtype": "it is named dtype",
+}
+
+
+@overload
+def load(
+    path: str | os.PathLike[str], device_map: Any = ..., *, return_report: Literal[False] = ..., **kwargs: Any
+) -> Any: ...
+@overload
+def load(
+    path: str | os.PathLike[str], device_map: Any = ..., *, return_report: Literal[True], **kwargs: Any
+) -> tuple[Any, LoadReport]: ...
+def load(
+    path: str | os.PathLike[str],
+    device_map: Any = "auto",
+    *,
+    dtype: torch.dtype | str | None = None,
+    max_memory: Mapping[Any, Any] | None = None,
+    config: Int8Config | None = None,
+    model: nn.Module | type | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    strict: bool = True,
+    progress: bool | None = None,
+    options: StreamOptions | None = None,
+    return_report: bool = False,
+    **hub_and_model_kwargs: Any,
+) -> Any:
+    """Load a Hugging Face checkpoint as a bitsandbytes int8 model.
+
+    The result is byte for byte what transformers gives with `load_in_8bit=True` and the same dtype and device map.
+
+    Args:
+        path: A folder with a safetensors checkpoint, or a hub id.
+        device_map: Where modules go, as transformers and accelerate have it: "auto", "balanced", "balanced_low_0",
+            "sequential", a device, a dict of modules to devices, or None for the current device.
+        dtype: Of what is not quantized, and on the way to int8: a torch.dtype or its name, "auto" for the
+            checkpoint's own, None for float16 (transformers 5 would take "auto").
+        max_memory: Memory to use on each device, for the planned device maps.
+        config: What to quantize; None for LLM.int8()'s defaults.
+        model: A transformers class (Auto classes included) instead of the one that the configuration names, or any
+            torch.nn.Module, on meta or not, whose state dict has the checkpoint's names, to be filled in place.
+        offload_folder: For modules that the device map puts on "disk".
+        strict: Raise if a weight cannot be quantized soundly: NaN, infinity, values beyond float16. False logs one
+            warning and does what bitsandbytes does.
+        progress: Show a bar in bytes; None shows it on a terminal.
+        options: How to move bytes; None for the defaults and the `PYINT8_*` environment variables.
+        return_report: Return (model, LoadReport).
+        hub_and_model_kwargs: For `from_pretrained`: revision, subfolder, token, attn_implementation and so on.
+
+    Returns:
+        The model, in evaluation mode (a module of yours: in the mode it was in), or (model, report).
+
+    Raises:
+        Pyint8Error: One of `pyint8.errors`; all say what is wrong where, and what to do. Nothing stays behind: no
+            thread, no open file, no pinned memory.
+    """
+    for name, instead in _REPLACED_ARGUMENTS.items():
+        if name in hub_and_model_kwargs:
+            raise OptionError(f"{name} is not an argument of pyint8.load: {instead}")
+    _check_types(config=(config, Int8Config), options=(options, StreamOptions))
+    options = StreamOptions.from_environment() if options is None else options
+    report = LoadReport()
+    request = _Request(os.fspath(path), device_map, dtype, max_memory, config, offload_folder, strict, options)
+    with _measured_memory(report), ByteProgress(progress) as bar:
+        if model is None or isinstance(model, type):
+            result = _load_transformers(request, model, report, bar, hub_and_model_kwargs)
+        else:
+            result = _load_plain(request, model, report, bar, hub_and_model_kwargs)
+    return (result, report) if return_report else result
+
+
+class _Request:
+    """The arguments that both roads share."""
+
+    def __init__(
+        self,
+        path: str,
+        device_map: Any,
+        dtype: torch.dtype | str | None,
+        max_memory: Mapping[Any, Any] | None,
+        config: Int8Config | None,
+        offload_folder: str | os.PathLike[str] | None,
+        strict: bool,
+        options: StreamOptions,
+    ) -> None:
+        self.path = path
+        self.device_map = device_map
+        self.dtype = dtype
+        self.max_memory = max_memory
+        self.config = config
+        self.offload_folder = offload_folder
+        self.strict = strict
+        self.options = options
+
+    def open_checkpoint(self, report: LoadReport, **where: str) -> Checkpoint:
+        with report.phase("read headers"):
+            return open_checkpoint(self.path, **where)
+
+
+def _load_transformers(
+    request: _Request, model_class: type | None, report: LoadReport, bar: ByteProgress, kwargs: dict[str, Any]
+) -> Any:
+    # A folder is checked before anything heavy is imported; a hub id is resolved by transformers.
+    checkpoint = None
+    if os.path.exists(request.path):
+        where = {name: kwargs[name] for name in ("subfolder", "variant") if kwargs.get(name)}
+        checkpoint = request.open_checkpoint(report, **where)
+
+    from pyint8.models.transformers import LoadSession, load_pretrained
+    from pyint8.quantizer import Int8Quantizer
+
+    int8 = Int8Quantizer(request.config or Int8Config())
+    int8.validate_environment(from_tf=kwargs.pop("from_tf", False), from_flax=kwargs.pop("from_flax", False))
+    session = LoadSession(
+        request.options,
+        strict=request.strict,
+        checkpoint=checkpoint,
+        report=report,
+        on_bytes=bar.advance,
+        on_total=bar.start,
+        allow_mismatched_shapes=kwargs.get("ignore_mismatched_sizes", False),
+    )
+    placement = {
+        "device_map": request.device_map,
+        "dtype": int8.update_dtype(request.dtype),
+        "max_memory": request.max_memory,
+        "offload_folder": request.offload_folder,
+    }
+    return load_pretrained(
+        request.path,
+        session,
+        model_class=model_class,
+        int8_config=request.config,
+        placement=placement,
+        arguments=kwargs,
+    )
+
+
+def _load_plain(
+    request: _Request, module: nn.Module, report: LoadReport, bar: ByteProgress, kwargs: dict[str, Any]
+) -> nn.Module:
+    if kwargs:
+        raise OptionError(f"these arguments mean nothing for a module of your own: {', '.join(sorted(kwargs))}")
+    checkpoint = request.open_checkpoint(report)
+
+    from pyint8.models.plain import fill_module
+
+    return fill_module(
+        module,
+        checkpoint,
+        device_map=request.device_map,
+        dtype=request.dtype,
+        max_memory=request.max_memory,
+        config=request.config or Int8Config(),
+        offload_folder=request.offload_folder,
+        strict=request.strict,
+        options=request.options,
+        report=report,
+        on_bytes=bar.advance,
+        on_total=bar.start,
+    )
+
+
+def _check_types(**arguments: tuple[object, type]) -> None:
+    for name, (value, kind) in arguments.items():
+        if value is not None and not isinstance(value, kind):
+            raise OptionError(f"{name} is {value!r}; it must be a pyint8.{kind.__name__} or None")
+
+
+@contextmanager
+def _measured_memory(report: LoadReport) -> Iterator[None]:
+    """Fills the report's peaks."""
+    import torch
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(index)
+    yield
+    report.host_peak_bytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    if torch.cuda.is_available():
+        peaks = {f"cuda:{index}": torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())}
+        report.device_peak_bytes = {name: peak for name, peak in peaks.items() if peak}

@@ -1,0 +1,137 @@
+"""From a path to a transformers model: its class, and from_pretrained with our quantizer in it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import transformers
+
+from pyint8.config import Int8Config
+from pyint8.errors import ModelNotSupportedError, OptionError
+from pyint8.models.transformers.quantizer import METHOD, StreamedInt8Config
+from pyint8.models.transformers.session import LoadSession
+
+# Where a checkpoint is found, as from_pretrained names it; the rest may be for the configuration or the model.
+_HUB_ARGUMENTS = frozenset(
+    {
+        "cache_dir",
+        "code_revision",
+        "force_download",
+        "local_files_only",
+        "proxies",
+        "revision",
+        "subfolder",
+        "token",
+        "trust_remote_code",
+    }
+)
+
+
+def load_pretrained(
+    path: str,
+    session: LoadSession,
+    *,
+    model_class: Any,
+    int8_config: Int8Config | None,
+    placement: dict[str, Any],
+    arguments: dict[str, Any],
+) -> Any:
+    """Loads with transformers' own from_pretrained.
+
+    Args:
+        path: Folder or hub id.
+        session: Carries the stream; active during the call.
+        model_class: A transformers class (Auto classes included), or None for what the configuration names.
+        int8_config: What to quantize; None for the defaults, or a pre-quantized checkpoint's own.
+        placement: dtype, device_map and the like, for from_pretrained.
+        arguments: The rest: where the checkpoint is found, and what is for the configuration or the model.
+
+    Returns:
+        The model, in evaluation mode. `session.report.loading_info` is filled.
+
+    Raises:
+        ModelNotSupportedError: transformers does not know the configuration, or it is quantized by another method.
+    """
+    hub = {name: value for name, value in arguments.items() if name in _HUB_ARGUMENTS}
+    config = _read_config(path, hub)
+    if model_class is None:
+        model_class = class_of(config, path)
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        arguments = {**arguments, "quantization_config": StreamedInt8Config.of(int8_config or Int8Config())}
+    else:
+        config, unused = transformers.AutoConfig.from_pretrained(path, return_unused_kwargs=True, **arguments)
+        config.quantization_config = _pre_quantized_fields(stored, int8_config)
+        arguments = {**unused, **hub, "config": config}
+    with session.activate(), _without_progress_bar(), session.report.phase("build"):
+        model, session.report.loading_info = model_class.from_pretrained(
+            path, output_loading_info=True, **placement, **arguments
+        )
+    return model
+
+
+def _read_config(path: str, hub: dict[str, Any]) -> Any:
+    try:
+        return transformers.AutoConfig.from_pretrained(path, **hub)
+    except (ValueError, KeyError) as error:
+        raise ModelNotSupportedError(
+            f"transformers {transformers.__version__} does not know the configuration in {path}: {error}. Install a "
+            "release that does, or fill a module of your own: pyint8.load(path, model=module)"
+        ) from error
+
+
+def class_of(config: Any, path: str) -> Any:
+    """The class a configuration names.
+
+    For code in the checkpoint's own folder it is the Auto class that finds it (which asks for trust_remote_code).
+
+    Raises:
+        ModelNotSupportedError: It names none, or one that transformers does not have.
+    """
+    architectures = getattr(config, "architectures", None) or []
+    for architecture in architectures:
+        for auto_class, code in (getattr(config, "auto_map", None) or {}).items():
+            if auto_class.startswith("AutoModel") and str(code).rpartition(".")[2] == architecture:
+                return getattr(transformers, auto_class)
+        if isinstance(found := getattr(transformers, architecture, None), type):
+            return found
+    named = f"the class {architectures[0]}, which transformers {transformers.__version__} does not have"
+    raise ModelNotSupportedError(
+        f"the configuration in {path} names {named if architectures else 'no class (its `architectures` is empty)'}; "
+        "say which to load, e.g. pyint8.load(path, model=transformers.AutoModelForCausalLM)"
+    )
+
+
+def _pre_quantized_fields(stored: Any, asked: Int8Config | None) -> dict[str, Any]:
+    """A pre-quantized checkpoint's own configuration, routed to our quantizer."""
+    fields = dict(stored if isinstance(stored, dict) else stored.to_dict())
+    method = str(fields.get("quant_method") or "bitsandbytes")
+    in_8bit = fields.pop("load_in_8bit", False) or fields.pop("_load_in_8bit", False)
+    if method != "bitsandbytes" or not in_8bit:
+        described = "4-bit bitsandbytes" if method == "bitsandbytes" else method
+        raise ModelNotSupportedError(
+            f"the checkpoint is quantized already, by {described}: pyint8 loads 16- and 32-bit checkpoints and "
+            "bitsandbytes' int8 ones. Load it with transformers, or start from the unquantized checkpoint"
+        )
+    if asked is not None:
+        raise OptionError("the checkpoint is int8 already and brings its own configuration; leave `config` out")
+    fields = copy.deepcopy(
+        {k: v for k, v in fields.items() if k not in ("_load_in_8bit", "_load_in_4bit", "load_in_4bit")}
+    )
+    return {**fields, "quant_method": METHOD}
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """transformers counts parameters in a bar of its own; ours, in bytes, is beside it."""
+    logging = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

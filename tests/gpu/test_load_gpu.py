@@ -1,0 +1,124 @@
+"""A load on a real device: its memory, its offloads, several devices, and that a bad weight is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from oracle import compare_models, show
+from safetensors.torch import load_file, save_file
+from zoo import ZOO, CheckpointStore, checkpoint_store
+
+import pyint8
+from pyint8 import Int8Config, StreamOptions, _core
+from pyint8.errors import NonFiniteWeightError, PlacementError
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> CheckpointStore:
+    return checkpoint_store(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(scope="module")
+def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One layer with weights larger than the scratch that the tests below allow."""
+    folder = tmp_path_factory.mktemp("wide")
+    config = transformers.LlamaConfig(
+        hidden_size=4096, intermediate_size=28672, num_hidden_layers=2, num_attention_heads=32, vocab_size=32000
+    )
+    with torch.device("cuda"):
+        model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()
+    return folder
+
+
+@pytest.mark.parametrize("scratch", [16 * MIB, 256 * MIB])
+def test_memory_is_the_model_and_the_scratch(wide_llama: Path, scratch: int) -> None:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model = pyint8.load(wide_llama, device_map={"": 0}, options=StreamOptions(device_scratch=scratch))
+    final = torch.cuda.memory_allocated() - before
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak <= final + scratch + 16 * MIB
+    assert _core.pinned_bytes_in_use() == 0
+    del model
+
+
+def test_bands_give_the_bytes_of_the_whole(wide_llama: Path) -> None:
+    quantization = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(
+        wide_llama, device_map={"": 0}, dtype=torch.float16, quantization_config=quantization
+    )
+    ours = pyint8.load(
+        wide_llama, device_map={"": 0}, dtype=torch.float16, options=StreamOptions(device_scratch=16 * MIB)
+    )
+    found = compare_models(ours, theirs, allow=("modules//attributes/is_8bit_serializable",))
+    assert not found, show(found)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e5])
+def test_a_bad_weight_is_told(checkpoints: CheckpointStore, tmp_path: Path, name: str, value: float) -> None:
+    source = checkpoints.folder(ZOO[name], "bf16")
+    for path in Path(source).iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    [file] = tmp_path.glob("*.safetensors")
+    tensors = load_file(file)
+    weight = next(key for key in tensors if key.endswith(("q_proj.weight", "c_attn.weight")))
+    tensors[weight][3, 4] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    row = 4 if name == "gpt2" else 3
+    with pytest.raises(NonFiniteWeightError, match=rf"row {row} ") as caught:
+        pyint8.load(tmp_path, device_map={"": 0})
+    assert caught.value.tensor == weight or caught.value.tensor.endswith(weight)
+    pyint8.load(tmp_path, device_map={"": 0}, strict=False)
+
+
+def test_a_module_on_the_cpu_needs_leave(checkpoints: CheckpointStore) -> None:
+    folder = checkpoints.folder(ZOO["llama"], "bf16")
+    device_map = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": "cpu", "model.norm": 0, "lm_head": 0}
+    device_map["model.rotary_emb"] = 0
+    with pytest.raises(PlacementError, match="fp32_cpu_offload"):
+        pyint8.load(folder, device_map=device_map)
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_offload_is_as_transformers_does_it(checkpoints: CheckpointStore, tmp_path: Path, place: str) -> None:
+    folder = checkpoints.folder(ZOO["llama"], "bf16")
+    device_map = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": place, "model.norm": 0, "lm_head": 0}
+    device_map["model.rotary_emb"] = 0
+    quantization = transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_enable_fp32_cpu_offload=True)
+    shared = {"device_map": device_map, "dtype": torch.float16}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=quantization, offload_folder=tmp_path / "theirs", **shared
+    )
+    ours = pyint8.load(folder, config=Int8Config(fp32_cpu_offload=True), offload_folder=tmp_path / "ours", **shared)
+    assert not list((tmp_path / "ours").glob("*.dat"))
+    tokens = torch.arange(2, 34)[None].to(0)
+    with torch.no_grad():
+        assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_two_devices_are_as_transformers_has_them(checkpoints: CheckpointStore, name: str) -> None:
+    folder = checkpoints.folder(ZOO[name], "bf16")
+    shared = {"device_map": "balanced", "dtype": torch.float16}
+    quantization = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, **shared)
+    ours = pyint8.load(folder, **shared)
+    assert ours.hf_device_map == theirs.hf_device_map
+    for (left, mine), (right, other) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        assert left == right
+        assert mine.device == other.device
+        assert torch.equal(mine, other)
+    tokens = torch.arange(2, 34)[None].to(0)
+    with torch.no_grad():
+        assert torch.equal(ours(tokens).logits, theirs(tokens).logits)

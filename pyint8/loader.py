@@ -6,7 +6,8 @@ import os
 import resource
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, overload
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from pyint8.checkpoint import Checkpoint, open_checkpoint
 from pyint8.config import Int8Config, StreamOptions
@@ -30,14 +31,6 @@ _REPLACED_ARGUMENTS = {
 }
 
 
-@overload
-def load(
-    path: str | os.PathLike[str], device_map: Any = ..., *, return_report: Literal[False] = ..., **kwargs: Any
-) -> Any: ...
-@overload
-def load(
-    path: str | os.PathLike[str], device_map: Any = ..., *, return_report: Literal[True], **kwargs: Any
-) -> tuple[Any, LoadReport]: ...
 def load(
     path: str | os.PathLike[str],
     device_map: Any = "auto",
@@ -97,28 +90,18 @@ def load(
     return (result, report) if return_report else result
 
 
+@dataclass(frozen=True)
 class _Request:
     """The arguments that both roads share."""
 
-    def __init__(
-        self,
-        path: str,
-        device_map: Any,
-        dtype: torch.dtype | str | None,
-        max_memory: Mapping[Any, Any] | None,
-        config: Int8Config | None,
-        offload_folder: str | os.PathLike[str] | None,
-        strict: bool,
-        options: StreamOptions,
-    ) -> None:
-        self.path = path
-        self.device_map = device_map
-        self.dtype = dtype
-        self.max_memory = max_memory
-        self.config = config
-        self.offload_folder = offload_folder
-        self.strict = strict
-        self.options = options
+    path: str
+    device_map: Any
+    dtype: torch.dtype | str | None
+    max_memory: Mapping[Any, Any] | None
+    config: Int8Config | None
+    offload_folder: str | os.PathLike[str] | None
+    strict: bool
+    options: StreamOptions
 
     def open_checkpoint(self, report: LoadReport, **where: str) -> Checkpoint:
         with report.phase("read headers"):

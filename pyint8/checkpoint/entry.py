@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyint8.errors import CheckpointError
 
@@ -62,6 +62,11 @@ class Entry:
     path: str
     offset: int
     nbytes: int
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where it lies, as the errors of `pyint8.errors` take it: `raise ShapeMismatchError("...", **entry.place)`."""
+        return {"tensor": self.name, "path": self.path, "offset": self.offset}
 
     @property
     def numel(self) -> int:

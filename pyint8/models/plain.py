@@ -131,9 +131,7 @@ class _Filler:
             if entry.torch_shape != expected:
                 raise ShapeMismatchError(
                     f"its shape is {list(entry.shape)}, and the module needs {list(expected)}",
-                    tensor=name,
-                    path=entry.path,
-                    offset=entry.offset,
+                    **entry.place,
                 )
 
     def fill(self, options: StreamOptions, on_bytes: Callable[[int], None], on_total: Callable[[int], None]) -> None:
@@ -200,7 +198,7 @@ class _Filler:
                 device=device,
             )
         except QuantizationStateError as error:
-            raise QuantizationStateError(error.problem, tensor=name, path=entry.path, offset=entry.offset) from None
+            raise QuantizationStateError(error.problem, **entry.place) from None
 
     def _set(self, name: str, value: torch.Tensor) -> None:
         owner_name, _, leaf = name.rpartition(".")

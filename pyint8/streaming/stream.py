@@ -157,7 +157,7 @@ class TensorStream:
         entry = delivery.entry
         lane = self._lane(delivery.device)
         rows = entry.torch_shape[0] if entry.torch_shape else 1
-        if not delivery.in_bands or entry.nbytes == 0:
+        if not delivery.in_bands or not entry.torch_shape or entry.nbytes == 0:
             return [_Chunk(delivery, lane, 0, rows, entry.offset, entry.nbytes)]
         row_bytes = entry.nbytes // rows
         step = max(1, lane.band_bytes // row_bytes)

@@ -19,7 +19,7 @@ from pyint8.models.transformers.plan import LoadPlan
 _CLAIMED = "pyint8"
 
 # Called with the target's name and transformers' loading info; returns parameters by name.
-Realize = Callable[[str, Any], dict[str, Any]]
+MakeParameters = Callable[[str, Any], dict[str, Any]]
 
 
 class PlannedRenaming(WeightRenaming):
@@ -41,12 +41,12 @@ class PlannedRenaming(WeightRenaming):
 class PlannedConverter(WeightConverter):
     """Claims every renamed key with a place in the model, and makes its parameter."""
 
-    __slots__ = ("_plan", "_realize")
+    __slots__ = ("_make", "_plan")
 
-    def __init__(self, plan: LoadPlan, realize: Realize) -> None:
+    def __init__(self, plan: LoadPlan, make: MakeParameters) -> None:
         super().__init__([_CLAIMED], [_CLAIMED], [_Unused()])
         object.__setattr__(self, "_plan", plan)
-        object.__setattr__(self, "_realize", realize)
+        object.__setattr__(self, "_make", make)
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         return source_key, _CLAIMED if source_key in self._plan.claimed else None
@@ -62,7 +62,7 @@ class PlannedConverter(WeightConverter):
         hf_quantizer: Any = None,
         loading_info: Any = None,
     ) -> dict[str, Any]:
-        return self._realize(layer_name, loading_info)  # type: ignore[no-any-return]
+        return self._make(layer_name, loading_info)  # type: ignore[no-any-return]
 
     def was_used(self) -> bool:
         return False

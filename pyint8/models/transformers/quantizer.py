@@ -141,7 +141,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
             self.quantization_config.llm_int8_skip_modules = list(self.int8.skip)
         # transformers reads the tensors of a pre-quantized checkpoint at once, in threads, and others when asked.
         self.pre_quantized = False
-        return [PlannedRenaming(plan), PlannedConverter(plan, self.session.realize)]
+        return [PlannedRenaming(plan), PlannedConverter(plan, self.session.make)]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         with self.session.report.phase("finish"):

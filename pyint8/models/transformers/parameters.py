@@ -1,0 +1,199 @@
+"""Making each parameter when transformers' loop asks for it, from what the stream delivers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from transformers.core_model_loading import build_glob_alternation
+from transformers.integrations.accelerate import expand_device_map
+
+from pyint8.checkpoint import Checkpoint, Entry
+from pyint8.config import StreamOptions
+from pyint8.errors import QuantizationStateError
+from pyint8.models.delivery import cast_in_bands, deliver_cast
+from pyint8.models.transformers.plan import LoadPlan, Target
+from pyint8.quantizer import Int8Quantizer, TensorSource
+from pyint8.report import LoadReport
+from pyint8.streaming import Delivery, StreamSource, TensorStream
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter goes and as what."""
+
+    device: torch.device
+    dtype: torch.dtype
+    on_disk: bool
+
+
+def find_places(
+    plan: LoadPlan, model: Any, dtype: torch.dtype, device_map: Mapping[str, Any] | None, quantizer: Int8Quantizer
+) -> dict[str, Place]:
+    """Devices by transformers' own expansion of the map; dtypes by the rule of its loading loop."""
+    parameters = model.state_dict()
+    names = [name for target in plan.targets.values() for name in target.makes() if name in parameters]
+    devices = expand_device_map(device_map, names)
+    fixed = model._get_dtype_plan(dtype)
+    pattern, group_names, _ = build_glob_alternation(list(fixed)) if fixed else (None, {}, None)
+
+    def dtype_of(name: str) -> torch.dtype:
+        match = pattern.search(name) if pattern is not None else None
+        if match is not None:
+            return fixed[group_names[match.lastgroup]]  # type: ignore[no-any-return]
+        return dtype if quantizer.check_quantized_param(name) else parameters[name].dtype
+
+    return {
+        name: Place(torch.device("cpu" if device == "disk" else device), dtype_of(name), device == "disk")
+        for name, device in devices.items()
+    }
+
+
+class ParameterMaker:
+    """The stream of one load, and the parameters made of it.
+
+    Args:
+        plan: Every tensor's place.
+        model: On meta, its modules settled.
+        checkpoint: Where the bytes lie.
+        places: Where parameters go and as what.
+        quantizer: Makes int8 parameters.
+        report: Counts.
+        options: How to move bytes.
+        on_bytes: Called with numbers of bytes as they land.
+        on_total: Called once with the number of bytes that will be read.
+    """
+
+    def __init__(
+        self,
+        plan: LoadPlan,
+        model: Any,
+        checkpoint: Checkpoint,
+        places: dict[str, Place],
+        quantizer: Int8Quantizer,
+        report: LoadReport,
+        options: StreamOptions,
+        on_bytes: Callable[[int], None],
+        on_total: Callable[[int], None],
+    ) -> None:
+        self._plan = plan
+        self._model = model
+        self._checkpoint = checkpoint
+        self._places = places
+        self._quantizer = quantizer
+        self._report = report
+        self._buffers = {name for name, _ in model.named_buffers()}
+        deliveries = [delivery for target in plan.targets.values() for delivery in self._deliveries(target)]
+        on_total(sum(delivery.entry.nbytes for delivery in deliveries))
+        self._stream = TensorStream(deliveries, options, on_bytes=on_bytes)
+
+    def close(self) -> None:
+        """Gives back threads, files and memory; the report keeps what the engine did."""
+        self._report.engine = self._stream.stats()
+        self._stream.close()
+
+    def make(self, name: str, loading_info: Any) -> dict[str, torch.Tensor]:
+        """The parameters of one target, by name; asked for in the order of the plan."""
+        target = self._plan.targets[name]
+        loading_info.unexpected_keys.update(self._plan.also_unexpected)
+        if self._stays_on_disk(target):
+            loading_info.missing_keys.discard(target.name)
+            self._report.tensors["left on disk"] += 1
+            return {}
+        if target.converter is not None:
+            return self._converted(target, loading_info)
+        assert target.source is not None
+        entry, place = self._checkpoint[target.source], self._places[target.name]
+        if self._quantizer.check_quantized_param(target.name):
+            return {target.name: self._quantized(target, entry, place)}
+        self._report.tensors["as stored" if entry.torch_dtype == place.dtype else "cast"] += 1
+        health = self._quantizer.health
+        return {target.name: deliver_cast(self._stream, entry, target.name, place.dtype, place.device, health)}
+
+    def _stays_on_disk(self, target: Target) -> bool:
+        """Whether accelerate will read it from the checkpoint itself, whenever a forward pass needs it."""
+        return target.converter is None and self._places[target.name].on_disk and target.name not in self._buffers
+
+    def _deliveries(self, target: Target) -> list[Delivery]:
+        if self._stays_on_disk(target):
+            return []
+        deliveries = []
+        for name in target.collected():
+            entry, device, in_bands = self._checkpoint[name], self._landing_device(target), False
+            if name == target.format:
+                device = torch.device("cpu")  # one byte to look at
+            elif name == target.source:
+                quantized = self._quantizer.check_quantized_param(target.name)
+                dtype = self._places[target.name].dtype
+                in_bands = self._quantizer.reads_bands if quantized else cast_in_bands(entry, dtype)
+            deliveries.append(Delivery(entry, device, in_bands))
+        return deliveries
+
+    def _landing_device(self, target: Target) -> torch.device:
+        """Some conversions need too much memory for a GPU; transformers does them on the CPU."""
+        on_cpu = getattr(target.converter, "force_cpu", False)
+        return torch.device("cpu") if on_cpu else self._places[target.name].device
+
+    def _quantized(self, target: Target, entry: Entry, place: Place) -> torch.Tensor:
+        self._report.tensors["pre-quantized" if self._quantizer.pre_quantized else "int8"] += 1
+        try:
+            return self._quantizer.create_quantized_param(
+                target.name,
+                StreamSource(self._stream, entry),
+                scales=self._scales(target, entry),
+                model_dtype=place.dtype,
+                device=place.device,
+            )
+        except QuantizationStateError as error:
+            raise QuantizationStateError(error.problem, **entry.place) from None
+
+    def _scales(self, target: Target, weight: Entry) -> torch.Tensor | None:
+        if target.format is not None:
+            layout = self._stream.whole(target.format)
+            if layout.numel() != 1 or int(layout) != 0:
+                raise QuantizationStateError("only int8 weights of format 0 (row-major) can be loaded")
+        if target.scales is None:
+            return None
+        scales = self._checkpoint[target.scales]
+        if scales.shape != weight.shape[:1] or scales.dtype != "F32":
+            raise QuantizationStateError(
+                f"its scales {target.scales} are {scales.dtype} {list(scales.shape)}; they must be F32 "
+                f"{list(weight.shape[:1])}"
+            )
+        return self._stream.whole(target.scales)
+
+    def _converted(self, target: Target, loading_info: Any) -> dict[str, torch.Tensor]:
+        """What the model's own converter (an expert merge, a split) makes, then quantized where that is wanted."""
+        converter = deepcopy(target.converter)
+        assert converter is not None
+        device, dtype = self._landing_device(target), self._places[target.name].dtype
+        for name, pattern in target.sources:
+            entry = self._checkpoint[name]
+            if entry.dtype == "I8" and self._quantizer.pre_quantized:
+                raise QuantizationStateError(
+                    f"int8 codes cannot be split or fused into {target.name}; quantize the 16-bit checkpoint instead",
+                    **entry.place,
+                )
+            converter.add_tensor(target.name, name, pattern, partial(self._read, name, device, dtype))
+        made = converter.convert(
+            target.name, model=self._model, config=self._model.config, hf_quantizer=None, loading_info=loading_info
+        )
+        return {name: self._finished(name, value) for name, value in made.items()}
+
+    def _read(self, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        return self._stream.whole(name).to(device=device, dtype=dtype)
+
+    def _finished(self, name: str, value: Any) -> torch.Tensor:
+        """One result of a conversion, quantized where that is wanted, on its device."""
+        tensor: torch.Tensor = value[0] if isinstance(value, list) else value
+        self._report.tensors["converted"] += 1
+        place = self._places[name]
+        if not self._quantizer.check_quantized_param(name):
+            return tensor.to(place.device)
+        return self._quantizer.create_quantized_param(
+            name, TensorSource(tensor), model_dtype=place.dtype, device=place.device
+        )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,11 @@ class Int8Config:
         object.__setattr__(self, "threshold", float(threshold))  # bitsandbytes takes no int
         skip = self.skip_modules
         if skip is not None:
-            if isinstance(skip, str) or not all(isinstance(name, str) for name in skip):
+            if (
+                isinstance(skip, str)
+                or not isinstance(skip, Iterable)
+                or not all(isinstance(name, str) for name in skip)
+            ):
                 raise OptionError(f"skip_modules is {skip!r}; it must be a sequence of module names, or None")
             object.__setattr__(self, "skip_modules", tuple(skip))
         for name in ("has_fp16_weight", "fp32_cpu_offload"):
@@ -90,6 +94,10 @@ class StreamOptions:
             raise OptionError(f"slot_bytes is {self.slot_bytes}; it must be a multiple of 4096")
         _require_int("device_scratch", self.device_scratch, _MIB, 1 << 40)
         _require_int("host_scratch", self.host_scratch, _MIB, 1 << 40)
+        if not isinstance(self.direct_io, bool):
+            raise OptionError(f"direct_io is {self.direct_io!r}; it must be True or False")
+        if not isinstance(self.libcuda, str):
+            raise OptionError(f"libcuda is {self.libcuda!r}; it must be the name or path of a library")
 
     @property
     def worker_threads(self) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyint8.checkpoint import Checkpoint, open_checkpoint
 from pyint8.config import Int8Config, StreamOptions
-from pyint8.errors import OptionError
+from pyint8.errors import CheckpointNotFoundError, OptionError
 from pyint8.progress import ByteProgress
 from pyint8.report import LoadReport
 
@@ -78,10 +78,19 @@ def load(
     for name, instead in _REPLACED_ARGUMENTS.items():
         if name in hub_and_model_kwargs:
             raise OptionError(f"{name} is not an argument of pyint8.load: {instead}")
+    path = os.fspath(path)
+    _check_path(path, is_plain=model is not None and not isinstance(model, type))
     _check_types(config=(config, Int8Config), options=(options, StreamOptions))
     options = StreamOptions.from_environment() if options is None else options
     report = LoadReport()
-    request = _Request(os.fspath(path), device_map, dtype, max_memory, config, offload_folder, strict, options)
+
+    from pyint8 import arguments
+
+    arguments.check_model(model)
+    arguments.check_device_map(device_map)
+    arguments.check_max_memory(max_memory)
+    dtype = arguments.check_dtype(dtype)
+    request = _Request(path, device_map, dtype, max_memory, config, offload_folder, strict, options)
     with _measured_memory(report), ByteProgress(progress) as bar:
         if model is None or isinstance(model, type):
             result = _load_transformers(request, model, report, bar, hub_and_model_kwargs)
@@ -170,6 +179,14 @@ def _load_plain(
         on_bytes=bar.advance,
         on_total=bar.start,
     )
+
+
+def _check_path(path: str, *, is_plain: bool) -> None:
+    """Refuses what is neither a folder nor can be a hub id; a single file is enough for a module of one's own."""
+    if os.path.isfile(path) and not is_plain:
+        raise OptionError(f"{path} is a file; give the folder with its config.json, or pass model=module to fill one")
+    if not os.path.exists(path) and (path.startswith((".", "~", os.sep)) or path.count("/") > 1 or not path):
+        raise CheckpointNotFoundError("there is no such folder, and it cannot be a hub id; check the path", path=path)
 
 
 def _check_types(**arguments: tuple[object, type]) -> None:

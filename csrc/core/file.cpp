@@ -13,7 +13,9 @@ namespace pyint8 {
 
 File::File(std::string path, bool direct) : path_(std::move(path)), direct_(-1) {
   buffered_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC);
-  if (buffered_ < 0) throw Error::io("cannot open the file", errno, path_, std::nullopt);
+  if (buffered_ < 0)
+    throw Error::io("cannot open the file (is it there, and readable by this user?)", errno, path_,
+                    std::nullopt);
 #ifdef O_DIRECT
   if (direct) {
     twin_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
@@ -49,7 +51,8 @@ void File::read_at(std::byte* out, std::size_t needed, std::size_t capacity, std
     } else if (errno == EINVAL && descriptor != buffered_) {
       direct_.store(-1, std::memory_order_relaxed);
     } else if (errno != EINTR) {
-      throw Error::io("cannot read the file", errno, path_, offset + got);
+      throw Error::io("cannot read the file (check the disk or the network it lies on, and load again)",
+                      errno, path_, offset + got);
     }
   }
 }

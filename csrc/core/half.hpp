@@ -20,10 +20,11 @@ inline float half_to_float(std::uint16_t bits) {
   const std::uint32_t sign = static_cast<std::uint32_t>(bits & 0x8000u) << 16;
   const std::uint32_t magnitude = bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return std::bit_cast<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-  // Shifting exponent and mantissa into fp32's fields leaves the exponent 112 too small; a multiplication by
-  // 2^112 mends that exactly, subnormals included.
-  const float scaled = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
-  return std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(scaled));
+  // fp16's subnormals are normal in fp32, and no step may pass through one of fp32's: torch can be set to
+  // flush those.
+  const float value = magnitude < 0x400u ? static_cast<float>(magnitude) * 0x1p-24f
+                                         : std::bit_cast<float>((magnitude << 13) + (112u << 23));
+  return std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(value));
 }
 
 inline std::uint16_t float_to_half(float value) {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import nn
 
 from pyint8.checkpoint import Checkpoint, Entry
 from pyint8.config import Int8Config, StreamOptions
-from pyint8.errors import CheckpointError, OptionError, QuantizationStateError, ShapeMismatchError
+from pyint8.errors import CheckpointError
+from pyint8.models import checks
 from pyint8.models.delivery import cast_in_bands, deliver_cast
 from pyint8.placement import device_of, dispatch, landing_device, plan_device_map
 from pyint8.quantizer import Int8Quantizer, modules_to_keep
@@ -19,9 +21,6 @@ from pyint8.report import LoadReport
 from pyint8.streaming import Delivery, StreamSource, TensorStream
 
 logger = logging.getLogger("pyint8")
-
-_SCALES = ".SCB"
-_FORMAT = ".weight_format"
 
 
 def fill_module(
@@ -46,34 +45,34 @@ def fill_module(
     Raises:
         CheckpointError: A parameter on meta has no tensor in the checkpoint, or a shape is wrong.
     """
-    quantizer = Int8Quantizer(config, pre_quantized=any(name.endswith(_SCALES) for name in checkpoint), strict=strict)
+    quantizer = Int8Quantizer(
+        config, pre_quantized=any(name.endswith(f".{checks.SCALES}") for name in checkpoint), strict=strict
+    )
     with report.phase("build"):
         quantizer.validate_environment()
-        skip = modules_to_keep(module) if config.skip_modules is None else list(config.skip_modules)
-        asked = quantizer.update_device_map(device_map)
-        quantizer.preprocess_model(module, skip=skip, device_map=asked)
-        filler = _Filler(module, checkpoint, quantizer, _dtype(quantizer.update_dtype(dtype)), report)
-        filler.settle_modules()
-        filler.check()
-        filler.device_map = plan_device_map(module, asked, max_memory, quantizer)
+        dtype = quantizer.update_dtype(dtype)
+        filler = _Filler(module, checkpoint, quantizer, None if isinstance(dtype, str) else dtype, report)
+        with _undone_on_failure(module, quantizer):
+            filler.replace_modules(quantizer.update_device_map(device_map), max_memory)
     with report.phase("stream"):
         filler.fill(options, on_bytes, on_total)
     with report.phase("finish"):
         filler.place_the_rest()
-        quantizer.postprocess_model(module)
+        quantizer.postprocess_model(module, locate=lambda name: checkpoint[name].place)
         dispatch(module, filler.device_map, offload_folder)
     report.skipped = dict(quantizer.skipped)
     return module
 
 
-def _dtype(dtype: torch.dtype | str) -> torch.dtype | None:
-    """A torch.dtype by name; None for "auto"."""
-    if dtype == "auto":
-        return None
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype):
-        raise OptionError(f'dtype is {dtype!r}; it must be a torch.dtype, the name of one, "auto" or None')
-    return found
+@contextmanager
+def _undone_on_failure(module: nn.Module, quantizer: Int8Quantizer) -> Iterator[None]:
+    """A load that is refused leaves the module as it was."""
+    try:
+        yield
+    except BaseException:
+        for name, original in quantizer.converted.items():
+            module.set_submodule(name, original)
+        raise
 
 
 class _Filler:
@@ -96,43 +95,76 @@ class _Filler:
         self._ties = _tied_names(module)
         self._loaded: set[str] = set()
 
-    def settle_modules(self) -> None:
+    def replace_modules(self, device_map: Any, max_memory: Mapping[Any, Any] | None) -> None:
+        """Puts int8 layers in place, refuses what cannot be filled, and decides where everything goes."""
+        config = self._quantizer.config
+        skip = modules_to_keep(self._module) if config.skip_modules is None else list(config.skip_modules)
+        self._quantizer.preprocess_model(self._module, skip=skip, device_map=device_map)
+        self._settle_modules()
+        self._check_names()
+        for name in set(self._module.state_dict()) & set(self._checkpoint):
+            self._check_tensor(name, self._checkpoint[name])
+        self.device_map = plan_device_map(self._module, device_map, max_memory, self._quantizer)
+
+    def _settle_modules(self) -> None:
         """Linear modules without a weight in the checkpoint, or with one that is not int8 there, stay ordinary."""
         absent = []
         for name in list(self._quantizer.converted):
-            weight = self._checkpoint.entries.get(f"{name}.weight")
-            if weight is None:
-                self._quantizer.keep_unquantized(self._module, name, "its weight is not in the checkpoint")
-                absent.append(name)
-            elif self._quantizer.pre_quantized and name + _SCALES not in self._checkpoint and weight.is_floating:
+            weight = f"{name}.weight"
+            entry = self._checkpoint.entries.get(weight)
+            if entry is None:
+                self._refuse_orphans(weight)
+                tied = weight in self._filled_by_ties()
+                reason = "its weight is tied to another" if tied else "its weight is not in the checkpoint"
+                self._quantizer.keep_unquantized(self._module, name, reason)
+                absent += [] if tied else [name]
+            elif self._quantizer.pre_quantized and self._companion(weight, checks.SCALES) is None and entry.is_floating:
                 self._quantizer.keep_unquantized(self._module, name, "it is not quantized in the checkpoint")
         self._quantizer.name_absent(absent)
 
-    def check(self) -> None:
-        """Refuses wrong shapes and parameters that nothing would fill; reports what is left over."""
+    def _refuse_orphans(self, weight: str) -> None:
+        for leaf in (checks.SCALES, checks.FORMAT):
+            companion = self._companion(weight, leaf)
+            if companion is not None:
+                checks.require_weight(companion, weight)
+
+    def _companion(self, weight: str, leaf: str) -> Entry | None:
+        """The scales or the format of an int8 weight."""
+        return self._checkpoint.entries.get(f"{weight.rpartition('.')[0]}.{leaf}")
+
+    def _check_names(self) -> None:
+        """Refuses parameters and buffers that nothing would fill; reports what is left over."""
         own = self._module.state_dict()
-        companions = {name + suffix for name in self._quantizer.converted for suffix in (_SCALES, _FORMAT)}
+        companions = {f"{name}.{leaf}" for name in self._quantizer.converted for leaf in (checks.SCALES, checks.FORMAT)}
         missing = sorted(set(own) - set(self._checkpoint) - self._filled_by_ties())
         unexpected = sorted(set(self._checkpoint) - set(own) - companions)
         self._report.loading_info = {"missing_keys": set(missing), "unexpected_keys": set(unexpected)}
-        for name in missing:
-            if own[name].is_meta:
-                raise CheckpointError(
-                    f"the checkpoint in {self._checkpoint.files[0]} has no such tensor, and the module holds no "
-                    "values for it (it is on meta); are the names the module's own?",
-                    tensor=name,
-                )
+        lost = [name for name in missing if own[name].is_meta]
+        lost += [name for name, buffer in self._module.named_buffers() if buffer.is_meta and name not in own]
+        if lost:
+            raise CheckpointError(
+                f"the checkpoint in {self._checkpoint.files[0]} has no such tensor, and the module holds no values for "
+                "it (it is on meta); are the names the module's own?",
+                tensor=lost[0],
+            )
         if unexpected:
             logger.warning("the checkpoint's %s have no place in the module", ", ".join(unexpected[:10]))
-        for name in set(own) & set(self._checkpoint):
-            entry = self._checkpoint[name]
-            quantized = self._quantizer.check_quantized_param(name)
-            expected = self._quantizer.expected_shape(self._module, name) if quantized else tuple(own[name].shape)
-            if entry.torch_shape != expected:
-                raise ShapeMismatchError(
-                    f"its shape is {list(entry.shape)}, and the module needs {list(expected)}",
-                    **entry.place,
-                )
+
+    def _check_tensor(self, name: str, entry: Entry) -> None:
+        """Refuses a tensor that cannot become its parameter."""
+        scales = self._companion(name, checks.SCALES)
+        module = name.rpartition(".")[0]
+        if not self._quantizer.check_quantized_param(name):
+            if scales is not None and name.endswith(".weight"):
+                reason = self._quantizer.skipped.get(module, "it is no linear module")
+                checks.require_quantized(entry, name, reason)
+            checks.require_shape(entry, name, tuple(self._module.state_dict()[name].shape))
+            return
+        if self._quantizer.pre_quantized:
+            checks.require_scales(self._checkpoint, None if scales is None else scales.name, entry)
+        else:
+            checks.require_real_floats(entry)
+        checks.require_shape(entry, name, self._quantizer.expected_shape(self._module, name))
 
     def fill(self, options: StreamOptions, on_bytes: Callable[[int], None], on_total: Callable[[int], None]) -> None:
         own = self._module.state_dict()
@@ -174,12 +206,12 @@ class _Filler:
         entry, device = self._checkpoint[name], self._device(name)
         if not self._quantizer.check_quantized_param(name):
             return [Delivery(entry, device, in_bands=cast_in_bands(entry, self._target_dtype(entry.torch_dtype)))]
-        scales = self._scales_of(name)
-        extra = [] if scales is None else [Delivery(scales, device)]
-        return [*extra, Delivery(entry, device, in_bands=self._quantizer.reads_bands)]
-
-    def _scales_of(self, name: str) -> Entry | None:
-        return self._checkpoint.entries.get(name.removesuffix(".weight") + _SCALES)
+        deliveries = [Delivery(entry, device, in_bands=self._quantizer.reads_bands)]
+        if (scales := self._companion(name, checks.SCALES)) is not None:
+            deliveries.insert(0, Delivery(scales, device))
+        if (layout := self._companion(name, checks.FORMAT)) is not None:
+            deliveries.insert(0, Delivery(layout, torch.device("cpu")))
+        return deliveries
 
     def _make(self, name: str, stream: TensorStream) -> torch.Tensor:
         entry, device = self._checkpoint[name], self._device(name)
@@ -188,17 +220,16 @@ class _Filler:
             self._report.tensors["as stored" if dtype == entry.torch_dtype else "cast"] += 1
             return deliver_cast(stream, entry, name, dtype, device, self._quantizer.health)
         self._report.tensors["pre-quantized" if self._quantizer.pre_quantized else "int8"] += 1
-        scales = self._scales_of(name)
-        try:
-            return self._quantizer.create_quantized_param(
-                name,
-                StreamSource(stream, entry),
-                scales=None if scales is None else stream.whole(scales.name),
-                model_dtype=dtype,
-                device=device,
-            )
-        except QuantizationStateError as error:
-            raise QuantizationStateError(error.problem, **entry.place) from None
+        if (layout := self._companion(name, checks.FORMAT)) is not None:
+            checks.require_row_major(int(stream.whole(layout.name)), entry)
+        scales = self._companion(name, checks.SCALES)
+        return self._quantizer.create_quantized_param(
+            name,
+            StreamSource(stream, entry),
+            scales=None if scales is None else stream.whole(scales.name),
+            model_dtype=dtype,
+            device=device,
+        )
 
     def _set(self, name: str, value: torch.Tensor) -> None:
         owner_name, _, leaf = name.rpartition(".")

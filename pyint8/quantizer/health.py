@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -48,7 +50,8 @@ class WeightHealth:
 
     def watch_cast(self, name: str, row: int, before: torch.Tensor, after: torch.Tensor) -> None:
         """Looks at rows of an unquantized tensor that were cast: infinity where there was none is an overflow."""
-        if after.dtype != torch.float16 or before.dtype == torch.float16 or not before.is_floating_point():
+        narrowed = after.dtype == torch.float16 and before.is_floating_point() and before.dtype != torch.float16
+        if not narrowed or not after.numel():
             return
         overflow = after.isinf()
         if after.is_cuda or bool(overflow.any()):
@@ -71,8 +74,13 @@ class WeightHealth:
                     found[watched.name] = BadWeight(watched.name, watched.row + first)
         return list(found.values())
 
-    def settle(self, *, strict: bool) -> None:
-        """Raises NonFiniteWeightError for the first bad weight, or with `strict` off logs one warning for all."""
+    def settle(self, *, strict: bool, locate: Callable[[str], dict[str, Any]] | None = None) -> None:
+        """Raises NonFiniteWeightError for the first bad weight, or with `strict` off logs one warning for all.
+
+        Args:
+            strict: Which of the two.
+            locate: Where a parameter's tensor lies: "tensor", "path" and "offset".
+        """
         bad = self.bad_weights()
         self._watched.clear()
         if not bad:
@@ -87,5 +95,5 @@ class WeightHealth:
         raise NonFiniteWeightError(
             f"row {bad[0].row} has {problem}.{others} Mend the checkpoint, or pass strict=False to load it as "
             "bitsandbytes does, with rows that are wrong",
-            tensor=bad[0].name,
+            **(locate(bad[0].name) if locate is not None else {"tensor": bad[0].name}),
         )

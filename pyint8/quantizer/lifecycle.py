@@ -219,13 +219,17 @@ class Int8Quantizer:
 
     # --- After loading --------------------------------------------------------------------------------------------
 
-    def postprocess_model(self, model: nn.Module) -> None:
+    def postprocess_model(self, model: nn.Module, *, locate: Callable[[str], dict[str, Any]] | None = None) -> None:
         """Marks the model as bitsandbytes' users expect it, and settles what was seen of the weights.
+
+        Args:
+            model: Changed in place.
+            locate: Where a parameter's tensor lies, for errors: "tensor", "path" and "offset".
 
         Raises:
             NonFiniteWeightError: `strict`, and a weight has NaN, infinity, or a value beyond fp16.
         """
-        self.health.settle(strict=self.strict)
+        self.health.settle(strict=self.strict, locate=locate)
         model.is_loaded_in_8bit = True  # type: ignore[assignment]
         model.is_8bit_serializable = self.is_serializable  # type: ignore[assignment]
 

@@ -13,8 +13,7 @@ from torch import nn
 
 from pyint8.config import Int8Config
 
-# out_proj of nn.MultiheadAttention, whose weight is used without calling it.
-_WEIGHT_USED_DIRECTLY = (nn.modules.linear.NonDynamicallyQuantizableLinear,)
+_UNCALLED = "its weight is used without calling the module"
 
 
 def conv1d_class() -> type[nn.Module] | None:
@@ -33,11 +32,17 @@ def why_not_linear(module: nn.Module) -> str | None:
     """None for a module that computes x @ W.T + b and nothing else; else what speaks against it."""
     if type(module) is nn.Linear or is_conv1d(type(module)):
         return None
-    if isinstance(module, _WEIGHT_USED_DIRECTLY):
-        return "its weight is used without calling the module"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):  # of nn.MultiheadAttention
+        return _UNCALLED
     if isinstance(module, nn.Linear):
         return None if _is_linear_in_disguise(module) else f"{type(module).__name__} computes more than a Linear does"
     return "not a Linear"
+
+
+def _used_by_fast_paths(model: nn.Module) -> set[int]:
+    """Ids of Linears in torch's own encoder layers, whose fast path in evaluation takes their weights only."""
+    layers = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    return {id(linear) for layer in layers for linear in (layer.linear1, layer.linear2)}
 
 
 def _is_linear_in_disguise(module: nn.Linear) -> bool:
@@ -98,11 +103,14 @@ def replace_with_int8(
     """
     replaced: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
+    uncalled = _used_by_fast_paths(model)
     for name, module in list(model.named_modules()):
         if not (isinstance(module, nn.Linear) or is_conv1d(type(module))) or name == "":
             continue
         if not wanted(name):
             skipped[name] = "in the list of modules to skip"
+        elif id(module) in uncalled:
+            skipped[name] = _UNCALLED
         elif (reason := why_not_linear(module)) is not None:
             skipped[name] = reason
         else:

@@ -47,6 +47,7 @@ class _Chunk:
     rows: int
     offset: int
     nbytes: int
+    passes: bool = False  # through scratch
     memory: torch.Tensor | None = None  # uint8
     region: Region | None = None
     ticket: int | None = None
@@ -169,6 +170,7 @@ class TensorStream:
                 min(step, rows - row),
                 entry.offset + row * row_bytes,
                 min(step, rows - row) * row_bytes,
+                passes=row_bytes <= lane.ring.size,
             )
             for row in range(0, rows, step)
         ]
@@ -198,7 +200,7 @@ class TensorStream:
     def _place(self, chunk: _Chunk) -> bool:
         """Gives a chunk its memory; False while there is no room."""
         lane = chunk.lane
-        if chunk.delivery.in_bands and 0 < chunk.nbytes <= lane.ring.size:
+        if chunk.passes:
             chunk.region = lane.ring.acquire(chunk.nbytes)
             if chunk.region is None:
                 return False

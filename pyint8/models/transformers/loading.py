@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -64,7 +65,7 @@ def load_pretrained(
         arguments = {**arguments, "quantization_config": StreamedInt8Config.of(int8_config or Int8Config())}
     else:
         config, unused = transformers.AutoConfig.from_pretrained(path, return_unused_kwargs=True, **arguments)
-        config.quantization_config = _pre_quantized_fields(stored, int8_config)
+        config.quantization_config = _pre_quantized_fields(stored, int8_config, path)
         arguments = {**unused, **hub, "config": config}
     with session.activate(), _without_progress_bar(), session.report.phase("build"):
         model, session.report.loading_info = model_class.from_pretrained(
@@ -76,6 +77,10 @@ def load_pretrained(
 def _read_config(path: str, hub: dict[str, Any]) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(path, **hub)
+    except OSError as error:
+        if not os.path.exists(os.path.join(path, hub.get("subfolder") or "", "config.json")):
+            raise
+        raise ModelNotSupportedError(f"the configuration in {path} cannot be read: {error}") from error
     except (ValueError, KeyError) as error:
         raise ModelNotSupportedError(
             f"transformers {transformers.__version__} does not know the configuration in {path}: {error}. Install a "
@@ -98,14 +103,16 @@ def class_of(config: Any, path: str) -> Any:
                 return getattr(transformers, auto_class)
         if isinstance(found := getattr(transformers, architecture, None), type):
             return found
-    named = f"the class {architectures[0]}, which transformers {transformers.__version__} does not have"
+    named = "no class (its `architectures` is empty)"
+    if architectures:
+        named = f"the class {architectures[0]}, which transformers {transformers.__version__} does not have"
     raise ModelNotSupportedError(
-        f"the configuration in {path} names {named if architectures else 'no class (its `architectures` is empty)'}; "
-        "say which to load, e.g. pyint8.load(path, model=transformers.AutoModelForCausalLM)"
+        f"the configuration in {path} names {named}; say which to load, e.g. "
+        "pyint8.load(path, model=transformers.AutoModelForCausalLM)"
     )
 
 
-def _pre_quantized_fields(stored: Any, asked: Int8Config | None) -> dict[str, Any]:
+def _pre_quantized_fields(stored: Any, asked: Int8Config | None, path: str) -> dict[str, Any]:
     """A pre-quantized checkpoint's own configuration, routed to our quantizer."""
     fields = dict(stored if isinstance(stored, dict) else stored.to_dict())
     method = str(fields.get("quant_method") or "bitsandbytes")
@@ -113,8 +120,8 @@ def _pre_quantized_fields(stored: Any, asked: Int8Config | None) -> dict[str, An
     if method != "bitsandbytes" or not in_8bit:
         described = "4-bit bitsandbytes" if method == "bitsandbytes" else method
         raise ModelNotSupportedError(
-            f"the checkpoint is quantized already, by {described}: pyint8 loads 16- and 32-bit checkpoints and "
-            "bitsandbytes' int8 ones. Load it with transformers, or start from the unquantized checkpoint"
+            f"the checkpoint in {path} is quantized already, by {described}: pyint8 loads 16- and 32-bit checkpoints "
+            "and bitsandbytes' int8 ones. Load it with transformers, or start from the unquantized checkpoint"
         )
     if asked is not None:
         raise OptionError("the checkpoint is int8 already and brings its own configuration; leave `config` out")

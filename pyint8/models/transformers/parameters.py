@@ -15,6 +15,7 @@ from transformers.integrations.accelerate import expand_device_map
 from pyint8.checkpoint import Checkpoint, Entry
 from pyint8.config import StreamOptions
 from pyint8.errors import QuantizationStateError
+from pyint8.models import checks
 from pyint8.models.delivery import cast_in_bands, deliver_cast
 from pyint8.models.transformers.plan import LoadPlan, Target
 from pyint8.quantizer import Int8Quantizer, TensorSource
@@ -140,31 +141,15 @@ class ParameterMaker:
 
     def _quantized(self, target: Target, entry: Entry, place: Place) -> torch.Tensor:
         self._report.tensors["pre-quantized" if self._quantizer.pre_quantized else "int8"] += 1
-        try:
-            return self._quantizer.create_quantized_param(
-                target.name,
-                StreamSource(self._stream, entry),
-                scales=self._scales(target, entry),
-                model_dtype=place.dtype,
-                device=place.device,
-            )
-        except QuantizationStateError as error:
-            raise QuantizationStateError(error.problem, **entry.place) from None
-
-    def _scales(self, target: Target, weight: Entry) -> torch.Tensor | None:
         if target.format is not None:
-            layout = self._stream.whole(target.format)
-            if layout.numel() != 1 or int(layout) != 0:
-                raise QuantizationStateError("only int8 weights of format 0 (row-major) can be loaded")
-        if target.scales is None:
-            return None
-        scales = self._checkpoint[target.scales]
-        if scales.shape != weight.shape[:1] or scales.dtype != "F32":
-            raise QuantizationStateError(
-                f"its scales {target.scales} are {scales.dtype} {list(scales.shape)}; they must be F32 "
-                f"{list(weight.shape[:1])}"
-            )
-        return self._stream.whole(target.scales)
+            checks.require_row_major(int(self._stream.whole(target.format)), entry)
+        return self._quantizer.create_quantized_param(
+            target.name,
+            StreamSource(self._stream, entry),
+            scales=None if target.scales is None else self._stream.whole(target.scales),
+            model_dtype=place.dtype,
+            device=place.device,
+        )
 
     def _converted(self, target: Target, loading_info: Any) -> dict[str, torch.Tensor]:
         """What the model's own converter (an expert merge, a split) makes, then quantized where that is wanted."""
@@ -185,7 +170,11 @@ class ParameterMaker:
         return {name: self._finished(name, value) for name, value in made.items()}
 
     def _read(self, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        return self._stream.whole(name).to(device=device, dtype=dtype)
+        """A source of a conversion, as transformers would hand it over: on its device, in the target's dtype."""
+        stored = self._stream.whole(name).to(device)
+        tensor = stored.to(dtype)
+        self._quantizer.health.watch_cast(name, 0, stored, tensor)
+        return tensor
 
     def _finished(self, name: str, value: Any) -> torch.Tensor:
         """One result of a conversion, quantized where that is wanted, on its device."""

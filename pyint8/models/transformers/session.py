@@ -110,6 +110,13 @@ class LoadSession:
         check_tensors(self.plan, model, self._checkpoint, self.quantizer, allow_mismatched_shapes=allow)
         return self.plan
 
+    def locate(self, name: str) -> dict[str, Any]:
+        """Where a parameter's (or a checkpoint's) tensor lies, for errors: "tensor", "path" and "offset"."""
+        assert self._checkpoint is not None
+        target = self.plan.made_by().get(name)
+        source = target.sources[0][0] if target is not None and target.sources else name
+        return self._checkpoint[source].place if source in self._checkpoint else {"tensor": name}
+
     def make(self, name: str, loading_info: Any) -> dict[str, torch.Tensor]:
         """The parameters of one target; called by transformers' loop, which starts the stream."""
         with self.report.phase("stream"):

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers.core_model_loading import MergeModulelist
+
 from pyint8.checkpoint import Checkpoint
-from pyint8.errors import QuantizationStateError, ShapeMismatchError
+from pyint8.models import checks
 from pyint8.models.transformers.plan import LoadPlan, Target, entry_of
 from pyint8.quantizer import Int8Quantizer
+
+_TIED = "its weight is tied to another"
+_ABSENT = "its weight is not in the checkpoint"
 
 
 def settle_modules(
     plan: LoadPlan, model: Any, checkpoint: Checkpoint, quantizer: Int8Quantizer, *, allow_mismatched_shapes: bool
 ) -> None:
-    """Puts back the replaced modules whose weight is absent, not int8 in a pre-quantized checkpoint, or misshapen."""
+    """Puts back the replaced modules whose weight is absent, tied, misshapen, or a float in an int8 checkpoint."""
 
-    def why_ordinary(target: Target, name: str) -> str | None:
+    def why_ordinary(target: Target | None, name: str) -> str | None:
+        if target is None:
+            return _TIED if name in model.all_tied_weights_keys else _ABSENT
         entry = entry_of(target, checkpoint)
         if entry is None:
             return None
@@ -28,12 +35,12 @@ def settle_modules(
     made_by = plan.made_by()
     absent = []
     for name in list(quantizer.converted):
-        target = made_by.get(f"{name}.weight")
-        if target is None:
-            quantizer.keep_unquantized(model, name, "its weight is not in the checkpoint")
-            absent.append(name)
-        elif (reason := why_ordinary(target, f"{name}.weight")) is not None:
+        weight = f"{name}.weight"
+        reason = why_ordinary(made_by.get(weight), weight)
+        if reason is not None:
             quantizer.keep_unquantized(model, name, reason)
+        if reason == _ABSENT:
+            absent.append(name)
     quantizer.name_absent(absent)
 
 
@@ -44,33 +51,38 @@ def check_tensors(
 
     Raises:
         ShapeMismatchError: A tensor's shape is not its parameter's (left to transformers if that is allowed).
-        QuantizationStateError: int8 codes for a module that is not quantized here, or scales without a weight.
+        QuantizationStateError: int8 codes for a module that is not quantized here, or without sound scales.
+        CheckpointError: A weight to be quantized is not of a floating dtype.
     """
     parameters = model.state_dict()
     for name, target in plan.targets.items():
-        entry = entry_of(target, checkpoint)
         quantized = quantizer.check_quantized_param(name)
+        entry = entry_of(target, checkpoint)
         if entry is None:
-            _require_weight(target, checkpoint)
+            _check_sources(target, checkpoint)
             continue
-        if target.scales is not None and not quantized:
-            reason = quantizer.skipped.get(name.rpartition(".")[0], "it is no linear module")
-            raise QuantizationStateError(
-                f"int8 codes for {name}, whose module is not quantized here: {reason}", **entry.place
-            )
-        expected = quantizer.expected_shape(model, name) if quantized else tuple(parameters[name].shape)
-        if entry.torch_shape != expected and not allow_mismatched_shapes:
-            raise ShapeMismatchError(
-                f"its shape is {list(entry.shape)}, and {name} needs {list(expected)}; is this the checkpoint of this "
-                "configuration? (ignore_mismatched_sizes=True initializes such parameters afresh)",
-                **entry.place,
-            )
+        if not quantized:
+            if target.scales is not None:
+                module = name.rpartition(".")[0]
+                checks.require_quantized(entry, name, quantizer.skipped.get(module, "it is no linear module"))
+            if not allow_mismatched_shapes:
+                checks.require_shape(entry, name, tuple(parameters[name].shape))
+            continue
+        if quantizer.pre_quantized:
+            checks.require_scales(checkpoint, target.scales, entry)
+        else:
+            checks.require_real_floats(entry)
+        checks.require_shape(entry, name, quantizer.expected_shape(model, name))
 
 
-def _require_weight(target: Target, checkpoint: Checkpoint) -> None:
+def _check_sources(target: Target, checkpoint: Checkpoint) -> None:
     companion = target.scales or target.format
     if companion is not None and not target.sources:
-        raise QuantizationStateError(
-            f"it belongs to {target.name}, which the checkpoint does not have; save the quantized model again",
-            **checkpoint[companion].place,
-        )
+        checks.require_weight(checkpoint[companion], target.name)
+    operations = getattr(target.converter, "operations", ())
+    if not any(isinstance(operation, MergeModulelist) for operation in operations):
+        return
+    first: dict[str | None, tuple[int, ...]] = {}
+    for name, pattern in target.sources:  # they are stacked: experts of one shape
+        entry = checkpoint[name]
+        checks.require_shape(entry, target.name, first.setdefault(pattern, entry.torch_shape))

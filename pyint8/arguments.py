@@ -1,0 +1,60 @@
+"""Refusing wrong arguments of `pyint8.load` early, with the right ones listed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyint8.errors import OptionError, PlacementError
+
+PLANNED_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def check_dtype(dtype: Any) -> torch.dtype | str | None:
+    """A torch.dtype, "auto" or None, from one of these or a dtype's name; OptionError for anything else."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if dtype is None or found == "auto" or (isinstance(found, torch.dtype) and found.is_floating_point):
+        return found
+    raise OptionError(f'dtype is {dtype!r}; it must be a floating torch.dtype, the name of one, "auto" or None')
+
+
+def check_device_map(device_map: Any) -> None:
+    """Raises PlacementError unless it is a word for a plan, a device, a dict of modules to devices, or None."""
+    if device_map is None or (isinstance(device_map, str) and device_map in PLANNED_MAPS):
+        return
+    if not isinstance(device_map, Mapping):
+        _check_device(device_map, f"one of {', '.join(PLANNED_MAPS)}, a device, a dict of modules to devices, or None")
+        return
+    for name, device in device_map.items():
+        if not isinstance(name, str):
+            raise PlacementError(f"device_map has the key {name!r}; keys are names of modules")
+        if device != "disk":
+            _check_device(device, f'a device or "disk" for {name!r}')
+
+
+def _check_device(device: Any, wanted: str) -> None:
+    if isinstance(device, int) and device >= 0:  # of the accelerator
+        return
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise PlacementError(f"device_map is {device!r}; it must be {wanted} ({error})") from None
+
+
+def check_max_memory(max_memory: Any) -> None:
+    """Raises OptionError unless it is a dict of devices to sizes, or None."""
+    if max_memory is not None and not isinstance(max_memory, Mapping):
+        raise OptionError(f'max_memory is {max_memory!r}; it must be a dict such as {{0: "20GiB", "cpu": "64GiB"}}')
+
+
+def check_model(model: Any) -> None:
+    """Raises OptionError unless it is a module, a class that has from_pretrained, or None."""
+    if model is None or isinstance(model, nn.Module) or (isinstance(model, type) and hasattr(model, "from_pretrained")):
+        return
+    raise OptionError(
+        f"model is {model!r}; it must be a transformers class such as transformers.AutoModelForCausalLM, a "
+        "torch.nn.Module to fill, or None"
+    )

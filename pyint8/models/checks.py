@@ -1,0 +1,78 @@
+"""What a checkpoint's tensors must be to become a model's parameters, before a byte of them is read."""
+
+from __future__ import annotations
+
+from pyint8.checkpoint import Checkpoint, Entry
+from pyint8.errors import CheckpointError, QuantizationStateError, ShapeMismatchError
+
+SCALES = "SCB"
+FORMAT = "weight_format"
+_ROW_MAJOR = 0
+
+
+def require_shape(entry: Entry, name: str, expected: tuple[int, ...]) -> None:
+    """Raises ShapeMismatchError unless the entry has the shape that parameter `name` needs."""
+    if entry.torch_shape != expected:
+        raise ShapeMismatchError(
+            f"its shape is {list(entry.shape)}, and {name} needs {list(expected)}; is this the checkpoint of this "
+            "configuration? (ignore_mismatched_sizes=True initializes such parameters of transformers models afresh)",
+            **entry.place,
+        )
+
+
+def require_real_floats(entry: Entry) -> None:
+    """Raises for a weight to be quantized that is not of a real floating dtype."""
+    if entry.is_floating:
+        return
+    if entry.dtype == "I8":
+        raise QuantizationStateError(
+            "an int8 weight, and the checkpoint does not say how it was quantized (its scales, `SCB`, or the "
+            "quantization_config of its config.json are missing); save the quantized model again",
+            **entry.place,
+        )
+    raise CheckpointError(
+        f"a weight of dtype {entry.dtype} cannot be quantized; leave its module out with "
+        "config=Int8Config(skip_modules=[...])",
+        **entry.place,
+    )
+
+
+def require_quantized(entry: Entry, name: str, reason: str) -> None:
+    """Raises for int8 codes whose module is not quantized here."""
+    raise QuantizationStateError(f"int8 codes for {name}, whose module is not quantized here: {reason}", **entry.place)
+
+
+def require_weight(companion: Entry, name: str) -> None:
+    """Raises for scales (or a format) whose weight is not in the checkpoint."""
+    raise QuantizationStateError(
+        f"it belongs to {name}, which the checkpoint does not have; save the quantized model again", **companion.place
+    )
+
+
+def require_scales(checkpoint: Checkpoint, scales: str | None, weight: Entry) -> None:
+    """Raises unless a pre-quantized weight is int8 [out, in], and its scales are there, fp32 [out]."""
+    if scales is None:
+        raise QuantizationStateError(
+            "an int8 weight without its scales (its `SCB` tensor); save the quantized model again", **weight.place
+        )
+    if weight.dtype != "I8":
+        raise QuantizationStateError(
+            f"scales (`SCB`) for a weight of dtype {weight.dtype}, which must be int8; save the quantized model again",
+            **weight.place,
+        )
+    entry = checkpoint[scales]
+    if entry.dtype != "F32" or entry.shape != weight.shape[:1]:
+        raise QuantizationStateError(
+            f"its scales {scales} are {entry.dtype} {list(entry.shape)}; they must be F32 {list(weight.shape[:1])}",
+            **weight.place,
+        )
+
+
+def require_row_major(layout: int, entry: Entry) -> None:
+    """Raises unless an int8 weight's `weight_format` is the one that bitsandbytes still has."""
+    if layout != _ROW_MAJOR:
+        raise QuantizationStateError(
+            f"its weight_format is {layout}; only weights of format {_ROW_MAJOR} (row-major) can be loaded: save the "
+            "model again with a recent bitsandbytes",
+            **entry.place,
+        )

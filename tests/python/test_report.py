@@ -1,0 +1,103 @@
+"""The LoadReport's arithmetic and text."""
+
+import time
+
+import pytest
+
+from pyint8 import LoadReport
+
+PHASES = ["read headers", "build", "stream", "finish"]
+
+
+class Clock:
+    """time.perf_counter in whole seconds, moved by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def passes(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_phases_are_there_from_the_start() -> None:
+    report = LoadReport()
+    assert report.seconds == dict.fromkeys(PHASES, 0.0)
+    assert report.total_seconds == 0
+    assert report.gigabytes_per_second == 0
+    assert LoadReport().seconds is not report.seconds
+
+
+def test_a_phase_inside_another_counts_for_itself_only(clock: Clock) -> None:
+    report = LoadReport()
+    with report.phase("build"):
+        clock.passes(1)
+        with report.phase("stream"):
+            clock.passes(2)
+            with report.phase("read headers"):
+                clock.passes(4)
+            clock.passes(8)
+        with report.phase("finish"):
+            clock.passes(16)
+        clock.passes(32)
+    assert report.seconds == {"build": 33, "stream": 10, "read headers": 4, "finish": 16}
+    assert report.total_seconds == 63
+
+
+def test_a_phase_entered_again_adds_up(clock: Clock) -> None:
+    report = LoadReport()
+    for _ in range(3):
+        with report.phase("stream"):
+            clock.passes(2)
+    with report.phase("stream"), report.phase("stream"):
+        clock.passes(1)
+    assert report.seconds["stream"] == 7
+
+
+def test_a_phase_counts_when_it_fails(clock: Clock) -> None:
+    report = LoadReport()
+
+    def fail() -> None:
+        with report.phase("build"):
+            clock.passes(1)
+            with report.phase("stream"):
+                clock.passes(2)
+                raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert (report.seconds["build"], report.seconds["stream"]) == (1, 2)
+
+
+def test_speed_is_of_the_stream_phase() -> None:
+    report = LoadReport(checkpoint_bytes=3_000_000_000)
+    report.seconds |= {"build": 10.0, "stream": 1.5}
+    assert report.gigabytes_per_second == 2.0
+
+
+def test_text() -> None:
+    report = LoadReport(checkpoint_bytes=16_060_000_000, host_peak_bytes=120_000_000)
+    report.seconds |= {"read headers": 0.01, "build": 0.2, "stream": 0.5, "finish": 0.04}
+    report.tensors.update({"int8": 224, "as stored": 2, "cast": 65})
+    report.device_peak_bytes = {"cuda:0": 9_300_000_000}
+    report.skipped = {"lm_head": "in the list of modules to skip"}
+    assert str(report).splitlines() == [
+        "read        16.060 GB at 32.12 GB/s",
+        "seconds     0.75 (read headers 0.01, build 0.20, stream 0.50, finish 0.04)",
+        "tensors     224 int8, 65 cast, 2 as stored",
+        "host peak   +0.120 GB",
+        "cuda:0      peak 9.300 GB",
+        "not quantized",
+        "  lm_head: in the list of modules to skip",
+    ]
+
+
+def test_text_of_an_empty_report() -> None:
+    lines = str(LoadReport()).splitlines()
+    assert lines[0] == "read        0.000 GB at 0.00 GB/s"
+    assert len(lines) == 4

@@ -1,0 +1,86 @@
+#include "cuda_support.hpp"
+
+#include "kernels_ptx.hpp"
+
+namespace pyint8 {
+namespace {
+
+bool left_out = false;
+
+}  // namespace
+
+// These two come before those of the build, which may have had no compiler for kernels.
+bool has_kernels() {
+  return !left_out;
+}
+const char* kernels_ptx() {
+  return left_out ? "" : "PTX";
+}
+
+}  // namespace pyint8
+
+namespace pyint8::testing {
+namespace {
+
+void call(void* work) {
+  const std::unique_ptr<std::function<void()>> owned(static_cast<std::function<void()>*>(work));
+  (*owned)();
+}
+
+}  // namespace
+
+std::shared_ptr<const CudaApi> fake_driver() {
+  return CudaApi::open(FAKE_CUDA_LIBRARY);
+}
+
+void leave_kernels_out(bool out) {
+  left_out = out;
+}
+
+FakeCudaCounters counters() {
+  FakeCudaCounters counters;
+  fake_cuda_counters(&counters);
+  return counters;
+}
+
+Accounts::Accounts() {
+  fake_cuda_reset();
+}
+
+Accounts::~Accounts() {
+  const FakeCudaCounters end = counters();
+  fake_cuda_reset();
+  if (ignored_) return;
+  CHECK(end.contexts == 0);
+  CHECK(end.streams == 0);
+  CHECK(end.events == 0);
+  CHECK(end.modules == 0);
+  CHECK(end.registered_bytes == 0);
+  CHECK(end.pageable_copies == 0);
+  CHECK(end.violations == 0);
+  CHECK(pinned_bytes_in_use() == 0);
+}
+
+Consumer::Consumer(int ordinal) : context_(fake_driver(), ordinal) {
+  const CudaContext::Scope scope(context_);
+  context_.api().check(context_.api().stream_create(&stream_, kStreamNonBlocking), "the consumer's stream");
+}
+
+Consumer::~Consumer() {
+  const CudaContext::Scope scope(context_);
+  context_.api().stream_synchronize(stream_);
+  context_.api().stream_destroy(stream_);
+}
+
+void Consumer::then(std::function<void()> work, bool on_default) {
+  const CudaContext::Scope scope(context_);
+  auto* stream = on_default ? nullptr : reinterpret_cast<CUstream_st*>(stream_);
+  context_.api().check(cuLaunchHostFunc(stream, call, new std::function<void()>(std::move(work))), "work");
+}
+
+void Consumer::synchronize(bool on_default) {
+  const CudaContext::Scope scope(context_);
+  context_.api().check(context_.api().stream_synchronize(on_default ? nullptr : stream_), "synchronize");
+}
+
+}  // namespace pyint8::testing

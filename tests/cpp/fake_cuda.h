@@ -1,0 +1,35 @@
+// What a test may ask of the fake driver, libfakecuda.so, beyond the driver's own entry points. The
+// environment variable FAKE_CUDA_DEVICES is the number of its devices (4 by default), FAKE_CUDA_DELAY_US the
+// longest delay before a stream's next operation (200 by default).
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+struct FakeCudaCounters {
+  std::int64_t contexts;  // primary contexts' retains, not released yet
+  std::int64_t streams;   // not destroyed yet; so are the next three
+  std::int64_t events;
+  std::int64_t modules;
+  std::int64_t registered_bytes;
+  std::int64_t pageable_copies;  // copies from memory that is not registered, which the bus makes slow
+  std::int64_t violations;       // what would be memory corruption on a GPU
+};
+
+void fake_cuda_counters(FakeCudaCounters* counters);
+
+// The `nth_call`-th call of an entry point from now (1: the next; 0: none) answers `result`. Calls that give
+// something back or wait do that nevertheless: they report, as the driver does, an error of earlier work.
+void fake_cuda_fail_after(const char* entry_point, int nth_call, int result);
+
+// Calls of an entry point since the last reset.
+std::int64_t fake_cuda_calls(const char* entry_point);
+
+// Forgets failures, calls, pageable copies and violations; waits for destroyed streams to run empty.
+void fake_cuda_reset();
+
+// The driver's own name: calls `work(data)` on the stream's thread, after all that was put there before.
+int cuLaunchHostFunc(struct CUstream_st* stream, void (*work)(void*), void* data);
+
+}  // extern "C"

@@ -1,0 +1,38 @@
+#include "pread.hpp"
+
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+
+namespace pyint8::testing {
+namespace {
+
+std::atomic<std::size_t> direct{0}, all{0};
+
+}  // namespace
+
+std::size_t direct_reads() {
+  return direct;
+}
+std::size_t all_reads() {
+  return all;
+}
+
+}  // namespace pyint8::testing
+
+extern "C" ssize_t pread(int descriptor, void* out, size_t nbytes, off_t offset) {
+  using namespace pyint8::testing;
+  static const auto real = reinterpret_cast<decltype(&pread)>(::dlsym(RTLD_NEXT, "pread"));
+  ++all;
+  if ((::fcntl(descriptor, F_GETFL) & O_DIRECT) != 0) ++direct;
+  if (fates.empty()) return real(descriptor, out, nbytes, offset);
+  const Fate fate = fates.front();
+  fates.pop_front();
+  if (fate.error == 0) return real(descriptor, out, std::min(nbytes, fate.most), offset);
+  errno = fate.error;
+  return -1;
+}

@@ -1,0 +1,22 @@
+// Stands before libc's pread in the tests: to make reads fail, and to see which go past the page cache.
+#pragma once
+
+#include <cstddef>
+#include <deque>
+
+namespace pyint8::testing {
+
+// What happens to a call: it fails with an errno, or reads at most so many bytes.
+struct Fate {
+  int error;
+  std::size_t most;
+};
+
+// Of the next calls on this thread.
+inline thread_local std::deque<Fate> fates;
+
+// Calls so far of the whole process: through O_DIRECT, and in all.
+std::size_t direct_reads();
+std::size_t all_reads();
+
+}  // namespace pyint8::testing

@@ -19,10 +19,10 @@ demo: $(VENV)/.demo
 test: test-python test-cpp
 
 # The `pytest` program, not `python -m pytest`: that would put the source tree, with its unbuilt package, first.
-test-python: $(VENV)/.tests build/plain/libfakecuda.so
-	PYINT8_TEST_LIBCUDA=$(CURDIR)/build/plain/libfakecuda.so $(BIN)/pytest tests/python
+test-python: $(VENV)/.tests build/plain/tests/cpp/libfakecuda.so
+	PYINT8_TEST_LIBCUDA=$(CURDIR)/build/plain/tests/cpp/libfakecuda.so $(BIN)/pytest tests/python
 
-test-cpp: build/plain/libfakecuda.so
+test-cpp: build/plain/tests/cpp/libfakecuda.so
 	cd build/plain && $(CURDIR)/$(BIN)/ctest --output-on-failure
 
 gpu-test: $(VENV)/.tests
@@ -69,7 +69,7 @@ $(VENV)/.tests: $(VENV)/.installed
 	$(PIP) $(PINNED) pytest hypothesis peft cmake ninja
 	touch $@
 
-build/plain/libfakecuda.so: $(VENV)/.tests $(CXX_SOURCES)
+build/plain/tests/cpp/libfakecuda.so: $(VENV)/.tests $(CXX_SOURCES)
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake $(CMAKE_TESTS) -B build/plain -DCMAKE_BUILD_TYPE=Release \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/plain

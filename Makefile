@@ -62,7 +62,7 @@ $(VENV)/.demo: $(VENV)/.installed
 	touch $@
 
 $(VENV)/.tools: $(VENV)/.installed
-	$(PIP) $(PINNED) ruff mypy clang-format types-tqdm cmake ninja
+	$(PIP) $(PINNED) ruff mypy clang-format cmake ninja
 	touch $@
 
 $(VENV)/.tests: $(VENV)/.installed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import TracebackType
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -17,7 +18,7 @@ class ByteProgress:
 
     def __init__(self, shown: bool | None) -> None:
         self._shown = sys.stderr.isatty() if shown is None else shown
-        self._bar: tqdm | None = None
+        self._bar: tqdm[Any] | None = None
 
     def __enter__(self) -> ByteProgress:
         return self

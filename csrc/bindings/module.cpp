@@ -68,6 +68,16 @@ void turn(Engine& engine, std::uint32_t lane, Address from, const std::string& d
   engine.turn_to_half(lane, turn, stream);
 }
 
+// An engine joins its workers when it goes; they may be in a slow read, and other Python threads need not
+// wait.
+struct WithoutGil {
+  void operator()(Engine* engine) const {
+    const py::gil_scoped_release released;
+    delete engine;
+  }
+};
+using EngineHolder = std::unique_ptr<Engine, WithoutGil>;
+
 std::uint32_t add_cuda_device(Engine& engine, int ordinal, const std::string& library) {
   const py::gil_scoped_release released;
   return engine.add_device(std::make_unique<CudaDevice>(CudaApi::open(library), ordinal));
@@ -91,11 +101,11 @@ PYBIND11_MODULE(_core, module) {
     }
   });
 
-  py::class_<Engine>(module, "Engine")
-      .def(py::init([](std::size_t threads, std::size_t slots_per_thread, std::size_t slot_bytes,
-                       bool direct_io) {
-             return std::make_unique<Engine>(EngineOptions{threads, slots_per_thread, slot_bytes, direct_io});
-           }),
+  py::class_<Engine, EngineHolder>(module, "Engine")
+      .def(py::init(
+               [](std::size_t threads, std::size_t slots_per_thread, std::size_t slot_bytes, bool direct_io) {
+                 return EngineHolder(new Engine({threads, slots_per_thread, slot_bytes, direct_io}));
+               }),
            py::kw_only(), "threads"_a, "slots_per_thread"_a, "slot_bytes"_a, "direct_io"_a)
       .def("add_file", &Engine::add_file, "path"_a, py::call_guard<py::gil_scoped_release>())
       .def(

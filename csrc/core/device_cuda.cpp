@@ -56,6 +56,7 @@ class PinnedMemory final : public HostMemory {
  public:
   PinnedMemory(std::shared_ptr<CudaContext> context, std::size_t nbytes)
       : context_(std::move(context)), mapped_(nbytes + kHugePage), nbytes_(nbytes) {
+    const CudaContext::Scope scope(*context_);  // first: a failure after the mapping would have to undo it
     map_ = ::mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (map_ == MAP_FAILED) {
       throw Error::io("cannot allocate " + std::to_string(nbytes) + " bytes of host memory", errno, "", {});
@@ -63,7 +64,6 @@ class PinnedMemory final : public HostMemory {
     const auto address = reinterpret_cast<std::uintptr_t>(map_);
     data_ = reinterpret_cast<std::byte*>((address + kHugePage - 1) / kHugePage * kHugePage);
     ::madvise(data_, nbytes, MADV_HUGEPAGE);
-    const CudaContext::Scope scope(*context_);
     const CuResult result = context_->api().host_register(data_, nbytes, kHostRegisterPortable);
     if (result != 0) {
       ::munmap(map_, mapped_);
@@ -73,8 +73,8 @@ class PinnedMemory final : public HostMemory {
   }
   ~PinnedMemory() override {
     const CudaContext::Scope scope(*context_, std::nothrow);
-    context_->api().host_unregister(data_);
-    ::munmap(map_, mapped_);
+    // Pages that the driver did not let go of may still be read: rather lost than given to somebody else.
+    if (context_->api().host_unregister(data_) == 0) ::munmap(map_, mapped_);
     pinned_bytes -= nbytes_;
   }
   std::byte* data() override { return data_; }
@@ -138,6 +138,7 @@ CudaDevice::CudaDevice(std::shared_ptr<const CudaApi> api, int ordinal)
 CudaDevice::~CudaDevice() {
   const CudaContext::Scope scope(*context_, std::nothrow);
   context_->api().stream_synchronize(copy_stream_);
+  if (last_turn_ != nullptr) context_->api().event_synchronize(handle_of(*last_turn_));
   context_->api().stream_destroy(copy_stream_);
   if (module_ != nullptr) context_->api().module_unload(module_);
 }
@@ -215,6 +216,9 @@ void CudaDevice::turn_to_half(const Turn& turn, StreamHandle stream) {
   api.check(api.launch_kernel(kernel, blocks_x, blocks_y, 1, kTile, kRows, 1, 0, as_stream(stream),
                               arguments.data(), nullptr),
             "cuLaunchKernel");
+  const std::lock_guard lock(module_mutex_);
+  if (last_turn_ == nullptr) last_turn_ = make_event();
+  record_on(stream, *last_turn_);
 }
 
 }  // namespace pyint8

@@ -61,8 +61,9 @@ class CudaDevice final : public Device {
 
   std::shared_ptr<CudaContext> context_;
   CuStream copy_stream_ = nullptr;
-  std::mutex module_mutex_;  // guards module_
+  std::mutex module_mutex_;  // guards the two below
   CuModule module_ = nullptr;
+  std::unique_ptr<Event> last_turn_;  // the module must outlive it
 };
 
 }  // namespace pyint8

@@ -72,13 +72,10 @@ Device& Engine::device(std::uint32_t lane) {
   throw Error(ErrorCode::kInvalidArgument, "there is no lane " + std::to_string(lane));
 }
 
-Ring& Engine::ring(Device& device) {
-  const std::lock_guard lock(mutex_);
-  if (ring_ == nullptr) {
-    auto memory = device.allocate_host(options_.slots() * options_.slot_bytes);
-    ring_ = std::make_unique<Ring>(std::move(memory), options_.slot_bytes, options_.slots());
-  }
-  return *ring_;
+void Engine::make_ring(Device& device) {
+  if (ring_ != nullptr) return;
+  auto memory = device.allocate_host(options_.slots() * options_.slot_bytes);
+  ring_ = std::make_unique<Ring>(std::move(memory), options_.slot_bytes, options_.slots());
 }
 
 std::unique_ptr<Event> Engine::take_event(std::uint32_t lane) {
@@ -96,10 +93,10 @@ Ticket Engine::submit(std::uint32_t lane, std::span<const Read> reads, StreamHan
 
   std::unique_lock lock(mutex_);
   if (closed_) throw cancelled();
+  if (!to.is_host()) make_ring(to);  // fails here, not on a worker, where memory cannot be pinned
   const Ticket ticket = deliveries_.size();
   std::vector<Job> jobs = make_jobs(lane, reads, std::move(ready));
   lock.unlock();
-  if (!to.is_host() && !jobs.empty()) ring(to);  // fails here, not on a worker, where memory cannot be pinned
   workers_.push(std::move(jobs), first);
   return ticket;
 }
@@ -231,11 +228,19 @@ void Engine::close() {
   progress_.notify_all();
   workers_.stop();
   const std::lock_guard lock(mutex_);
-  for (const auto& device : devices_) device->synchronize();
+  std::exception_ptr error;  // of one device: the others' copies must end all the same
+  for (const auto& device : devices_) {
+    try {
+      device->synchronize();
+    } catch (const Error&) {
+      if (error == nullptr) error = std::current_exception();
+    }
+  }
   ring_.reset();
   for (auto& events : spare_events_) events.clear();
   for (Delivery& delivery : deliveries_) delivery.landed.reset();
   files_.clear();
+  if (error != nullptr) std::rethrow_exception(error);
 }
 
 Stats Engine::stats() const {

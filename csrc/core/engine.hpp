@@ -87,7 +87,7 @@ class Engine {
   };
 
   Device& device(std::uint32_t lane);
-  Ring& ring(Device& device);
+  void make_ring(Device& device);  // with the lock held
   std::vector<Job> make_jobs(std::uint32_t lane, std::span<const Read> reads, std::shared_ptr<Event> ready);
   void run(const Job& job);
   void read_into_host(const Job& job, const File& file);

@@ -1,8 +1,10 @@
 #include "file.hpp"
 
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <utility>
 
@@ -37,6 +39,16 @@ int File::descriptor_for(const std::byte* out, std::size_t capacity, std::uint64
   return direct >= 0 && aligned ? direct : buffered_;
 }
 
+void File::throw_truncated(std::uint64_t wanted, std::size_t missing) const {
+  struct stat status{};
+  const std::uint64_t end =
+      ::fstat(buffered_, &status) == 0 ? static_cast<std::uint64_t>(status.st_size) : wanted;
+  const std::uint64_t at = std::min(wanted, end);  // a read may lie wholly behind the end
+  throw Error(ErrorCode::kTruncated, "the file ends here, " + std::to_string(wanted - at + missing) +
+                                         " bytes before the tensor does; fetch it again")
+      .at(path_, at);
+}
+
 void File::read_at(std::byte* out, std::size_t needed, std::size_t capacity, std::uint64_t offset) const {
   std::size_t got = 0;
   while (got < needed) {
@@ -45,9 +57,7 @@ void File::read_at(std::byte* out, std::size_t needed, std::size_t capacity, std
     if (count > 0) {
       got += static_cast<std::size_t>(count);
     } else if (count == 0) {
-      throw Error(ErrorCode::kTruncated, "the file ends here, " + std::to_string(needed - got) +
-                                             " bytes before the tensor does; fetch it again")
-          .at(path_, offset + got);
+      throw_truncated(offset + got, needed - got);
     } else if (errno == EINVAL && descriptor != buffered_) {
       direct_.store(-1, std::memory_order_relaxed);
     } else if (errno != EINTR) {

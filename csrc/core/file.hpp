@@ -26,6 +26,8 @@ class File {
   bool direct() const { return direct_.load(std::memory_order_relaxed) >= 0; }
 
  private:
+  // `missing` bytes of a read are not there, from `wanted` on.
+  [[noreturn]] void throw_truncated(std::uint64_t wanted, std::size_t missing) const;
   int descriptor_for(const std::byte* out, std::size_t capacity, std::uint64_t offset) const;
 
   std::string path_;

@@ -29,10 +29,11 @@ class Workers {
   Workers(const Workers&) = delete;
   Workers& operator=(const Workers&) = delete;
 
-  // `first`: ahead of everything that waits.
+  // `first`: ahead of everything that waits. Dropped once stopped.
   void push(std::vector<Job> jobs, bool first) {
     {
       const std::lock_guard lock(mutex_);
+      if (stopped_) return;
       const auto at = first ? jobs_.begin() : jobs_.end();
       jobs_.insert(at, std::make_move_iterator(jobs.begin()), std::make_move_iterator(jobs.end()));
     }
@@ -46,9 +47,11 @@ class Workers {
       stopped_ = true;
     }
     wake_.notify_all();
+    const std::lock_guard joining(join_mutex_);  // somebody else may be stopping too
     for (std::thread& thread : threads_) {
       if (thread.joinable()) thread.join();
     }
+    jobs_.clear();
   }
 
   // The first error of a job, or null.
@@ -93,6 +96,7 @@ class Workers {
   std::exception_ptr error_;
   bool stopped_ = false;
   std::condition_variable wake_;
+  std::mutex join_mutex_;
   std::vector<std::thread> threads_;
 };
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -230,7 +231,7 @@ class TensorStream:
     def _file(self, path: str) -> int:
         number = self._files.get(path)
         if number is None:
-            number = self._files[path] = self._engine.add_file(path)
+            number = self._files[path] = self._engine.add_file(os.fsencode(path))
         return number
 
     def _land(self, chunk: _Chunk) -> torch.Tensor:

@@ -26,7 +26,8 @@ void fake_cuda_fail_after(const char* entry_point, int nth_call, int result);
 // Calls of an entry point since the last reset.
 std::int64_t fake_cuda_calls(const char* entry_point);
 
-// Forgets failures, calls, pageable copies and violations; waits for destroyed streams to run empty.
+// Forgets failures, calls, pageable copies, violations and what is still registered; waits for destroyed
+// streams to run empty.
 void fake_cuda_reset();
 
 // The driver's own name: calls `work(data)` on the stream's thread, after all that was put there before.

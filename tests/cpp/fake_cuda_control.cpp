@@ -39,6 +39,7 @@ void fake_cuda_reset() {
   destroyed.swap(driver().destroyed);
   driver().failures.clear();
   driver().calls.clear();
+  driver().registered.clear();
   driver().pageable_copies = 0;
   driver().violations = 0;
 }

@@ -20,32 +20,6 @@ void soon() {
   std::this_thread::sleep_for(std::chrono::milliseconds(20));
 }
 
-// A weight of bits 0, 1, 2, ... and its turned self, on the device and from the CPU's road.
-struct Weight {
-  Weight(ElementType type, bool through_bfloat16, std::size_t rows, std::size_t columns, std::size_t stride)
-      : source(random_bytes(rows * columns * size_of(type), 5)),
-        turned(columns * stride, 0xabcd),
-        expected(turned),
-        turn{address_of(source.data()), type,  through_bfloat16, rows, columns,
-             address_of(turned.data()), stride} {
-    Turn on_cpu = turn;
-    on_cpu.to = address_of(expected.data());
-    turn_to_half(on_cpu, 1);
-  }
-  // The two differ at most in the bits of a NaN.
-  bool is_turned() const {
-    const auto is_nan = [](std::uint16_t bits) { return (bits & 0x7fff) > 0x7c00; };
-    for (std::size_t i = 0; i < turned.size(); ++i) {
-      if (turned[i] != expected[i] && !(is_nan(turned[i]) && is_nan(expected[i]))) return false;
-    }
-    return true;
-  }
-
-  Bytes source;
-  std::vector<std::uint16_t> turned, expected;
-  Turn turn;
-};
-
 }  // namespace
 
 TEST_CASE("a device holds one primary context and one stream, and leaves no context current") {
@@ -236,77 +210,6 @@ TEST_CASE("the fake sees memory taken back under a copy, and copies from pageabl
   device.synchronize();
   CHECK(counters().violations == 1);
   accounts.ignore();
-}
-
-TEST_CASE("a weight is turned on the stream of the caller, behind what is there") {
-  const Accounts accounts;
-  Consumer consumer(0);
-  CudaDevice device(fake_driver(), 0);
-  for (const ElementType type : {ElementType::kHalf, ElementType::kBFloat16, ElementType::kFloat}) {
-    for (const bool through_bfloat16 : {false, true}) {
-      for (const auto& [rows, columns] : {std::pair{1, 1}, {32, 32}, {33, 31}, {100, 65}, {5, 1000}}) {
-        const Weight weight(type, through_bfloat16, rows, columns, rows + 3);
-        Bytes arriving = weight.source;
-        std::fill(arriving.begin(), arriving.end(), std::byte{0});
-        Turn turn = weight.turn;
-        turn.from = address_of(arriving.data());
-        consumer.then([&] { std::copy(weight.source.begin(), weight.source.end(), arriving.begin()); });
-        device.turn_to_half(turn, consumer.stream());
-        consumer.synchronize();
-        REQUIRE(weight.is_turned());
-      }
-    }
-  }
-  CHECK(fake_cuda_calls("cuModuleLoadDataEx") == 1);
-}
-
-TEST_CASE("more rows than a grid has blocks for") {
-  const Accounts accounts;
-  Consumer consumer(0);
-  CudaDevice device(fake_driver(), 0);
-  const Weight weight(ElementType::kHalf, false, 65535 * 32 + 100, 1, 65535 * 32 + 100);
-  device.turn_to_half(weight.turn, consumer.stream());
-  consumer.synchronize();
-  CHECK(weight.is_turned());
-}
-
-TEST_CASE("an empty weight launches nothing; a bad one is refused before the driver sees it") {
-  const Accounts accounts;
-  CudaDevice device(fake_driver(), 0);
-  device.turn_to_half({0, ElementType::kHalf, false, 0, 7, 0, 0}, 0);
-  device.turn_to_half({0, ElementType::kHalf, false, 7, 0, 0, 7}, 0);
-  CHECK(error_of([&] { device.turn_to_half({0, ElementType::kHalf, false, 7, 7, 0, 6}, 0); }).code() ==
-        ErrorCode::kInvalidArgument);
-  CHECK(fake_cuda_calls("cuModuleLoadDataEx") == 0);
-  CHECK(fake_cuda_calls("cuLaunchKernel") == 0);
-}
-
-TEST_CASE("kernels that do not load are an error with the compiler's log, and may load the next time") {
-  const Accounts accounts;
-  CudaDevice device(fake_driver(), 0);
-  const Weight weight(ElementType::kFloat, false, 3, 3, 3);
-  fake_cuda_fail_after("cuModuleLoadDataEx", 1, 218);
-  const Error error = error_of([&] { device.turn_to_half(weight.turn, 0); });
-  CHECK(error.code() == ErrorCode::kDriver);
-  CHECK(contains(error.message(), "cuModuleLoadDataEx the fake compiler's log: CUDA_ERROR_INVALID_PTX"));
-  fake_cuda_fail_after("cuModuleGetFunction", 1, 500);
-  CHECK(contains(error_of([&] { device.turn_to_half(weight.turn, 0); }).message(), "cuModuleGetFunction"));
-  fake_cuda_fail_after("cuLaunchKernel", 1, 719);
-  CHECK(contains(error_of([&] { device.turn_to_half(weight.turn, 0); }).message(), "cuLaunchKernel"));
-  Consumer consumer(0);
-  device.turn_to_half(weight.turn, consumer.stream());
-  consumer.synchronize();
-  CHECK(weight.is_turned());
-}
-
-TEST_CASE("a build without kernels says so") {
-  const Accounts accounts;
-  CudaDevice device(fake_driver(), 0);
-  leave_kernels_out(true);
-  const Weight weight(ElementType::kFloat, false, 3, 3, 3);
-  const Error error = error_of([&] { device.turn_to_half(weight.turn, 0); });
-  leave_kernels_out(false);
-  CHECK(error.message() == "this build has no GPU kernels");
 }
 
 }  // namespace pyint8::testing

@@ -56,7 +56,7 @@ class Load {
       succeeded = true;
     } catch (const Error& error) {
       CHECK(error.code() == ErrorCode::kDriver);
-      CHECK(contains(error.message(), "CUDA_ERROR_LAUNCH_FAILED"));
+      CHECK_MESSAGE(contains(error.message(), "CUDA_ERROR_LAUNCH_FAILED"), error.message());
     }
     fake_cuda_fail_after(failing.c_str(), 0, 0);  // if it has not come yet, let it not be the consumers'
     for (Consumer& consumer : consumers_) consumer.synchronize();

@@ -63,7 +63,8 @@ TEST_CASE("a failing read keeps the errno, and the offset that could not be read
   fates = {{0, 10}, {EIO, 0}};
   const Error error = error_of([&] { file.read_at(out.data(), 1000, 1000, 100); });
   CHECK(error.code() == ErrorCode::kIo);
-  CHECK(error.message() == "cannot read the file: Input/output error");
+  CHECK(contains(error.message(), "cannot read the file"));
+  CHECK(contains(error.message(), ": Input/output error"));
   CHECK(error.system_errno() == EIO);
   CHECK(error.path() == temporary.path());
   CHECK(error.offset() == 110);
@@ -84,7 +85,7 @@ TEST_CASE("a file that ends early is truncated, buffered or direct") {
     }
     const Error behind = error_of([&] { file.read_at(out.get(), 1, 4096, 1 << 20); });
     CHECK(behind.code() == ErrorCode::kTruncated);
-    CHECK(behind.offset() == 1 << 20);
+    CHECK(behind.offset() == kOdd);
   }
 }
 

@@ -7,11 +7,11 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 
-import bitsandbytes
 import torch
 from torch import nn
 
 from pyint8.config import Int8Config
+from pyint8.quantizer.backend import bitsandbytes
 
 _UNCALLED = "its weight is used without calling the module"
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-import bitsandbytes
 import torch
 
+from pyint8.quantizer.backend import bitsandbytes
 from pyint8.quantizer.health import WeightHealth
 
 

@@ -1,13 +1,17 @@
-"""The verbs of the int8 lifecycle (DESIGN, "The lifecycle"), each with its behaviour and its refusals."""
+"""The verbs of the int8 lifecycle, each with its behaviour and its refusals."""
 
 import importlib.metadata
 import logging
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
@@ -254,3 +258,22 @@ def test_transformers_lists_are_honoured(checkpoints: CheckpointStore) -> None:
     assert {model.get_submodule(name).weight.dtype for name in kept} == {torch.float32}
     assert type(model.config.quantization_config) is BitsAndBytesConfig
     assert model.config.quantization_config.load_in_8bit
+
+
+def test_an_absent_bitsandbytes_is_told_before_it_is_imported(tmp_path: Path) -> None:
+    """In a process of its own, whose bitsandbytes cannot be found."""
+    program = (
+        "import importlib.metadata as m, sys\n"
+        "real = m.version\n"
+        "def version(name):\n"
+        "    if name == 'bitsandbytes':\n"
+        "        raise m.PackageNotFoundError(name)\n"
+        "    return real(name)\n"
+        "m.version = version\n"
+        "sys.modules['bitsandbytes'] = None\n"
+        "import pyint8\n"
+        "pyint8.load(sys.argv[1])\n"
+    )
+    save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors")
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
+    assert "MissingDependencyError: loading in int8 needs bitsandbytes: `pip install -U bitsandbytes`" in done.stderr

@@ -119,7 +119,7 @@ def test_torch_save_of_the_state(load: Load) -> None:
 
 
 def test_pickle_as_far_as_bitsandbytes_goes(load: Load, peer: Load) -> None:
-    """Int8Params become Parameters, ours as the peer's (FACTS 6.8); the model computes the same."""
+    """Int8Params become Parameters, ours as the peer's; the model computes the same."""
     ours, theirs = pickle.loads(pickle.dumps(load())), pickle.loads(pickle.dumps(peer()))
     assert_same(ours, theirs)
     assert not compare_outputs(ours, load(), {"input_ids": IDS})

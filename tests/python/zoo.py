@@ -182,7 +182,7 @@ def _qwen2() -> tf.PreTrainedModel:
 
 
 def falcon_linears_are_plain() -> AbstractContextManager[Any]:
-    """The peer converts `type(module) is nn.Linear` only; Falcon's subclass is one in all but name (FACTS 6.1)."""
+    """The peer converts `type(module) is nn.Linear` only; Falcon's subclass is one in all but name."""
     return mock.patch.object(modeling_falcon, "FalconLinear", torch.nn.Linear)
 
 

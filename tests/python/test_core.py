@@ -91,7 +91,7 @@ def test_reads_are_exact(path: str, content: bytes, threads: int, direct_io: boo
 
 def test_importing_the_extension_imports_nothing_heavy() -> None:
     code = "import sys, pyint8._core; print({'torch', 'numpy', 'transformers', 'bitsandbytes'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 
 

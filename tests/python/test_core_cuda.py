@@ -199,5 +199,7 @@ engine = _core.Engine(threads=1, slots_per_thread=1, slot_bytes={SLOT}, direct_i
 engine.add_cuda_device(0, library={driver.path!r})
 """
     environment = {**os.environ, "FAKE_CUDA_DEVICES": "0"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd="/", env=environment, capture_output=True, text=True, check=False
+    )
     assert "pyint8.errors.DeviceError: cuInit: CUDA_ERROR_NO_DEVICE" in done.stderr

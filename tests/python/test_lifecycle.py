@@ -275,5 +275,5 @@ def test_an_absent_bitsandbytes_is_told_before_it_is_imported(tmp_path: Path) ->
         "pyint8.load(sys.argv[1])\n"
     )
     save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors")
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd="/", capture_output=True, text=True)
     assert "MissingDependencyError: loading in int8 needs bitsandbytes: `pip install -U bitsandbytes`" in done.stderr

@@ -11,7 +11,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc pyint8 -type f -not -
 CXX_SOURCES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu')
 CMAKE_TESTS := -S . -G Ninja -DPYINT8_BUILD_TESTS=ON -DPYINT8_BUILD_MODULE=OFF -DPYINT8_WERROR=ON
 
-.PHONY: demo test test-python test-cpp gpu-test lint format wheel clean
+.PHONY: demo test test-python test-cpp gpu-test gpu-sanitize lint format wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.demo $(MODEL)
@@ -27,6 +27,13 @@ test-cpp: build/plain/tests/cpp/libfakecuda.so
 
 gpu-test: $(VENV)/.tests
 	PYINT8_REQUIRE_GPU=1 $(BIN)/pytest tests/gpu
+
+# compute-sanitizer comes with the CUDA toolkit.
+gpu-sanitize: $(VENV)/.tests
+	for tool in memcheck racecheck initcheck; do \
+	  PYINT8_REQUIRE_GPU=1 compute-sanitizer --tool $$tool --kernel-name kernel_substring=turn_ --error-exitcode 9 \
+	    $(BIN)/python $(BIN)/pytest -q tests/gpu/test_stream_gpu.py -k kernel || exit 1; \
+	done
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .

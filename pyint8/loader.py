@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyint8.checkpoint import Checkpoint, open_checkpoint
 from pyint8.config import Int8Config, StreamOptions
-from pyint8.errors import CheckpointNotFoundError, OptionError
+from pyint8.errors import CheckpointNotFoundError, ModelNotSupportedError, OptionError
 from pyint8.progress import ByteProgress
 from pyint8.report import LoadReport
 
@@ -28,6 +28,7 @@ _REPLACED_ARGUMENTS = {
     "state_dict": "pyint8.load reads files; use transformers for tensors you have",
     "gguf_file": "GGUF checkpoints are not read; convert to safetensors",
     "torch_dtype": "it is named dtype",
+    "disable_mmap": "pyint8 maps no files",
 }
 
 
@@ -122,6 +123,7 @@ def _load_transformers(
 ) -> Any:
     # A folder is checked before anything heavy is imported; a hub id is resolved by transformers.
     checkpoint = None
+    _refuse_adapter(os.path.join(request.path, kwargs.get("subfolder") or ""))
     if os.path.exists(request.path):
         where = {name: kwargs[name] for name in ("subfolder", "variant") if kwargs.get(name)}
         checkpoint = request.open_checkpoint(report, **where)
@@ -189,6 +191,16 @@ def _check_path(path: str, *, is_plain: bool) -> None:
         raise CheckpointNotFoundError("there is no such folder, and it cannot be a hub id; check the path", path=path)
 
 
+def _refuse_adapter(folder: str) -> None:
+    """A PEFT adapter is no model."""
+    if os.path.exists(os.path.join(folder, "adapter_config.json")) and not os.path.exists(
+        os.path.join(folder, "config.json")
+    ):
+        raise ModelNotSupportedError(
+            f"{folder} holds an adapter; load its base model with pyint8, then model.load_adapter({folder!r})"
+        )
+
+
 def _check_types(**arguments: tuple[object, type]) -> None:
     for name, (value, kind) in arguments.items():
         if value is not None and not isinstance(value, kind):
@@ -201,11 +213,11 @@ def _measured_memory(report: LoadReport) -> Iterator[None]:
     import torch
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # in a process that did not use a device yet, its peak is zero anyway
         for index in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(index)
     yield
     report.host_peak_bytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         peaks = {f"cuda:{index}": torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())}
         report.device_peak_bytes = {name: peak for name, peak in peaks.items() if peak}

@@ -48,25 +48,25 @@ def fill_module(
     quantizer = Int8Quantizer(
         config, pre_quantized=any(name.endswith(f".{checks.SCALES}") for name in checkpoint), strict=strict
     )
-    with report.phase("build"):
-        quantizer.validate_environment()
-        dtype = quantizer.update_dtype(dtype)
-        filler = _Filler(module, checkpoint, quantizer, None if isinstance(dtype, str) else dtype, report)
-        with _undone_on_failure(module, quantizer):
+    with _undone_on_failure(module, quantizer):
+        with report.phase("build"):
+            quantizer.validate_environment()
+            dtype = quantizer.update_dtype(dtype)
+            filler = _Filler(module, checkpoint, quantizer, None if isinstance(dtype, str) else dtype, report)
             filler.replace_modules(quantizer.update_device_map(device_map), max_memory)
-    with report.phase("stream"):
-        filler.fill(options, on_bytes, on_total)
-    with report.phase("finish"):
-        filler.place_the_rest()
-        quantizer.postprocess_model(module, locate=lambda name: checkpoint[name].place)
-        dispatch(module, filler.device_map, offload_folder)
+        with report.phase("stream"):
+            filler.fill(options, on_bytes, on_total)
+        with report.phase("finish"):
+            filler.place_the_rest()
+            quantizer.postprocess_model(module, locate=filler.locate)
+            dispatch(module, filler.device_map, offload_folder)
     report.skipped = dict(quantizer.skipped)
     return module
 
 
 @contextmanager
 def _undone_on_failure(module: nn.Module, quantizer: Int8Quantizer) -> Iterator[None]:
-    """A load that is refused leaves the module as it was."""
+    """A load that fails puts the module's own layers back; what was filled until then keeps its new values."""
     try:
         yield
     except BaseException:
@@ -190,8 +190,18 @@ class _Filler:
                     self._set(name, self._module.get_parameter(source))
         rest = [*self._module.named_parameters(), *self._module.named_buffers()]
         for name, tensor in rest:
-            if name not in self._loaded and not tensor.is_meta:
-                tensor.data = tensor.data.to(self._device(name), self._target_dtype(tensor.dtype))
+            if name in self._loaded or tensor.is_meta:
+                continue
+            is_buffer = not isinstance(tensor, nn.Parameter)  # its values were computed, in a dtype of their choice
+            dtype = tensor.dtype if is_buffer else self._target_dtype(tensor.dtype)
+            moved = tensor.data.to(self._device(name), dtype)
+            self._quantizer.health.watch_cast(name, 0, tensor.data.to(moved.device), moved)
+            tensor.data = moved
+
+    def locate(self, name: str) -> dict[str, Any]:
+        """Where a tensor lies, for errors: "tensor", "path" and "offset"."""
+        entry = self._checkpoint.entries.get(name)
+        return {"tensor": name} if entry is None else entry.place
 
     def _filled_by_ties(self) -> set[str]:
         return {name for group in self._ties if not group.isdisjoint(self._checkpoint.entries) for name in group}

@@ -48,6 +48,14 @@ class WeightHealth:
             largest = scales + half.amax(dim=1)
         self._watched.append(_Watched(name, row, ~largest.isfinite()))
 
+    def watch_scales(self, name: str, scales: torch.Tensor) -> None:
+        """Looks at the scales [rows] of a pre-quantized weight: infinity in one is an overflow of long ago."""
+        self._watched.append(_Watched(name, 0, ~scales.isfinite()))
+
+    def watch_rows(self, name: str, weight: torch.Tensor) -> None:
+        """Looks at a weight [rows, in] that is quantized later, in fp16."""
+        self._watched.append(_Watched(name, 0, ~weight.to(torch.float16).isfinite().all(dim=1)))
+
     def watch_cast(self, name: str, row: int, before: torch.Tensor, after: torch.Tensor) -> None:
         """Looks at rows of an unquantized tensor that were cast: infinity where there was none is an overflow."""
         narrowed = after.dtype == torch.float16 and before.is_floating_point() and before.dtype != torch.float16

@@ -209,10 +209,13 @@ class Int8Quantizer:
                     "again",
                     tensor=parameter_name,
                 )
+            self.health.watch_scales(parameter_name, scales)
             return weights.pre_quantized(codes, scales, device)
         turned = self._is_turned(parameter_name)
         if self.config.has_fp16_weight:
-            return weights.sixteen_bit(source, turned=turned, model_dtype=model_dtype, device=device)
+            parameter = weights.sixteen_bit(source, turned=turned, model_dtype=model_dtype, device=device)
+            self.health.watch_rows(parameter_name, parameter.detach())
+            return parameter
         return weights.quantize(
             source, turned=turned, model_dtype=model_dtype, device=device, name=parameter_name, health=self.health
         )

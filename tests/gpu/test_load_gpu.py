@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,3 +124,11 @@ def test_two_devices_are_as_transformers_has_them(checkpoints: CheckpointStore, 
     tokens = torch.arange(2, 34)[None].to(0)
     with torch.no_grad():
         assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
+
+
+def test_the_first_use_of_a_device_in_a_process(checkpoints: CheckpointStore) -> None:
+    program = "import sys, pyint8; print(pyint8.load(sys.argv[1], return_report=True)[1])"
+    folder = str(checkpoints.folder(ZOO["gpt2"], "bf16"))
+    done = subprocess.run([sys.executable, "-c", program, folder], cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "cuda:0" in done.stdout

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import transformers
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 
 from pyint8.config import Int8Config
 from pyint8.errors import ModelNotSupportedError, OptionError
@@ -57,26 +58,27 @@ def load_pretrained(
         ModelNotSupportedError: transformers does not know the configuration, or it is quantized by another method.
     """
     hub = {name: value for name, value in arguments.items() if name in _HUB_ARGUMENTS}
-    config = _read_config(path, hub)
+    config_class = getattr(model_class, "config_class", None) or transformers.AutoConfig
+    config = _read_config(config_class, path, hub)
     if model_class is None:
         model_class = class_of(config, path)
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         arguments = {**arguments, "quantization_config": StreamedInt8Config.of(int8_config or Int8Config())}
     else:
-        config, unused = transformers.AutoConfig.from_pretrained(path, return_unused_kwargs=True, **arguments)
+        config, unused = config_class.from_pretrained(path, return_unused_kwargs=True, **arguments)
         config.quantization_config = _pre_quantized_fields(stored, int8_config, path)
         arguments = {**unused, **hub, "config": config}
-    with session.activate(), _without_progress_bar(), session.report.phase("build"):
+    with session.activate(), _without_progress_bar(path), session.report.phase("build"):
         model, session.report.loading_info = model_class.from_pretrained(
             path, output_loading_info=True, **placement, **arguments
         )
     return model
 
 
-def _read_config(path: str, hub: dict[str, Any]) -> Any:
+def _read_config(config_class: Any, path: str, hub: dict[str, Any]) -> Any:
     try:
-        return transformers.AutoConfig.from_pretrained(path, **hub)
+        return config_class.from_pretrained(path, **hub)
     except OSError as error:
         if not os.path.exists(os.path.join(path, hub.get("subfolder") or "", "config.json")):
             raise
@@ -132,13 +134,20 @@ def _pre_quantized_fields(stored: Any, asked: Int8Config | None, path: str) -> d
 
 
 @contextmanager
-def _without_progress_bar() -> Iterator[None]:
-    """transformers counts parameters in a bar of its own; ours, in bytes, is beside it."""
+def _without_progress_bar(path: str) -> Iterator[None]:
+    """transformers counts parameters in a bar of its own; ours, in bytes, is beside it.
+
+    Its switch is also the hub's, whose bars stay on where there may be something to download.
+    """
     logging = transformers.utils.logging
-    shown = logging.is_progress_bar_enabled()
+    hub_shown = not are_progress_bars_disabled()
+    if not os.path.isdir(path) or not logging.is_progress_bar_enabled():
+        yield
+        return
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
-            logging.enable_progress_bar()
+        logging.enable_progress_bar()
+        if not hub_shown:
+            disable_progress_bars()

@@ -180,7 +180,9 @@ class ParameterMaker:
         """One result of a conversion, quantized where that is wanted, on its device."""
         tensor: torch.Tensor = value[0] if isinstance(value, list) else value
         self._report.tensors["converted"] += 1
-        place = self._places[name]
+        place = self._places.get(name)
+        if place is None:  # no place in the model; transformers says so
+            return tensor
         if not self._quantizer.check_quantized_param(name):
             return tensor.to(place.device)
         return self._quantizer.create_quantized_param(

@@ -52,12 +52,12 @@ class Target:
         return [self.name.replace(patterns[0], pattern) for pattern in patterns]
 
     def collected(self) -> list[str]:
-        """Every checkpoint tensor it reads, in the order in which a conversion asks for them: pattern by pattern."""
+        """Every checkpoint tensor it reads, in the order they are asked for: a conversion's pattern by pattern."""
         by_pattern: dict[str | None, list[str]] = {}
         for name, pattern in self.sources:
             by_pattern.setdefault(pattern, []).append(name)
-        extras = [name for name in (self.scales, self.format) if name is not None]
-        return [name for names in by_pattern.values() for name in names] + extras
+        extras = [name for name in (self.format, self.scales) if name is not None]
+        return extras + [name for names in by_pattern.values() for name in names]
 
 
 @dataclass

@@ -10,7 +10,7 @@ from torch import nn
 
 from pyint8.arguments import PLANNED_MAPS
 from pyint8.errors import PlacementError
-from pyint8.quantizer import Int8Quantizer
+from pyint8.quantizer import Int8Quantizer, device_of
 
 
 def plan_device_map(
@@ -59,13 +59,6 @@ def _require_complete(model: nn.Module, device_map: Mapping[str, Any]) -> None:
     lost = [name for name, _ in model.named_parameters() if device_of(name, device_map) is None]
     if lost:
         raise PlacementError(f"the device map has no entry for {', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}")
-
-
-def device_of(name: str, device_map: Mapping[str, Any]) -> Any:
-    """The entry of the longest prefix of `name` that is a module in the map; None without one."""
-    while name not in device_map and name:
-        name = name.rpartition(".")[0]
-    return device_map.get(name)
 
 
 def landing_device(device: Any) -> torch.device:

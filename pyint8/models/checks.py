@@ -5,6 +5,7 @@ from __future__ import annotations
 from pyint8.checkpoint import Checkpoint, Entry
 from pyint8.errors import CheckpointError, QuantizationStateError, ShapeMismatchError
 
+# What bitsandbytes saves beside an int8 weight.
 SCALES = "SCB"
 FORMAT = "weight_format"
 _ROW_MAJOR = 0
@@ -37,12 +38,12 @@ def require_real_floats(entry: Entry) -> None:
     )
 
 
-def require_quantized(entry: Entry, name: str, reason: str) -> None:
+def refuse_codes(entry: Entry, name: str, reason: str) -> None:
     """Raises for int8 codes whose module is not quantized here."""
     raise QuantizationStateError(f"int8 codes for {name}, whose module is not quantized here: {reason}", **entry.place)
 
 
-def require_weight(companion: Entry, name: str) -> None:
+def refuse_orphan(companion: Entry, name: str) -> None:
     """Raises for scales (or a format) whose weight is not in the checkpoint."""
     raise QuantizationStateError(
         f"it belongs to {name}, which the checkpoint does not have; save the quantized model again", **companion.place
@@ -76,3 +77,20 @@ def require_row_major(layout: int, entry: Entry) -> None:
             "model again with a recent bitsandbytes",
             **entry.place,
         )
+
+
+def require_int8_weight(
+    checkpoint: Checkpoint,
+    entry: Entry,
+    name: str,
+    expected: tuple[int, ...],
+    *,
+    scales: str | None,
+    pre_quantized: bool,
+) -> None:
+    """Raises unless the entry can become the int8 weight `name`, whose shape in the checkpoint is `expected`."""
+    if pre_quantized:
+        require_scales(checkpoint, scales, entry)
+    else:
+        require_real_floats(entry)
+    require_shape(entry, name, expected)

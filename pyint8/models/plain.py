@@ -15,8 +15,8 @@ from pyint8.config import Int8Config, StreamOptions
 from pyint8.errors import CheckpointError
 from pyint8.models import checks
 from pyint8.models.delivery import cast_in_bands, deliver_cast
-from pyint8.placement import device_of, dispatch, landing_device, plan_device_map
-from pyint8.quantizer import Int8Quantizer, modules_to_keep
+from pyint8.placement import dispatch, landing_device, plan_device_map
+from pyint8.quantizer import Int8Quantizer, device_of, modules_to_keep
 from pyint8.report import LoadReport
 from pyint8.streaming import Delivery, StreamSource, TensorStream
 
@@ -102,8 +102,9 @@ class _Filler:
         self._quantizer.preprocess_model(self._module, skip=skip, device_map=device_map)
         self._settle_modules()
         self._check_names()
-        for name in set(self._module.state_dict()) & set(self._checkpoint):
-            self._check_tensor(name, self._checkpoint[name])
+        for name, value in self._module.state_dict().items():
+            if name in self._checkpoint:
+                self._check_tensor(name, self._checkpoint[name], tuple(value.shape))
         self.device_map = plan_device_map(self._module, device_map, max_memory, self._quantizer)
 
     def _settle_modules(self) -> None:
@@ -126,7 +127,7 @@ class _Filler:
         for leaf in (checks.SCALES, checks.FORMAT):
             companion = self._companion(weight, leaf)
             if companion is not None:
-                checks.require_weight(companion, weight)
+                checks.refuse_orphan(companion, weight)
 
     def _companion(self, weight: str, leaf: str) -> Entry | None:
         """The scales or the format of an int8 weight."""
@@ -150,21 +151,24 @@ class _Filler:
         if unexpected:
             logger.warning("the checkpoint's %s have no place in the module", ", ".join(unexpected[:10]))
 
-    def _check_tensor(self, name: str, entry: Entry) -> None:
-        """Refuses a tensor that cannot become its parameter."""
+    def _check_tensor(self, name: str, entry: Entry, shape: tuple[int, ...]) -> None:
+        """Refuses a tensor that cannot become its parameter or buffer, of `shape` in the module."""
         scales = self._companion(name, checks.SCALES)
         module = name.rpartition(".")[0]
         if not self._quantizer.check_quantized_param(name):
             if scales is not None and name.endswith(".weight"):
                 reason = self._quantizer.skipped.get(module, "it is no linear module")
-                checks.require_quantized(entry, name, reason)
-            checks.require_shape(entry, name, tuple(self._module.state_dict()[name].shape))
+                checks.refuse_codes(entry, name, reason)
+            checks.require_shape(entry, name, shape)
             return
-        if self._quantizer.pre_quantized:
-            checks.require_scales(self._checkpoint, None if scales is None else scales.name, entry)
-        else:
-            checks.require_real_floats(entry)
-        checks.require_shape(entry, name, self._quantizer.expected_shape(self._module, name))
+        checks.require_int8_weight(
+            self._checkpoint,
+            entry,
+            name,
+            self._quantizer.expected_shape(self._module, name),
+            scales=None if scales is None else scales.name,
+            pre_quantized=self._quantizer.pre_quantized,
+        )
 
     def fill(self, options: StreamOptions, on_bytes: Callable[[int], None], on_total: Callable[[int], None]) -> None:
         own = self._module.state_dict()

@@ -23,7 +23,7 @@ from pyint8.quantizer.weights import WeightSource
 logger = logging.getLogger("pyint8")
 
 DeviceMap = Mapping[str, Any]
-_Memory = TypeVar("_Memory")
+_Dtype = TypeVar("_Dtype")
 _OFF_DEVICE = ("cpu", "disk")
 
 
@@ -74,7 +74,7 @@ class Int8Quantizer:
         """Leaves a tenth of every device for the buffers of quantization."""
         return {device: memory * 0.90 for device, memory in max_memory.items()}
 
-    def update_dtype(self, dtype: _Memory | None) -> _Memory | torch.dtype:
+    def update_dtype(self, dtype: _Dtype | None) -> _Dtype | torch.dtype:
         """None means float16, what bitsandbytes computes in; everything else ("auto" too) is kept."""
         if dtype is not None:
             return dtype
@@ -253,7 +253,7 @@ class Int8Quantizer:
         devices = {_device_name(device) for device in device_map.values()}
         if self.config.fp32_cpu_offload or devices == {"cpu"} or not devices & set(_OFF_DEVICE):
             return
-        lost = [name for name in self.converted if _device_name(_device_of(name, device_map)) in _OFF_DEVICE]
+        lost = [name for name in self.converted if _device_name(device_of(name, device_map)) in _OFF_DEVICE]
         if lost:
             raise PlacementError(
                 f"the device map puts {len(lost)} modules that are to be quantized on the CPU or the disk beside "
@@ -266,8 +266,8 @@ def _device_name(device: Any) -> str:
     return device.type if isinstance(device, torch.device) else str(device)
 
 
-def _device_of(name: str, device_map: DeviceMap) -> Any:
-    """The map's entry for the longest prefix of `name`; None without one."""
+def device_of(name: str, device_map: DeviceMap) -> Any:
+    """The map's entry for the longest prefix of `name` that is a module in it; None without one."""
     while name not in device_map and name:
         name = name.rpartition(".")[0]
     return device_map.get(name)

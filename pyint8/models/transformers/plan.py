@@ -15,10 +15,7 @@ from transformers.core_model_loading import (
 )
 
 from pyint8.checkpoint import Checkpoint, Entry
-
-# What bitsandbytes saves beside an int8 weight.
-_SCALES = "SCB"
-_FORMAT = "weight_format"
+from pyint8.models.checks import FORMAT, SCALES
 
 
 @dataclass
@@ -110,9 +107,9 @@ def make_plan(
             continue
         plan.claimed.add(renamed)
         target = plan.targets.setdefault(final, Target(final))
-        if companion == _SCALES:
+        if companion == SCALES:
             target.scales = key
-        elif companion == _FORMAT:
+        elif companion == FORMAT:
             target.format = key
         else:
             target.sources.append((key, pattern))
@@ -124,7 +121,7 @@ def make_plan(
 def _companion(key: str, checkpoint: Iterable[str]) -> tuple[str, str | None]:
     """The weight that `key` belongs to, and as what: ("X.weight", "SCB") for "X.SCB"."""
     module, _, leaf = key.rpartition(".")
-    return (f"{module}.weight", leaf) if leaf in (_SCALES, _FORMAT) else (key, None)
+    return (f"{module}.weight", leaf) if leaf in (SCALES, FORMAT) else (key, None)
 
 
 class _Renamer:

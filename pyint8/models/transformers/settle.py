@@ -66,20 +66,19 @@ def check_tensors(
                 continue  # transformers initializes it afresh
             if target.scales is not None:
                 module = name.rpartition(".")[0]
-                checks.require_quantized(entry, name, quantizer.skipped.get(module, "it is no linear module"))
+                checks.refuse_codes(entry, name, quantizer.skipped.get(module, "it is no linear module"))
             checks.require_shape(entry, name, tuple(parameters[name].shape))
             continue
-        if quantizer.pre_quantized:
-            checks.require_scales(checkpoint, target.scales, entry)
-        else:
-            checks.require_real_floats(entry)
-        checks.require_shape(entry, name, quantizer.expected_shape(model, name))
+        expected = quantizer.expected_shape(model, name)
+        checks.require_int8_weight(
+            checkpoint, entry, name, expected, scales=target.scales, pre_quantized=quantizer.pre_quantized
+        )
 
 
 def _check_sources(target: Target, checkpoint: Checkpoint) -> None:
     companion = target.scales or target.format
     if companion is not None and not target.sources:
-        checks.require_weight(checkpoint[companion], target.name)
+        checks.refuse_orphan(checkpoint[companion], target.name)
     operations = getattr(target.converter, "operations", ())
     if not any(isinstance(operation, MergeModulelist) for operation in operations):
         return

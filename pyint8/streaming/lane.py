@@ -42,6 +42,7 @@ class Lane:
     ahead: int = 0
     filling: bool = True
     _buffer: torch.Tensor | None = None
+    _turned: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         # What is left holds the band being quantized: its fp16 form and its codes.
@@ -58,6 +59,13 @@ class Lane:
         if self._buffer is None:
             self._buffer = torch.empty(self.ring.size, dtype=torch.uint8, device=self.device)
         return self._buffer
+
+    def turned(self, rows: int, columns: int) -> torch.Tensor:
+        """fp16 [rows, columns] for one turned weight at a time: new memory for each would be new pages for each."""
+        if self._turned is None or self._turned.numel() < rows * columns:
+            self._turned = None  # first: not both at once
+            self._turned = torch.empty(rows * columns, dtype=torch.float16, device=self.device)
+        return self._turned[: rows * columns].view(rows, columns)
 
 
 LaneOpener = Callable[[_core.Engine, torch.device, "StreamOptions"], Lane]

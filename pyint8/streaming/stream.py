@@ -146,11 +146,11 @@ class TensorStream:
                 self._release(chunk)
 
     def turned_half(self, name: str, model_dtype: torch.dtype) -> torch.Tensor:
-        """A Conv1D weight [in, out] as fp16 [out, in], rounded to `model_dtype` on the way."""
+        """A Conv1D weight [in, out] as fp16 [out, in], rounded to `model_dtype` on the way; valid until the next."""
         first = self._chunks[name][0]
         entry, lane = first.delivery.entry, first.lane
         rows, columns = entry.torch_shape
-        turned = torch.empty((columns, rows), dtype=torch.float16, device=lane.device)
+        turned = lane.turned(columns, rows)
         for row, band in self.bands(name):
             self._turner.turn(lane, band, entry.dtype, model_dtype, turned, row)
         return turned

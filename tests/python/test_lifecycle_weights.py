@@ -275,3 +275,40 @@ def test_an_empty_tensor_on_a_gpu_is_healthy(shape: tuple[int, ...]) -> None:
     before = torch.zeros(shape).as_subclass(OnGpu)
     health.watch_cast("x", 0, before, before.half())
     assert health.bad_weights() == []
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("shape", [(1, 600_000), (1100, 1000), (2048, 513)], ids=str)
+def test_a_weight_quantized_in_pieces_equals_the_whole(tmp_path, shape, turned):
+    """On the CPU pieces of half a million elements are quantized at a time; one row may be longer than that."""
+    from safetensors.torch import save_file
+
+    from pyint8.checkpoint import open_checkpoint
+    from pyint8.config import StreamOptions
+    from pyint8.quantizer import weights
+    from pyint8.streaming import Delivery, StreamSource, TensorStream
+
+    generator = torch.Generator().manual_seed(3)
+    tensors = {name: torch.randn(*shape, generator=generator).bfloat16() for name in ("a", "b")}
+    save_file(
+        {name: tensor.T.contiguous() if turned else tensor for name, tensor in tensors.items()},
+        tmp_path / "m.safetensors",
+    )
+    checkpoint = open_checkpoint(str(tmp_path / "m.safetensors"))
+    with TensorStream([Delivery(checkpoint[name], CPU, True) for name in tensors], StreamOptions()) as stream:
+        made = {
+            name: weights.quantize(
+                StreamSource(stream, checkpoint[name]),
+                turned=turned,
+                model_dtype=torch.bfloat16,
+                device=CPU,
+                name=name,
+                health=WeightHealth(),
+            )
+            for name in tensors
+        }
+    for name, tensor in tensors.items():
+        expected = bnb.nn.Int8Params(tensor, requires_grad=False).to("cpu")
+        assert torch.equal(made[name].data, expected.data)
+        assert torch.equal(made[name].SCB, expected.SCB)
+        assert made[name].CB.data_ptr() == made[name].data_ptr()

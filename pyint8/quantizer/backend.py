@@ -1,9 +1,66 @@
-"""bitsandbytes, or an error that says how to get it."""
+"""bitsandbytes, or an error that says how to get it; imported without the compiler it may never need.
+
+Decorating a few functions with `torch.compile`, bitsandbytes imports torch's inductor: one to ten seconds for code that
+an int8 load does not run. While it is imported here, they are decorated to be compiled in their first call instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any
+
+import torch
 
 from pyint8.quantizer.requirements import require_packages
 
+_PACKAGE = "bitsandbytes"
+
+
+def _compiled_at_first_call(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """What `torch.compile(function, **options)` gives, made when it is needed."""
+
+    @functools.cache
+    def compiled() -> Callable[..., Any]:
+        return torch.compile(function, **options)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # a caller is: it compiles this along
+            return function(*args, **kwargs)
+        return compiled()(*args, **kwargs)
+
+    return call
+
+
+@contextmanager
+def deferred_compile() -> Iterator[None]:
+    """While it lasts, bitsandbytes' functions are compiled at their first call; everybody else's are at once."""
+    compile_now = torch.compile
+
+    def compile_later(model: Any = None, **options: Any) -> Any:
+        if model is None:
+            return functools.partial(compile_later, **options)
+        if isinstance(model, FunctionType) and model.__module__.partition(".")[0] == _PACKAGE:
+            return _compiled_at_first_call(model, options)
+        return compile_now(model, **options)
+
+    torch.compile = compile_later
+    try:
+        yield
+    finally:
+        torch.compile = compile_now
+
+
 require_packages()
 
-import bitsandbytes  # noqa: E402
+if _PACKAGE in sys.modules:
+    import bitsandbytes
+else:
+    with deferred_compile():
+        import bitsandbytes
 
 __all__ = ["bitsandbytes"]

@@ -48,8 +48,9 @@ def refuse_foreign_weights(arguments: dict[str, Any]) -> None:
 
 def require_device() -> None:
     """Raises EnvironmentNotSupportedError where bitsandbytes has a backend for none of this machine's devices."""
-    import bitsandbytes
     import torch
+
+    from pyint8.quantizer.backend import bitsandbytes
 
     available = {"cpu"}
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

@@ -1,4 +1,4 @@
-"""pyint8 beside its peers. Run from the source tree, with pyint8 installed: `python -m benchmarks.side_by_side -h`."""
+"""pyint8 beside its peers. Run from the source tree, with pyint8 installed: `python -m benchmarks -h`."""
 
 import sys
 from pathlib import Path

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 _SHARD_BYTES = 5 * 10**9
 
-# The shapes of Llama-3.1-8B, GPT-2 XL and a model for machines without a GPU.
+# The shapes of Llama-3.1-8B, GPT-2 XL, three layers of Llama-3.1-70B, Qwen3-30B-A3B with all of its 18,867 tensors and
+# a third to a half of its widths, and models for machines without a GPU.
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama-8b": {
         "model_type": "llama",
@@ -27,6 +28,44 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vocab_size": 128256,
         "tie_word_embeddings": False,
     },
+    "llama-70b-layers": {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
+    },
+    "qwen3-moe": {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "moe_intermediate_size": 256,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "vocab_size": 151936,
+        "tie_word_embeddings": False,
+    },
+    "llama-tiny": {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 4000,
+        "tie_word_embeddings": False,
+    },
+    "gpt2-small": {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
     "llama-small": {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -48,16 +87,30 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+# The int8 form of another checkpoint, as bitsandbytes and transformers save it.
+INT8_FORMS = {"llama-8b-int8": "llama-8b", "llama-tiny-int8": "llama-tiny"}
+NAMES = sorted([*CONFIGS, *INT8_FORMS])
+
+
+def _stored(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and shapes as checkpoints have them: experts one by one, tied weights once; on meta."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    seen: set[int] = set()
+    parameters = {}
+    for name, parameter in model.state_dict(keep_vars=True).items():
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            parameters[name] = parameter.detach()
+    yield from revert_weight_conversion(model, parameters).items()
+
+
 def _shards(model: torch.nn.Module, dtype: torch.dtype, device: str) -> Iterator[dict[str, torch.Tensor]]:
     """The state dict of a model on meta, filled with random numbers, a shard at a time."""
     generator = torch.Generator(device=device).manual_seed(0)
     shard: dict[str, torch.Tensor] = {}
     size = 0
-    seen: set[int] = set()
-    for name, parameter in model.state_dict(keep_vars=True).items():
-        if id(parameter) in seen:  # tied
-            continue
-        seen.add(id(parameter))
+    for name, parameter in _stored(model):
         random = torch.randn(parameter.shape, generator=generator, device=device, dtype=torch.float32)
         tensor = random.mul_(0.02).to(dtype).cpu()
         if size and size + tensor.nbytes > _SHARD_BYTES:
@@ -74,6 +127,8 @@ def make(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
 
     if (folder / "config.json").exists():
         return folder
+    if name in INT8_FORMS:
+        return _save_int8(make(INT8_FORMS[name], folder.with_name(f"{folder.name}-source"), dtype), folder)
     folder.mkdir(parents=True, exist_ok=True)
     fields = dict(CONFIGS[name])
     config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields, dtype=dtype)
@@ -96,9 +151,18 @@ def make(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     return folder
 
 
+def _save_int8(source: Path, folder: Path) -> Path:
+    import pyint8
+
+    unfinished = folder.with_name(f"{folder.name}-unfinished")
+    pyint8.load(source, device_map=None, progress=False).save_pretrained(unfinished, max_shard_size=_SHARD_BYTES)
+    unfinished.rename(folder)
+    return folder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=sorted(CONFIGS))
+    parser.add_argument("name", choices=NAMES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     arguments = parser.parse_args()

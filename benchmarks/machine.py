@@ -11,11 +11,21 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("pyint8", "torch", "transformers", "bitsandbytes", "accelerate", "safetensors")
+_PACKAGES = (
+    "pyint8",
+    "torch",
+    "transformers",
+    "bitsandbytes",
+    "accelerate",
+    "safetensors",
+    "fastsafetensors",
+    "instanttensor",
+    "runai-model-streamer",
+)
 
 
-def describe() -> dict[str, Any]:
-    """CPU, memory, GPU and its link, driver, library versions; None for what cannot be found out."""
+def describe(folder: Path) -> dict[str, Any]:
+    """CPU, memory, GPU and its link, driver, `folder`'s disk, library versions; None for what cannot be found out."""
     return {
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),
@@ -23,6 +33,7 @@ def describe() -> dict[str, Any]:
         "kernel": platform.release().partition("-")[0],
         "python": platform.python_version(),
         "gpus": _gpus(),
+        "disk": _disk(folder),
         "packages": {name: _version(name) for name in _PACKAGES},
     }
 
@@ -30,6 +41,14 @@ def describe() -> dict[str, Any]:
 def _cpu() -> str | None:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+
+
+def _disk(folder: Path) -> dict[str, Any]:
+    """The file system that holds `folder`, by the longest mount point above it."""
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    above = [fields for fields in mounts if folder.absolute().is_relative_to(fields[1])]
+    best = max(above, key=lambda fields: len(fields[1]), default=None)
+    return {"device": best[0], "file_system": best[2]} if best else {"device": None, "file_system": None}
 
 
 def _version(package: str) -> str | None:

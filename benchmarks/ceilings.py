@@ -1,0 +1,123 @@
+"""What the hardware gives: the rates no loader can pass, measured beside the loaders in the same run."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks import page_cache
+
+_GB = 1e9
+_PIECE = 2 << 20
+_COPY_BYTES = 1 << 30
+_SMALL_COPY_BYTES = 1 << 27  # without a GPU
+_COLD_BYTES = 4 << 30
+
+
+def _best(work: Callable[[], int], repeats: int) -> float:
+    """GB/s of the fastest of `repeats`; `work` returns the bytes it moved."""
+    best = 0.0
+    for _ in range(repeats):
+        start = time.perf_counter()
+        nbytes = work()
+        best = max(best, nbytes / (time.perf_counter() - start) / _GB)
+    return best
+
+
+def host_to_gpu(*, pinned: bool, repeats: int = 5) -> float | None:
+    """GB/s of one copy of 1 GiB to the GPU; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    source = torch.randint(0, 255, (_COPY_BYTES,), dtype=torch.uint8)
+    source = source.pin_memory() if pinned else source
+    target = torch.empty(_COPY_BYTES, dtype=torch.uint8, device="cuda")
+
+    def copy() -> int:
+        target.copy_(source, non_blocking=True)
+        torch.cuda.synchronize()
+        return _COPY_BYTES
+
+    return _best(copy, repeats)
+
+
+def memory_copy(repeats: int = 5) -> float:
+    """GB/s of torch's copy within host memory, by all its threads."""
+    nbytes = _COPY_BYTES if torch.cuda.is_available() else _SMALL_COPY_BYTES
+    source = torch.randint(0, 255, (nbytes,), dtype=torch.uint8)
+    target = torch.zeros_like(source)
+
+    def copy() -> int:
+        target.copy_(source)
+        return nbytes
+
+    return _best(copy, repeats)
+
+
+def read_by_threads(files: list[Path], threads: int, *, direct: bool = False, limit: int | None = None) -> float:
+    """GB/s of `threads` that pread pieces of 2 MiB into three buffers each, a ring that stays in the cache.
+
+    From the page cache, it is what can be put into pinned memory; from a cold file, what the disk gives.
+    """
+    descriptors = [os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0)) for path in files]
+    pieces = [
+        (descriptor, offset)
+        for descriptor, path in zip(descriptors, files, strict=True)
+        for offset in range(0, path.stat().st_size // _PIECE * _PIECE or 1, _PIECE)
+    ]
+    pieces = pieces[: None if limit is None else max(1, limit // _PIECE)]
+    todo: Iterator[tuple[int, int]] = iter(pieces)
+    lock = threading.Lock()
+    counts = [0] * threads
+
+    def work(index: int) -> None:
+        buffers = [mmap.mmap(-1, _PIECE) for _ in range(3)]
+        for turn in range(len(pieces)):
+            with lock:
+                piece = next(todo, None)
+            if piece is None:
+                return
+            counts[index] += os.preadv(piece[0], [buffers[turn % 3]], piece[1])
+
+    workers = [threading.Thread(target=work, args=(index,)) for index in range(threads)]
+    start = time.perf_counter()
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    seconds = time.perf_counter() - start
+    for descriptor in descriptors:
+        os.close(descriptor)
+    return sum(counts) / seconds / _GB
+
+
+def cold_read(files: list[Path], threads: int, *, direct: bool) -> float | None:
+    """GB/s of the disk, of files verified cold; None where the file system refuses O_DIRECT."""
+    page_cache.prepare(files, "cold")
+    try:
+        return read_by_threads(files, threads, direct=direct, limit=_COLD_BYTES)
+    except OSError:
+        return None
+
+
+def measure(files: list[Path], *, cold: bool) -> dict[str, float | None]:
+    """All of them, in GB/s."""
+    cpus = len(os.sched_getaffinity(0))
+    page_cache.prepare(files, "hot")
+    ceilings: dict[str, float | None] = {
+        "pinned host to GPU": host_to_gpu(pinned=True),
+        "pageable host to GPU": host_to_gpu(pinned=False),
+        "memory copy": memory_copy(),
+    }
+    for threads in sorted({1, 4, 8, cpus} & set(range(1, cpus + 1))):
+        ceilings[f"page cache to memory, {threads} threads"] = max(read_by_threads(files, threads) for _ in range(3))
+    if cold:
+        ceilings["cold disk, O_DIRECT"] = cold_read(files, cpus, direct=True)
+        ceilings["cold disk, buffered"] = cold_read(files, cpus, direct=False)
+        page_cache.prepare(files, "hot")
+    return ceilings

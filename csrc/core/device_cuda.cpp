@@ -27,10 +27,12 @@ CuStream as_stream(StreamHandle handle) {
 
 class CudaEvent final : public Event {
  public:
-  explicit CudaEvent(std::shared_ptr<CudaContext> context) : context_(std::move(context)) {
+  CudaEvent(std::shared_ptr<CudaContext> context, Watched by) : context_(std::move(context)) {
     const CudaContext::Scope scope(*context_);
     const CudaApi& api = context_->api();
-    api.check(api.event_create(&handle_, kEventDisableTiming | kEventBlockingSync), "cuEventCreate");
+    // A thread can sleep until an event only if the GPU interrupts the CPU at it.
+    const unsigned flags = kEventDisableTiming | (by == Watched::kByThreads ? kEventBlockingSync : 0);
+    api.check(api.event_create(&handle_, flags), "cuEventCreate");
   }
   ~CudaEvent() override {
     const CudaContext::Scope scope(*context_, std::nothrow);
@@ -147,8 +149,8 @@ std::unique_ptr<HostMemory> CudaDevice::allocate_host(std::size_t nbytes) {
   return std::make_unique<PinnedMemory>(context_, nbytes);
 }
 
-std::unique_ptr<Event> CudaDevice::make_event() {
-  return std::make_unique<CudaEvent>(context_);
+std::unique_ptr<Event> CudaDevice::make_event(Watched by) {
+  return std::make_unique<CudaEvent>(context_, by);
 }
 
 void CudaDevice::copy(Address to, const std::byte* from, std::size_t nbytes) {
@@ -217,7 +219,7 @@ void CudaDevice::turn_to_half(const Turn& turn, StreamHandle stream) {
                               arguments.data(), nullptr),
             "cuLaunchKernel");
   const std::lock_guard lock(module_mutex_);
-  if (last_turn_ == nullptr) last_turn_ = make_event();
+  if (last_turn_ == nullptr) last_turn_ = make_event(Watched::kByThreads);
   record_on(stream, *last_turn_);
 }
 

@@ -26,7 +26,7 @@ std::unique_ptr<HostMemory> HostDevice::allocate_host(std::size_t nbytes) {
   return std::make_unique<PlainMemory>(nbytes);
 }
 
-std::unique_ptr<Event> HostDevice::make_event() {
+std::unique_ptr<Event> HostDevice::make_event(Watched) {
   return std::make_unique<PassedEvent>();
 }
 

@@ -12,7 +12,7 @@ class HostDevice final : public Device {
 
   bool is_host() const override { return true; }
   std::unique_ptr<HostMemory> allocate_host(std::size_t nbytes) override;
-  std::unique_ptr<Event> make_event() override;
+  std::unique_ptr<Event> make_event(Watched by) override;
   void copy(Address to, const std::byte* from, std::size_t nbytes) override;
   void record(Event&) override {}
   void copies_wait_for(const Event&) override {}

@@ -80,7 +80,7 @@ void Engine::make_ring(Device& device) {
 
 std::unique_ptr<Event> Engine::take_event(std::uint32_t lane) {
   auto& spare = spare_events_[lane];
-  if (spare.empty()) return devices_[lane]->make_event();
+  if (spare.empty()) return devices_[lane]->make_event(Watched::kByStreams);
   auto event = std::move(spare.back());
   spare.pop_back();
   return event;
@@ -88,21 +88,22 @@ std::unique_ptr<Event> Engine::take_event(std::uint32_t lane) {
 
 Ticket Engine::submit(std::uint32_t lane, std::span<const Read> reads, StreamHandle stream, bool first) {
   Device& to = device(lane);
-  std::shared_ptr<Event> ready = to.make_event();
-  to.record_on(stream, *ready);
+  const auto start = std::make_shared<Start>();
+  start->ready = to.make_event(Watched::kByStreams);
+  to.record_on(stream, *start->ready);
 
   std::unique_lock lock(mutex_);
   if (closed_) throw cancelled();
   if (!to.is_host()) make_ring(to);  // fails here, not on a worker, where memory cannot be pinned
   const Ticket ticket = deliveries_.size();
-  std::vector<Job> jobs = make_jobs(lane, reads, std::move(ready));
+  std::vector<Job> jobs = make_jobs(lane, reads, start);
   lock.unlock();
   workers_.push(std::move(jobs), first);
   return ticket;
 }
 
 std::vector<Engine::Job> Engine::make_jobs(std::uint32_t lane, std::span<const Read> reads,
-                                           std::shared_ptr<Event> ready) {
+                                           std::shared_ptr<Start> start) {
   std::vector<Range> ranges;
   ranges.reserve(reads.size());
   for (const Read& read : reads) {
@@ -118,7 +119,7 @@ std::vector<Engine::Job> Engine::make_jobs(std::uint32_t lane, std::span<const R
   std::vector<Job> jobs;
   jobs.reserve(pieces.size());
   for (Piece& piece : pieces) {
-    Job job{lane, std::move(piece), {}, {}, ready};
+    Job job{lane, std::move(piece), {}, {}, start};
     for (const Segment& segment : job.piece.segments) {
       Delivery& delivery = deliveries_[base + segment.range];
       ++delivery.pieces_left;
@@ -158,7 +159,7 @@ void Engine::read_through_slot(const Job& job, const File& file, Device& to) {
   slot_nanoseconds_.fetch_add(nanoseconds_since(start), std::memory_order_relaxed);
 
   timed_read(file, slot.data(), job.piece.needed, job.piece.capacity, job.piece.offset);
-  to.copies_wait_for(*job.ready);
+  std::call_once(job.start->awaited, [&] { to.copies_wait_for(*job.start->ready); });
   for (std::size_t i = 0; i < job.to.size(); ++i) {
     const Segment& segment = job.piece.segments[i];
     to.copy(job.to[i], slot.data() + segment.piece_offset, segment.nbytes);

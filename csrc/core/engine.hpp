@@ -78,17 +78,21 @@ class Engine {
     std::size_t pieces_left;
     std::unique_ptr<Event> landed;
   };
+  struct Start {  // of the copies of one submission: their destinations may be written after it
+    std::unique_ptr<Event> ready;
+    std::once_flag awaited;  // by the copy stream: the copies behind the first need not wait again
+  };
   struct Job {
     std::uint32_t lane;
     Piece piece;
     std::vector<Address> to;         // one for each segment
     std::vector<Delivery*> tickets;  // one for each segment
-    std::shared_ptr<Event> ready;    // destinations may be written after it
+    std::shared_ptr<Start> start;
   };
 
   Device& device(std::uint32_t lane);
   void make_ring(Device& device);  // with the lock held
-  std::vector<Job> make_jobs(std::uint32_t lane, std::span<const Read> reads, std::shared_ptr<Event> ready);
+  std::vector<Job> make_jobs(std::uint32_t lane, std::span<const Read> reads, std::shared_ptr<Start> start);
   void run(const Job& job);
   void read_into_host(const Job& job, const File& file);
   void read_through_slot(const Job& job, const File& file, Device& device);

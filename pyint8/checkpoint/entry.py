@@ -113,5 +113,14 @@ class Entry:
             )
         return (*self.shape[:-1], self.shape[-1] // 2)
 
+    def read(self) -> torch.Tensor:
+        """The tensor in memory of its own, read at once: for a question that is seldom asked."""
+        import torch
+
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            stored = bytearray(file.read(self.nbytes))
+        return torch.frombuffer(stored, dtype=self.torch_dtype).view(self.torch_shape)
+
     def _error(self, problem: str) -> CheckpointError:
         return CheckpointError(problem, path=self.path, tensor=self.name, offset=self.offset)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from pyint8.checkpoint import Entry
-from pyint8.quantizer import WeightHealth
+from pyint8.quantizer import BadWeight, WeightHealth, first_overflow
 from pyint8.streaming import TensorStream
 
 # Below this a tensor is cast at once: it takes no memory worth speaking of.
@@ -20,15 +22,18 @@ def cast_in_bands(entry: Entry, dtype: torch.dtype) -> bool:
 def deliver_cast(
     stream: TensorStream, entry: Entry, name: str, dtype: torch.dtype, device: torch.device, health: WeightHealth
 ) -> torch.Tensor:
-    """The entry as a contiguous tensor of `dtype` on `device`; `health` is shown what a cast could break."""
-    if not cast_in_bands(entry, dtype):
-        stored = stream.whole(entry.name).to(device)
-        tensor = stored.to(dtype)
-        health.watch_cast(name, 0, stored, tensor)
-        return tensor
-    tensor = torch.empty(entry.torch_shape, dtype=dtype, device=device)
-    for row, band in stream.bands(entry.name):
-        rows = tensor[row : row + len(band)]
-        rows.copy_(band)
-        health.watch_cast(name, row, band.to(device), rows)
+    """The entry as a contiguous tensor of `dtype` on `device`; `health` is shown it, as a cast may overflow."""
+    if cast_in_bands(entry, dtype):
+        tensor = torch.empty(entry.torch_shape, dtype=dtype, device=device)
+        for row, band in stream.bands(entry.name):
+            tensor[row : row + len(band)].copy_(band)
+    else:
+        tensor = stream.whole(entry.name).to(device=device, dtype=dtype)
+    health.watch_cast(name, tensor, [entry.torch_dtype], lambda: find_overflow([entry]))
     return tensor
+
+
+def find_overflow(entries: Iterable[Entry]) -> BadWeight | None:
+    """The first value in any of the stored tensors that is finite, and too large for fp16."""
+    found = (first_overflow(entry.name, entry.read()) for entry in entries if entry.is_floating)
+    return next((bad for bad in found if bad is not None), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from pyint8.errors import CheckpointError
 from pyint8.models import checks
 from pyint8.models.delivery import cast_in_bands, deliver_cast
 from pyint8.placement import dispatch, landing_device, plan_device_map
-from pyint8.quantizer import Int8Quantizer, device_of, modules_to_keep
+from pyint8.quantizer import Int8Quantizer, device_of, first_overflow, modules_to_keep
 from pyint8.report import LoadReport
 from pyint8.streaming import Delivery, StreamSource, TensorStream
 
@@ -199,7 +200,7 @@ class _Filler:
             is_buffer = not isinstance(tensor, nn.Parameter)  # its values were computed, in a dtype of their choice
             dtype = tensor.dtype if is_buffer else self._target_dtype(tensor.dtype)
             moved = tensor.data.to(self._device(name), dtype)
-            self._quantizer.health.watch_cast(name, 0, tensor.data.to(moved.device), moved)
+            self._quantizer.health.watch_cast(name, moved, [tensor.dtype], partial(first_overflow, name, tensor.data))
             tensor.data = moved
 
     def locate(self, name: str) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,12 +15,7 @@ logger = logging.getLogger("pyint8")
 
 _NAMED_AT_MOST = 5
 
-
-@dataclass(frozen=True)
-class _Watched:
-    name: str
-    row: int
-    bad: torch.Tensor  # bool, one for each row
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,55 +26,77 @@ class BadWeight:
     row: int  # the first such output row
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """A value for each row from `first` on, finite if the row is sound."""
+
+    name: str
+    first: int
+    values: torch.Tensor  # [rows]
+
+
+@dataclass(frozen=True)
+class _Cast:
+    """A tensor that was narrowed to fp16, to be looked at once all of them are there."""
+
+    name: str
+    tensor: torch.Tensor
+    find_overflow: Callable[[], BadWeight | None]
+
+
 class WeightHealth:
-    """Collects, on the devices, which rows are bad; says so once at the end.
+    """Collects, on the devices, what shows which rows are bad; says so once at the end.
 
     bitsandbytes says nothing: its GPU kernel swallows NaN, and makes a row of zeros of one with infinity, or with a
-    value beyond fp16's 65504.
+    value beyond fp16's 65504. A weight costs one small kernel here, or none.
     """
 
     def __init__(self) -> None:
-        self._watched: list[_Watched] = []
+        self._rows: list[_Rows] = []
+        self._casts: list[_Cast] = []
 
     def watch(self, name: str, row: int, half: torch.Tensor, scales: torch.Tensor) -> None:
         """Looks at the rows of a band: `half` fp16 [rows, in], and the scales [rows] bitsandbytes found for them."""
-        largest = scales
-        if half.is_cuda and half.numel():  # elsewhere NaN shows in the scales
-            largest = scales + half.amax(dim=1)
-        self._watched.append(_Watched(name, row, ~largest.isfinite()))
+        # Only on a CPU does NaN show in the scales. fp32 holds any sum of fp16 values, but not of infinity or NaN.
+        self._rows.append(_Rows(name, row, half.sum(dim=1, dtype=torch.float32) if half.is_cuda else scales))
 
     def watch_scales(self, name: str, scales: torch.Tensor) -> None:
         """Looks at the scales [rows] of a pre-quantized weight: infinity in one is an overflow of long ago."""
-        self._watched.append(_Watched(name, 0, ~scales.isfinite()))
+        self._rows.append(_Rows(name, 0, scales))
 
     def watch_rows(self, name: str, weight: torch.Tensor) -> None:
         """Looks at a weight [rows, in] that is quantized later, in fp16."""
-        self._watched.append(_Watched(name, 0, ~weight.to(torch.float16).isfinite().all(dim=1)))
+        self._rows.append(_Rows(name, 0, weight.to(torch.float16).sum(dim=1, dtype=torch.float32)))
 
-    def watch_cast(self, name: str, row: int, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Looks at rows of an unquantized tensor that were cast: infinity where there was none is an overflow."""
-        narrowed = after.dtype == torch.float16 and before.is_floating_point() and before.dtype != torch.float16
-        if not narrowed or not after.numel():
-            return
-        overflow = after.isinf()
-        if after.is_cuda or bool(overflow.any()):
-            overflow &= ~before.isinf()
-            self._watched.append(
-                _Watched(name, row, overflow.reshape(len(overflow) if overflow.ndim else 1, -1).any(1))
-            )
+    def watch_cast(
+        self,
+        name: str,
+        tensor: torch.Tensor,
+        stored: Iterable[torch.dtype],
+        find_overflow: Callable[[], BadWeight | None],
+    ) -> None:
+        """Looks, at the end, at an unquantized tensor: infinity where none was stored is an overflow.
+
+        Args:
+            name: For errors.
+            tensor: As it will be in the model.
+            stored: The dtypes of what it was made of.
+            find_overflow: Looks at what it was made of (see `first_overflow`); called if the tensor is not finite.
+        """
+        narrowed = any(dtype.is_floating_point and dtype != torch.float16 for dtype in stored)
+        if tensor.dtype == torch.float16 and narrowed and tensor.numel():
+            self._casts.append(_Cast(name, tensor.detach(), find_overflow))
 
     def bad_weights(self) -> list[BadWeight]:
         """The bad ones so far, each once; waits for the devices."""
         found: dict[str, BadWeight] = {}
-        by_device: dict[torch.device, list[_Watched]] = {}
-        for watched in self._watched:
-            by_device.setdefault(watched.bad.device, []).append(watched)
-        for group in by_device.values():
-            flags = torch.stack([watched.bad.any() for watched in group]).tolist()
-            for watched, flag in zip(group, flags, strict=True):
-                if flag and watched.name not in found:
-                    first = int(watched.bad.nonzero()[0])
-                    found[watched.name] = BadWeight(watched.name, watched.row + first)
+        for rows in _not_finite(self._rows, lambda rows: rows.values):
+            if rows.name not in found:
+                row = int((~rows.values.isfinite()).nonzero()[0])
+                found[rows.name] = BadWeight(rows.name, rows.first + row)
+        for cast in _not_finite(self._casts, lambda cast: _extremes(cast.tensor)):
+            if (bad := cast.find_overflow()) is not None:
+                found[cast.name] = bad
         return list(found.values())
 
     def settle(self, *, strict: bool, locate: Callable[[str], dict[str, Any]] | None = None) -> None:
@@ -90,7 +107,8 @@ class WeightHealth:
             locate: Where a parameter's tensor lies: "tensor", "path" and "offset".
         """
         bad = self.bad_weights()
-        self._watched.clear()
+        self._rows.clear()
+        self._casts.clear()
         if not bad:
             return
         named = ", ".join(f"{weight.name} (row {weight.row})" for weight in bad[:_NAMED_AT_MOST])
@@ -105,3 +123,29 @@ class WeightHealth:
             "bitsandbytes does, with rows that are wrong",
             **(locate(bad[0].name) if locate is not None else {"tensor": bad[0].name}),
         )
+
+
+def first_overflow(name: str, stored: torch.Tensor) -> BadWeight | None:
+    """The first row of a tensor with a finite value that fp16 cannot hold."""
+    overflow = (stored.to(torch.float16).isinf() & ~stored.isinf()).nonzero()
+    if not len(overflow):
+        return None
+    return BadWeight(name, int(overflow[0][0]) if stored.ndim else 0)
+
+
+def _extremes(tensor: torch.Tensor) -> torch.Tensor:
+    """A few values of a non-empty fp16 tensor, finite if it is: what is cheapest to have on its device."""
+    if tensor.is_cuda:
+        return tensor.sum(dtype=torch.float32).reshape(1)
+    return torch.stack(tensor.aminmax())
+
+
+def _not_finite(watched: list[T], values: Callable[[T], torch.Tensor]) -> Iterator[T]:
+    """Those whose values are not all finite, waiting once for each device where all are."""
+    by_device: dict[torch.device, list[tuple[T, torch.Tensor]]] = {}
+    for item in watched:
+        value = values(item)
+        by_device.setdefault(value.device, []).append((item, value))
+    for group in by_device.values():
+        if not bool(torch.cat([value.float() for _, value in group]).isfinite().all()):
+            yield from (item for item, value in group if not bool(value.isfinite().all()))

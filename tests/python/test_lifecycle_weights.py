@@ -273,7 +273,7 @@ def test_nan_that_a_kernel_swallows_is_seen_all_the_same() -> None:
 def test_an_empty_tensor_on_a_gpu_is_healthy(shape: tuple[int, ...]) -> None:
     health = WeightHealth()
     before = torch.zeros(shape).as_subclass(OnGpu)
-    health.watch_cast("x", 0, before, before.half())
+    health.watch_cast("x", before.half(), [before.dtype], lambda: None)
     assert health.bad_weights() == []
 
 

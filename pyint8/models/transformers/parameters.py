@@ -16,7 +16,7 @@ from pyint8.checkpoint import Checkpoint, Entry
 from pyint8.config import StreamOptions
 from pyint8.errors import QuantizationStateError
 from pyint8.models import checks
-from pyint8.models.delivery import cast_in_bands, deliver_cast
+from pyint8.models.delivery import cast_in_bands, deliver_cast, find_overflow
 from pyint8.models.transformers.plan import LoadPlan, Target
 from pyint8.quantizer import Int8Quantizer, TensorSource
 from pyint8.report import LoadReport
@@ -167,16 +167,14 @@ class ParameterMaker:
         made = converter.convert(
             target.name, model=self._model, config=self._model.config, hf_quantizer=None, loading_info=loading_info
         )
-        return {name: self._finished(name, value) for name, value in made.items()}
+        sources = [self._checkpoint[name] for name, _ in target.sources]
+        return {name: self._finished(name, value, sources) for name, value in made.items()}
 
     def _read(self, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """A source of a conversion, as transformers would hand it over: on its device, in the target's dtype."""
-        stored = self._stream.whole(name).to(device)
-        tensor = stored.to(dtype)
-        self._quantizer.health.watch_cast(name, 0, stored, tensor)
-        return tensor
+        return self._stream.whole(name).to(device=device, dtype=dtype)
 
-    def _finished(self, name: str, value: Any) -> torch.Tensor:
+    def _finished(self, name: str, value: Any, sources: list[Entry]) -> torch.Tensor:
         """One result of a conversion, quantized where that is wanted, on its device."""
         tensor: torch.Tensor = value[0] if isinstance(value, list) else value
         self._report.tensors["converted"] += 1
@@ -184,7 +182,10 @@ class ParameterMaker:
         if place is None:  # no place in the model; transformers says so
             return tensor
         if not self._quantizer.check_quantized_param(name):
-            return tensor.to(place.device)
+            tensor = tensor.to(place.device)
+            dtypes = {entry.torch_dtype for entry in sources}
+            self._quantizer.health.watch_cast(name, tensor, dtypes, partial(find_overflow, sources))
+            return tensor
         return self._quantizer.create_quantized_param(
             name, TensorSource(tensor), model_dtype=place.dtype, device=place.device
         )

@@ -109,6 +109,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         self.session.open_files(checkpoint_files)
         self._name_genuine_config(model)
         super().preprocess_model(model, dtype=dtype, checkpoint_files=checkpoint_files, **kwargs)
+        self.session.model_is_built()
 
     def _name_genuine_config(self, model: Any) -> None:
         """Some models (T5) copied their configuration, ours in it, while they were built."""

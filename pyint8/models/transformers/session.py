@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers.core_model_loading import SkipParameters
 
 from pyint8.checkpoint import Checkpoint, checkpoint_of_files
 from pyint8.config import StreamOptions
+from pyint8.models.transformers.initialization import NoInitializationOnMeta
 from pyint8.models.transformers.parameters import ParameterMaker, find_places
 from pyint8.models.transformers.plan import LoadPlan, make_plan
 from pyint8.models.transformers.settle import check_tensors, settle_modules
@@ -65,6 +66,7 @@ class LoadSession:
         self._on_total = on_total
         self._allow_mismatched_shapes = allow_mismatched_shapes
         self._maker: ParameterMaker | None = None
+        self._building = ExitStack()
 
     @staticmethod
     def active() -> LoadSession | None:
@@ -75,11 +77,17 @@ class LoadSession:
     def activate(self) -> Iterator[None]:
         """Makes this the session that transformers' quantizer finds; closes it at the end."""
         token = _active.set(self)
+        self._building.enter_context(NoInitializationOnMeta())
         try:
             yield
         finally:
+            self.model_is_built()
             _active.reset(token)
             self.close()
+
+    def model_is_built(self) -> None:
+        """Its modules are all there, on meta; from now on tensors are real."""
+        self._building.close()
 
     def close(self) -> None:
         """Gives back threads, files and memory."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -14,8 +14,7 @@ from pyint8.errors import NonFiniteWeightError
 logger = logging.getLogger("pyint8")
 
 _NAMED_AT_MOST = 5
-
-T = TypeVar("T")
+_VALUES_IN_BUFFER = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -27,12 +26,14 @@ class BadWeight:
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """A value for each row from `first` on, finite if the row is sound."""
+class _Watched:
+    """Values that are finite if what they stand for is: one for each row, or some for a whole tensor."""
 
     name: str
-    first: int
-    values: torch.Tensor  # [rows]
+    row: int  # of the first value
+    start: int  # in its device's values
+    count: int
+    find_overflow: Callable[[], BadWeight | None] | None = None  # for a tensor that was cast
 
 
 @dataclass(frozen=True)
@@ -44,29 +45,57 @@ class _Cast:
     find_overflow: Callable[[], BadWeight | None]
 
 
+class _Values:
+    """fp32 values on one device, in few buffers, so that they come to the host in few copies."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._full: list[torch.Tensor] = []
+        self._buffer = torch.empty(0, device=device)
+        self._used = 0
+        self.count = 0
+
+    def next(self, count: int) -> torch.Tensor:
+        """Room for `count` of them."""
+        if self._used + count > len(self._buffer):
+            self._full.append(self._buffer[: self._used])
+            self._buffer = torch.empty(max(count, _VALUES_IN_BUFFER), device=self._device)
+            self._used = 0
+        self._used += count
+        self.count += count
+        return self._buffer[self._used - count : self._used]
+
+    def on_host(self) -> torch.Tensor:
+        return torch.cat([part.cpu() for part in (*self._full, self._buffer[: self._used])])
+
+
 class WeightHealth:
     """Collects, on the devices, what shows which rows are bad; says so once at the end.
 
     bitsandbytes says nothing: its GPU kernel swallows NaN, and makes a row of zeros of one with infinity, or with a
-    value beyond fp16's 65504. A weight costs one small kernel here, or none.
+    value beyond fp16's 65504. A weight costs one kernel here, or none; and as every kind of kernel that a process has
+    not used before takes it some 20 ms and 15 MB to load, what they find is looked at on the host.
     """
 
     def __init__(self) -> None:
-        self._rows: list[_Rows] = []
+        self._values: dict[torch.device, _Values] = {}
+        self._watched: dict[torch.device, list[_Watched]] = {}
         self._casts: list[_Cast] = []
 
     def watch(self, name: str, row: int, half: torch.Tensor, scales: torch.Tensor) -> None:
         """Looks at the rows of a band: `half` fp16 [rows, in], and the scales [rows] bitsandbytes found for them."""
-        # Only on a CPU does NaN show in the scales. fp32 holds any sum of fp16 values, but not of infinity or NaN.
-        self._rows.append(_Rows(name, row, half.sum(dim=1, dtype=torch.float32) if half.is_cuda else scales))
+        if half.is_cuda:  # elsewhere NaN shows in the scales
+            _sum_rows(half, self._room(name, row, half.device, len(half)))
+        else:
+            self._room(name, row, scales.device, len(scales)).copy_(scales)
 
     def watch_scales(self, name: str, scales: torch.Tensor) -> None:
         """Looks at the scales [rows] of a pre-quantized weight: infinity in one is an overflow of long ago."""
-        self._rows.append(_Rows(name, 0, scales))
+        self._room(name, 0, scales.device, len(scales)).copy_(scales)
 
     def watch_rows(self, name: str, weight: torch.Tensor) -> None:
         """Looks at a weight [rows, in] that is quantized later, in fp16."""
-        self._rows.append(_Rows(name, 0, weight.to(torch.float16).sum(dim=1, dtype=torch.float32)))
+        _sum_rows(weight.to(torch.float16), self._room(name, 0, weight.device, len(weight)))
 
     def watch_cast(
         self,
@@ -89,15 +118,47 @@ class WeightHealth:
 
     def bad_weights(self) -> list[BadWeight]:
         """The bad ones so far, each once; waits for the devices."""
+        self._look_at_casts()
         found: dict[str, BadWeight] = {}
-        for rows in _not_finite(self._rows, lambda rows: rows.values):
-            if rows.name not in found:
-                row = int((~rows.values.isfinite()).nonzero()[0])
-                found[rows.name] = BadWeight(rows.name, rows.first + row)
-        for cast in _not_finite(self._casts, lambda cast: _extremes(cast.tensor)):
-            if (bad := cast.find_overflow()) is not None:
-                found[cast.name] = bad
+        for device, group in self._watched.items():
+            finite = self._values[device].on_host().isfinite()
+            if bool(finite.all()):
+                continue
+            for watched in group:
+                rows = (~finite[watched.start : watched.start + watched.count]).nonzero()
+                if not len(rows) or watched.name in found:
+                    continue
+                bad: BadWeight | None = BadWeight(watched.name, watched.row + int(rows[0]))
+                if watched.find_overflow is not None:
+                    bad = watched.find_overflow()
+                if bad is not None:
+                    found[watched.name] = bad
         return list(found.values())
+
+    def _look_at_casts(self) -> None:
+        for cast in self._casts:
+            tensor = cast.tensor
+            if tensor.is_cuda:
+                _sum_rows(tensor.reshape(1, -1), self._room(cast.name, 0, tensor.device, 1, cast.find_overflow))
+            else:  # many times faster there than a sum
+                room = self._room(cast.name, 0, tensor.device, 2, cast.find_overflow)
+                room.copy_(torch.stack(tensor.aminmax()))
+        self._casts.clear()
+
+    def _room(
+        self,
+        name: str,
+        row: int,
+        device: torch.device,
+        count: int,
+        find_overflow: Callable[[], BadWeight | None] | None = None,
+    ) -> torch.Tensor:
+        """Where to write the values of something that is watched from now on."""
+        if device not in self._values:
+            self._values[device] = _Values(device)
+        values = self._values[device]
+        self._watched.setdefault(device, []).append(_Watched(name, row, values.count, count, find_overflow))
+        return values.next(count)
 
     def settle(self, *, strict: bool, locate: Callable[[str], dict[str, Any]] | None = None) -> None:
         """Raises NonFiniteWeightError for the first bad weight, or with `strict` off logs one warning for all.
@@ -107,8 +168,8 @@ class WeightHealth:
             locate: Where a parameter's tensor lies: "tensor", "path" and "offset".
         """
         bad = self.bad_weights()
-        self._rows.clear()
-        self._casts.clear()
+        self._values.clear()
+        self._watched.clear()
         if not bad:
             return
         named = ", ".join(f"{weight.name} (row {weight.row})" for weight in bad[:_NAMED_AT_MOST])
@@ -133,19 +194,6 @@ def first_overflow(name: str, stored: torch.Tensor) -> BadWeight | None:
     return BadWeight(name, int(overflow[0][0]) if stored.ndim else 0)
 
 
-def _extremes(tensor: torch.Tensor) -> torch.Tensor:
-    """A few values of a non-empty fp16 tensor, finite if it is: what is cheapest to have on its device."""
-    if tensor.is_cuda:
-        return tensor.sum(dtype=torch.float32).reshape(1)
-    return torch.stack(tensor.aminmax())
-
-
-def _not_finite(watched: list[T], values: Callable[[T], torch.Tensor]) -> Iterator[T]:
-    """Those whose values are not all finite, waiting once for each device where all are."""
-    by_device: dict[torch.device, list[tuple[T, torch.Tensor]]] = {}
-    for item in watched:
-        value = values(item)
-        by_device.setdefault(value.device, []).append((item, value))
-    for group in by_device.values():
-        if not bool(torch.cat([value.float() for _, value in group]).isfinite().all()):
-            yield from (item for item, value in group if not bool(value.isfinite().all()))
+def _sum_rows(half: torch.Tensor, out: torch.Tensor) -> None:
+    """fp32 holds any sum of fp16 values, but of none with infinity or NaN among them."""
+    torch.sum(half, dim=1, dtype=torch.float32, out=out)

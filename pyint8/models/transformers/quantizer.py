@@ -145,8 +145,8 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         return [PlannedRenaming(plan), PlannedConverter(plan, self.session.make)]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self.session.close()
         with self.session.report.phase("finish"):
-            self.session.close()
             self.int8.postprocess_model(model, locate=self.session.locate)
             model._weight_conversions = self.session.plan.used
             genuine = Bnb8BitHfQuantizer(self.quantization_config, pre_quantized=self._was_pre_quantized)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -94,6 +95,7 @@ class LoadSession:
         if self._maker is not None:
             self._maker.close()
             self._maker = None
+            self.report.seconds["stream"] += time.perf_counter() - self._stream_start
 
     def open_files(self, files: Sequence[str]) -> None:
         """The files that transformers resolved; read again only if they are others than those opened before."""
@@ -102,7 +104,11 @@ class LoadSession:
                 self._checkpoint = checkpoint_of_files(files)
 
     def make_plan(self, model: Any, conversions: list[Any], dtype: torch.dtype) -> LoadPlan:
-        """Decides every tensor's place, and which of the replaced modules are put back; see `settle` for errors."""
+        """Decides every tensor's place, and which of the replaced modules are put back, and starts the stream.
+
+        Raises:
+            Pyint8Error: See `settle` for tensors that have no good place, `TensorStream` for the stream.
+        """
         assert self._checkpoint is not None
         self._model, self._dtype = model, dtype
         parameters = model.state_dict()
@@ -116,6 +122,8 @@ class LoadSession:
         allow = self._allow_mismatched_shapes
         settle_modules(self.plan, model, self._checkpoint, self.quantizer, allow_mismatched_shapes=allow)
         check_tensors(self.plan, model, self._checkpoint, self.quantizer, allow_mismatched_shapes=allow)
+        self._stream_start = time.perf_counter()
+        self._maker = self._start()
         return self.plan
 
     def locate(self, name: str) -> dict[str, Any]:
@@ -126,16 +134,15 @@ class LoadSession:
         return self._checkpoint[source].place if source in self._checkpoint else {"tensor": name}
 
     def make(self, name: str, loading_info: Any) -> dict[str, torch.Tensor]:
-        """The parameters of one target; called by transformers' loop, which starts the stream."""
-        with self.report.phase("stream"):
-            try:
-                self._maker = self._maker or self._start()
-                return self._maker.make(name, loading_info)
-            except SkipParameters:  # a conversion failed; transformers notes it and goes on
-                raise
-            except BaseException:
-                self.close()
-                raise
+        """The parameters of one target; called by transformers' loop."""
+        assert self._maker is not None
+        try:
+            return self._maker.make(name, loading_info)
+        except SkipParameters:  # a conversion failed; transformers notes it and goes on
+            raise
+        except BaseException:
+            self.close()
+            raise
 
     def _start(self) -> ParameterMaker:
         assert self._checkpoint is not None

@@ -8,7 +8,7 @@
 #include "device_host.hpp"
 #include "engine.hpp"
 #include "error.hpp"
-#include "kernels_ptx.hpp"
+#include "kernel_images.hpp"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -122,7 +122,7 @@ PYBIND11_MODULE(_core, module) {
       .def("close", &Engine::close, py::call_guard<py::gil_scoped_release>())
       .def("stats", &stats);
 
-  module.def("has_kernels", &has_kernels);
+  module.def("has_kernels", [] { return !kernel_images().empty(); });
   module.def("pinned_bytes_in_use", &pinned_bytes_in_use);
 }
 

@@ -30,6 +30,8 @@ inline constexpr unsigned kStreamNonBlocking = 1;      // CU_STREAM_NON_BLOCKING
 inline constexpr unsigned kEventBlockingSync = 1;      // CU_EVENT_BLOCKING_SYNC
 inline constexpr unsigned kEventDisableTiming = 2;     // CU_EVENT_DISABLE_TIMING
 inline constexpr unsigned kHostRegisterPortable = 1;   // CU_MEMHOSTREGISTER_PORTABLE
+inline constexpr int kComputeCapabilityMajor = 75;     // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+inline constexpr int kComputeCapabilityMinor = 76;     // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
 inline constexpr int kJitErrorLogBuffer = 5;           // CU_JIT_ERROR_LOG_BUFFER
 inline constexpr int kJitErrorLogBufferSizeBytes = 6;  // CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES
 
@@ -39,6 +41,7 @@ inline constexpr int kJitErrorLogBufferSizeBytes = 6;  // CU_JIT_ERROR_LOG_BUFFE
   X(get_error_name, "cuGetErrorName", (CuResult error, const char** name))                                  \
   X(get_error_string, "cuGetErrorString", (CuResult error, const char** text))                              \
   X(device_get, "cuDeviceGet", (CuDevice * device, int ordinal))                                            \
+  X(device_get_attribute, "cuDeviceGetAttribute", (int* value, int attribute, CuDevice device))             \
   X(primary_context_retain, "cuDevicePrimaryCtxRetain", (CuContext * context, CuDevice device))             \
   X(primary_context_release, "cuDevicePrimaryCtxRelease_v2", (CuDevice device))                             \
   X(context_push, "cuCtxPushCurrent_v2", (CuContext context))                                               \

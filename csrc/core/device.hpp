@@ -19,8 +19,8 @@ using Address = std::uintptr_t;
 class Event {
  public:
   virtual ~Event() = default;
-  // Blocks the calling thread until the moment has passed; returns at once if none was ever recorded. For events
-  // watched by threads.
+  // Blocks the calling thread until the moment has passed; returns at once if none was ever recorded. For
+  // events watched by threads.
   virtual void wait() = 0;
 };
 

@@ -9,7 +9,7 @@
 #include <string>
 
 #include "error.hpp"
-#include "kernels_ptx.hpp"
+#include "kernel_images.hpp"
 
 namespace pyint8 {
 namespace {
@@ -117,6 +117,13 @@ CudaContext::~CudaContext() {
   api_->primary_context_release(device_);
 }
 
+int CudaContext::compute_capability() const {
+  int major = 0, minor = 0;
+  api_->check(api_->device_get_attribute(&major, kComputeCapabilityMajor, device_), "cuDeviceGetAttribute");
+  api_->check(api_->device_get_attribute(&minor, kComputeCapabilityMinor, device_), "cuDeviceGetAttribute");
+  return 10 * major + minor;
+}
+
 CudaContext::Scope::Scope(const CudaContext& context) : api_(*context.api_), pushed_(true) {
   api_.check(api_.context_push(context.context_), "cuCtxPushCurrent");
 }
@@ -184,20 +191,32 @@ void CudaDevice::synchronize() {
   context_->api().check(context_->api().stream_synchronize(copy_stream_), "cuStreamSynchronize");
 }
 
-// Loaded at the first Conv1D weight, not before: the driver compiles the PTX, which takes a tenth of a
-// second.
+// The machine code for this device, or else PTX, which the driver compiles.
+CuModule CudaDevice::load_kernels() const {
+  if (kernel_images().empty()) throw Error(ErrorCode::kDriver, "this build has no GPU kernels");
+  const CudaApi& api = context_->api();
+  const int own = context_->compute_capability();
+  std::array<char, 4096> log{};
+  std::array<int, 2> options = {kJitErrorLogBuffer, kJitErrorLogBufferSizeBytes};
+  std::array<void*, 2> values = {log.data(), reinterpret_cast<void*>(log.size())};
+  CuModule module = nullptr;
+  CuResult result = 0;
+  for (const KernelImage& image : kernel_images()) {
+    const bool runs =
+        image.architecture == 0 || (image.architecture / 10 == own / 10 && image.architecture <= own);
+    if (!runs) continue;
+    result = api.module_load(&module, image.data, options.size(), options.data(), values.data());
+    if (result == 0) return module;
+  }
+  api.check(result, ("cuModuleLoadDataEx " + std::string(log.data())).c_str());
+  return module;
+}
+
+// Loaded at the first Conv1D weight, not before.
 CuFunction CudaDevice::kernel_for(const Turn& turn) {
   const CudaApi& api = context_->api();
   const std::lock_guard lock(module_mutex_);
-  if (module_ == nullptr) {
-    if (!has_kernels()) throw Error(ErrorCode::kDriver, "this build has no GPU kernels");
-    std::array<char, 4096> log{};
-    std::array<int, 2> options = {kJitErrorLogBuffer, kJitErrorLogBufferSizeBytes};
-    std::array<void*, 2> values = {log.data(), reinterpret_cast<void*>(log.size())};
-    const CuResult result =
-        api.module_load(&module_, kernels_ptx(), options.size(), options.data(), values.data());
-    api.check(result, ("cuModuleLoadDataEx " + std::string(log.data())).c_str());
-  }
+  if (module_ == nullptr) module_ = load_kernels();
   CuFunction function = nullptr;
   api.check(api.module_get_function(&function, module_, kernel_name(turn)), "cuModuleGetFunction");
   return function;

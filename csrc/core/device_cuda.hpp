@@ -18,6 +18,8 @@ class CudaContext {
   CudaContext& operator=(const CudaContext&) = delete;
 
   const CudaApi& api() const { return *api_; }
+  // 80 for 8.0.
+  int compute_capability() const;
 
   // Makes the context current on this thread for as long as it lives.
   class Scope {
@@ -58,6 +60,7 @@ class CudaDevice final : public Device {
 
  private:
   CuFunction kernel_for(const Turn& turn);
+  CuModule load_kernels() const;
 
   std::shared_ptr<CudaContext> context_;
   CuStream copy_stream_ = nullptr;

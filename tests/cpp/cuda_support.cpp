@@ -1,20 +1,19 @@
 #include "cuda_support.hpp"
 
-#include "kernels_ptx.hpp"
+#include <array>
 
 namespace pyint8 {
 namespace {
 
-bool left_out = false;
+const std::array<KernelImage, 4> all_images = {
+    {{90, "machine code 90"}, {80, "machine code 80"}, {75, "machine code 75"}, {0, "PTX"}}};
+std::span<const KernelImage> images = all_images;
 
 }  // namespace
 
-// These two come before those of the build, which may have had no compiler for kernels.
-bool has_kernels() {
-  return !left_out;
-}
-const char* kernels_ptx() {
-  return left_out ? "" : "PTX";
+// Comes before that of the build, which may have had no compiler for kernels.
+std::span<const KernelImage> kernel_images() {
+  return images;
 }
 
 }  // namespace pyint8
@@ -33,8 +32,12 @@ std::shared_ptr<const CudaApi> fake_driver() {
   return CudaApi::open(FAKE_CUDA_LIBRARY);
 }
 
-void leave_kernels_out(bool out) {
-  left_out = out;
+OnlyKernelImages::OnlyKernelImages(std::span<const KernelImage> only) {
+  images = only;
+}
+
+OnlyKernelImages::~OnlyKernelImages() {
+  images = all_images;
 }
 
 FakeCudaCounters counters() {

@@ -7,6 +7,7 @@
 
 #include "device_cuda.hpp"
 #include "fake_cuda.h"
+#include "kernel_images.hpp"
 #include "support.hpp"
 
 namespace pyint8::testing {
@@ -15,8 +16,13 @@ std::shared_ptr<const CudaApi> fake_driver();
 
 FakeCudaCounters counters();
 
-// The tests stand in for the kernels that a build may have: the fake driver takes any.
-void leave_kernels_out(bool out);
+// The tests stand in for the kernels that a build has: machine code for 9.0, 8.0 and 7.5, and PTX. While one
+// of these lives, there are only some.
+class OnlyKernelImages {
+ public:
+  explicit OnlyKernelImages(std::span<const KernelImage> only);
+  ~OnlyKernelImages();
+};
 
 // Starts the fake's accounts afresh; at the end nothing must be left and nothing done that a GPU would mind.
 class Accounts {

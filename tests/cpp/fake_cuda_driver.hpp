@@ -21,6 +21,7 @@ enum : CuResult {
   kNoDevice = 100,
   kInvalidDevice = 101,
   kInvalidContext = 201,
+  kNoBinary = 209,
   kInvalidPtx = 218,
   kInvalidHandle = 400,
   kNotFound = 500,

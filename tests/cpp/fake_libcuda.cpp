@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdio>
 #include <cstring>
+#include <string_view>
 
 #include "fake_cuda.h"
 #include "fake_cuda_driver.hpp"
@@ -35,6 +36,7 @@ CuResult cuGetErrorName(CuResult error, const char** name) {
       {kNoDevice, "CUDA_ERROR_NO_DEVICE"},
       {kInvalidDevice, "CUDA_ERROR_INVALID_DEVICE"},
       {kInvalidContext, "CUDA_ERROR_INVALID_CONTEXT"},
+      {kNoBinary, "CUDA_ERROR_NO_BINARY_FOR_GPU"},
       {kInvalidPtx, "CUDA_ERROR_INVALID_PTX"},
       {kInvalidHandle, "CUDA_ERROR_INVALID_HANDLE"},
       {kNotFound, "CUDA_ERROR_NOT_FOUND"},
@@ -57,6 +59,13 @@ CuResult cuDeviceGet(CuDevice* device, int ordinal) {
   BEGIN("cuDeviceGet");
   RETURN_IF(ordinal < 0 || static_cast<std::size_t>(ordinal) >= driver().devices.size(), kInvalidDevice);
   *device = ordinal;
+  return kSuccess;
+}
+
+CuResult cuDeviceGetAttribute(int* value, int attribute, CuDevice) {
+  BEGIN("cuDeviceGetAttribute");
+  RETURN_IF(attribute != kComputeCapabilityMajor && attribute != kComputeCapabilityMinor, kInvalidValue);
+  *value = attribute == kComputeCapabilityMajor ? 8 : 6;
   return kSuccess;
 }
 
@@ -222,7 +231,9 @@ CuResult cuModuleLoadDataEx(CuModule* module, const void* image, unsigned count,
     if (log != nullptr) std::snprintf(log, log_bytes, "the fake compiler's log");
     return call.result;
   }
-  RETURN_IF(static_cast<const char*>(image)[0] == '\0', kInvalidPtx);
+  const std::string_view text(static_cast<const char*>(image));
+  RETURN_IF(text.empty(), kInvalidPtx);
+  RETURN_IF(text.starts_with("machine code") && text != "machine code 80", kNoBinary);
   *module = reinterpret_cast<CuModule>(++driver().modules_made);
   driver().modules.emplace(*module, call.context);
   return kSuccess;

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <array>
 
 #include "cuda_support.hpp"
 
@@ -80,8 +81,35 @@ TEST_CASE("an empty weight launches nothing; a bad one is refused before the dri
   CHECK(fake_cuda_calls("cuLaunchKernel") == 0);
 }
 
+TEST_CASE("machine code of the device's major version is loaded, or else PTX") {
+  const Accounts accounts;
+  CudaDevice device(fake_driver(), 0);  // of compute capability 8.6; refuses other machine code than 8.0's
+  Consumer consumer(0);
+  const Weight weight(ElementType::kFloat, false, 3, 3, 3);
+  SUBCASE("machine code") {
+    device.turn_to_half(weight.turn, consumer.stream());
+    CHECK(fake_cuda_calls("cuModuleLoadDataEx") == 1);
+  }
+  SUBCASE("there is none for this architecture") {
+    const std::array<KernelImage, 3> others = {
+        {{90, "machine code 90"}, {87, "machine code 87"}, {0, "PTX"}}};
+    const OnlyKernelImages only(others);
+    device.turn_to_half(weight.turn, consumer.stream());
+    CHECK(fake_cuda_calls("cuModuleLoadDataEx") == 1);
+  }
+  SUBCASE("the driver does not take it") {
+    fake_cuda_fail_after("cuModuleLoadDataEx", 1, 209);
+    device.turn_to_half(weight.turn, consumer.stream());
+    CHECK(fake_cuda_calls("cuModuleLoadDataEx") == 2);
+  }
+  consumer.synchronize();
+  CHECK(weight.is_turned());
+}
+
 TEST_CASE("kernels that do not load are an error with the compiler's log, and may load the next time") {
   const Accounts accounts;
+  const std::array<KernelImage, 1> ptx = {{{0, "PTX"}}};
+  const OnlyKernelImages only(ptx);
   CudaDevice device(fake_driver(), 0);
   const Weight weight(ElementType::kFloat, false, 3, 3, 3);
   fake_cuda_fail_after("cuModuleLoadDataEx", 1, 218);
@@ -101,10 +129,9 @@ TEST_CASE("kernels that do not load are an error with the compiler's log, and ma
 TEST_CASE("a build without kernels says so") {
   const Accounts accounts;
   CudaDevice device(fake_driver(), 0);
-  leave_kernels_out(true);
+  const OnlyKernelImages none({});
   const Weight weight(ElementType::kFloat, false, 3, 3, 3);
   const Error error = error_of([&] { device.turn_to_half(weight.turn, 0); });
-  leave_kernels_out(false);
   CHECK(error.message() == "this build has no GPU kernels");
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from pyint8.read_ahead import ReadAhead
+    from pyint8.streaming import HeadStart
+
 # Said in `config`, or by the return value.
 _REPLACED_ARGUMENTS = {
     "load_in_8bit": "pyint8.load always loads in 8 bit",
@@ -30,6 +33,9 @@ _REPLACED_ARGUMENTS = {
     "torch_dtype": "it is named dtype",
     "disable_mmap": "pyint8 maps no files",
 }
+
+# Of from_pretrained's arguments, those that say where in a folder the checkpoint is.
+_WHERE = ("subfolder", "variant")
 
 
 def load(
@@ -84,15 +90,28 @@ def load(
     _check_types(config=(config, Int8Config), options=(options, StreamOptions))
     options = StreamOptions.from_environment() if options is None else options
     report = LoadReport()
+    with ExitStack() as begun:
+        # Before anything heavy is imported: a folder is checked, and the disk has something to do. A hub id is resolved
+        # by transformers.
+        checkpoint = read_ahead = None
+        if os.path.exists(path):
+            _refuse_adapter(os.path.join(path, hub_and_model_kwargs.get("subfolder") or ""))
+            where = {name: hub_and_model_kwargs[name] for name in _WHERE if hub_and_model_kwargs.get(name)}
+            with report.phase("read headers"):
+                checkpoint = open_checkpoint(path, **where)
+            read_ahead = begun.enter_context(_reading_ahead(checkpoint, options))
 
-    from pyint8 import arguments
+        from pyint8 import arguments
 
-    arguments.check_model(model)
-    arguments.check_device_map(device_map)
-    arguments.check_max_memory(max_memory)
-    dtype = arguments.check_dtype(dtype)
-    request = _Request(path, device_map, dtype, max_memory, config, offload_folder, strict, options)
-    with _measured_memory(report), ByteProgress(progress) as bar:
+        arguments.check_model(model)
+        arguments.check_device_map(device_map)
+        arguments.check_max_memory(max_memory)
+        dtype = arguments.check_dtype(dtype)
+        request = _Request(
+            path, checkpoint, read_ahead, device_map, dtype, max_memory, config, offload_folder, strict, options
+        )
+        begun.enter_context(_measured_memory(report))
+        bar = begun.enter_context(ByteProgress(progress))
         if model is None or isinstance(model, type):
             result = _load_transformers(request, model, report, bar, hub_and_model_kwargs)
         else:
@@ -105,6 +124,8 @@ class _Request:
     """The arguments that both roads share."""
 
     path: str
+    checkpoint: Checkpoint | None  # known already, if `path` is a folder or a file
+    read_ahead: ReadAhead | None
     device_map: Any
     dtype: torch.dtype | str | None
     max_memory: Mapping[Any, Any] | None
@@ -113,21 +134,35 @@ class _Request:
     strict: bool
     options: StreamOptions
 
-    def open_checkpoint(self, report: LoadReport, **where: str) -> Checkpoint:
-        with report.phase("read headers"):
-            return open_checkpoint(self.path, **where)
+
+def _reading_ahead(checkpoint: Checkpoint, options: StreamOptions) -> closing[ReadAhead]:
+    from pyint8.read_ahead import ReadAhead  # the extension: `import pyint8` does without
+
+    return closing(ReadAhead(checkpoint, options))
 
 
 def _load_transformers(
     request: _Request, model_class: type | None, report: LoadReport, bar: ByteProgress, kwargs: dict[str, Any]
 ) -> Any:
-    # A folder is checked before anything heavy is imported; a hub id is resolved by transformers.
-    checkpoint = None
-    _refuse_adapter(os.path.join(request.path, kwargs.get("subfolder") or ""))
-    if os.path.exists(request.path):
-        where = {name: kwargs[name] for name in ("subfolder", "variant") if kwargs.get(name)}
-        checkpoint = request.open_checkpoint(report, **where)
+    from pyint8.streaming import begin
 
+    with ExitStack() as begun:
+        head_start = None
+        if request.checkpoint is not None:
+            head_start = begin(request.checkpoint, request.device_map, request.options)
+        if head_start is not None:
+            begun.enter_context(closing(head_start))
+        return _load_session(request, model_class, report, bar, kwargs, head_start)
+
+
+def _load_session(
+    request: _Request,
+    model_class: type | None,
+    report: LoadReport,
+    bar: ByteProgress,
+    kwargs: dict[str, Any],
+    head_start: HeadStart | None,
+) -> Any:
     from pyint8.models.transformers import LoadSession, load_pretrained
     from pyint8.quantizer import Int8Quantizer
 
@@ -136,7 +171,9 @@ def _load_transformers(
     session = LoadSession(
         request.options,
         strict=request.strict,
-        checkpoint=checkpoint,
+        checkpoint=request.checkpoint,
+        read_ahead=request.read_ahead,
+        head_start=head_start,
         report=report,
         on_bytes=bar.advance,
         on_total=bar.start,
@@ -163,13 +200,13 @@ def _load_plain(
 ) -> nn.Module:
     if kwargs:
         raise OptionError(f"these arguments mean nothing for a module of your own: {', '.join(sorted(kwargs))}")
-    checkpoint = request.open_checkpoint(report)
+    assert request.checkpoint is not None
 
     from pyint8.models.plain import fill_module
 
     return fill_module(
         module,
-        checkpoint,
+        request.checkpoint,
         device_map=request.device_map,
         dtype=request.dtype,
         max_memory=request.max_memory,

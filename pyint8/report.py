@@ -22,8 +22,8 @@ class LoadReport:
 
     Attributes:
         checkpoint_bytes: Bytes of tensors that were read from the checkpoint and delivered to a device.
-        seconds: Wall seconds by phase: "read headers", "build" (the model on meta, and the plan), "stream" (first
-            byte asked for to last parameter set) and "finish".
+        seconds: Wall seconds by phase: "read headers", "build" (the model on meta, and the plan), "stream" (from
+            the plan to the last parameter set; the first bytes may have been asked for before) and "finish".
         tensors: Number of parameters and buffers by what became of them: "int8" (quantized here), "pre-quantized",
             "cast" (to another dtype), "as stored", "converted" (renamed is not converted; split or fused is).
         skipped: Modules that could have been quantized and were not, with the reason.
@@ -48,8 +48,8 @@ class LoadReport:
 
     @property
     def gigabytes_per_second(self) -> float:
-        """Checkpoint bytes over the seconds of the "stream" phase, in 1e9 bytes per second."""
-        seconds = self.seconds["stream"]
+        """Checkpoint bytes over all seconds of the load, in 1e9 bytes per second."""
+        seconds = self.total_seconds
         return self.checkpoint_bytes / _GB / seconds if seconds else 0.0
 
     @contextmanager

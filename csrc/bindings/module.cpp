@@ -102,11 +102,10 @@ PYBIND11_MODULE(_core, module) {
   });
 
   py::class_<Engine, EngineHolder>(module, "Engine")
-      .def(py::init(
-               [](std::size_t threads, std::size_t slots_per_thread, std::size_t slot_bytes, bool direct_io) {
-                 return EngineHolder(new Engine({threads, slots_per_thread, slot_bytes, direct_io}));
-               }),
-           py::kw_only(), "threads"_a, "slots_per_thread"_a, "slot_bytes"_a, "direct_io"_a)
+      .def(py::init([](std::size_t threads, std::size_t spare_slots, std::size_t slot_bytes, bool direct_io) {
+             return EngineHolder(new Engine({threads, spare_slots, slot_bytes, direct_io}));
+           }),
+           py::kw_only(), "threads"_a, "spare_slots"_a, "slot_bytes"_a, "direct_io"_a)
       .def("add_file", &Engine::add_file, "path"_a, py::call_guard<py::gil_scoped_release>())
       .def(
           "add_host_device",
@@ -114,7 +113,10 @@ PYBIND11_MODULE(_core, module) {
             return engine.add_device(std::make_unique<HostDevice>(threads));
           },
           "threads"_a)
+      .def("add_discarding_device",
+           [](Engine& engine) { return engine.add_device(std::make_unique<DiscardingDevice>()); })
       .def("add_cuda_device", &add_cuda_device, "ordinal"_a, "library"_a)
+      .def("prepare", &Engine::prepare, "lane"_a, py::call_guard<py::gil_scoped_release>())
       .def("submit", &submit, "lane"_a, "reads"_a, "stream"_a, "first"_a)
       .def("wait", &wait, "ticket"_a, "stream"_a)
       .def("turn_to_half", &turn, "lane"_a, "source"_a, "dtype"_a, "through_bfloat16"_a, "rows"_a,

@@ -27,7 +27,7 @@ using CuModule = CuModuleTag*;
 using CuFunction = CuFunctionTag*;
 
 inline constexpr unsigned kStreamNonBlocking = 1;      // CU_STREAM_NON_BLOCKING
-inline constexpr unsigned kEventBlockingSync = 1;      // CU_EVENT_BLOCKING_SYNC
+inline constexpr CuResult kNotReady = 600;             // CUDA_ERROR_NOT_READY
 inline constexpr unsigned kEventDisableTiming = 2;     // CU_EVENT_DISABLE_TIMING
 inline constexpr unsigned kHostRegisterPortable = 1;   // CU_MEMHOSTREGISTER_PORTABLE
 inline constexpr int kComputeCapabilityMajor = 75;     // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
@@ -53,6 +53,7 @@ inline constexpr int kJitErrorLogBufferSizeBytes = 6;  // CU_JIT_ERROR_LOG_BUFFE
   X(event_create, "cuEventCreate", (CuEvent * event, unsigned flags))                                       \
   X(event_destroy, "cuEventDestroy_v2", (CuEvent event))                                                    \
   X(event_record, "cuEventRecord", (CuEvent event, CuStream stream))                                        \
+  X(event_query, "cuEventQuery", (CuEvent event))                                                           \
   X(event_synchronize, "cuEventSynchronize", (CuEvent event))                                               \
   X(memcpy_to_device_async, "cuMemcpyHtoDAsync_v2",                                                         \
     (CuDevicePtr to, const void* from, std::size_t nbytes, CuStream stream))                                \

@@ -24,9 +24,6 @@ class Event {
   virtual void wait() = 0;
 };
 
-// Who looks at an event: a thread that sleeps until it passes, or nobody but streams, which costs them less.
-enum class Watched { kByThreads, kByStreams };
-
 // Host memory that a device can read on its own, given back when destroyed.
 class HostMemory {
  public:
@@ -42,7 +39,7 @@ class Device {
   virtual bool is_host() const = 0;
 
   virtual std::unique_ptr<HostMemory> allocate_host(std::size_t nbytes) = 0;
-  virtual std::unique_ptr<Event> make_event(Watched by) = 0;
+  virtual std::unique_ptr<Event> make_event() = 0;
 
   // Copies on the device's own copy stream; `from` must stay until an event recorded after has passed.
   virtual void copy(Address to, const std::byte* from, std::size_t nbytes) = 0;

@@ -26,7 +26,7 @@ std::unique_ptr<HostMemory> HostDevice::allocate_host(std::size_t nbytes) {
   return std::make_unique<PlainMemory>(nbytes);
 }
 
-std::unique_ptr<Event> HostDevice::make_event(Watched) {
+std::unique_ptr<Event> HostDevice::make_event() {
   return std::make_unique<PassedEvent>();
 }
 

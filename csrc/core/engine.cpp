@@ -78,9 +78,16 @@ void Engine::make_ring(Device& device) {
   ring_ = std::make_unique<Ring>(std::move(memory), options_.slot_bytes, options_.slots());
 }
 
+void Engine::prepare(std::uint32_t lane) {
+  Device& to = device(lane);
+  const std::lock_guard lock(mutex_);
+  if (closed_) throw cancelled();
+  if (!to.is_host()) make_ring(to);
+}
+
 std::unique_ptr<Event> Engine::take_event(std::uint32_t lane) {
   auto& spare = spare_events_[lane];
-  if (spare.empty()) return devices_[lane]->make_event(Watched::kByStreams);
+  if (spare.empty()) return devices_[lane]->make_event();
   auto event = std::move(spare.back());
   spare.pop_back();
   return event;
@@ -89,7 +96,7 @@ std::unique_ptr<Event> Engine::take_event(std::uint32_t lane) {
 Ticket Engine::submit(std::uint32_t lane, std::span<const Read> reads, StreamHandle stream, bool first) {
   Device& to = device(lane);
   const auto start = std::make_shared<Start>();
-  start->ready = to.make_event(Watched::kByStreams);
+  start->ready = to.make_event();
   to.record_on(stream, *start->ready);
 
   std::unique_lock lock(mutex_);
@@ -159,13 +166,20 @@ void Engine::read_through_slot(const Job& job, const File& file, Device& to) {
   slot_nanoseconds_.fetch_add(nanoseconds_since(start), std::memory_order_relaxed);
 
   timed_read(file, slot.data(), job.piece.needed, job.piece.capacity, job.piece.offset);
-  std::call_once(job.start->awaited, [&] { to.copies_wait_for(*job.start->ready); });
+  await(*job.start, to);
   for (std::size_t i = 0; i < job.to.size(); ++i) {
     const Segment& segment = job.piece.segments[i];
     to.copy(job.to[i], slot.data() + segment.piece_offset, segment.nbytes);
   }
   to.record(slot.event_on(to));
   ring_->give_back(slot);
+}
+
+void Engine::await(Start& start, Device& to) {
+  const std::lock_guard lock(start.mutex);
+  if (start.awaited) return;
+  to.copies_wait_for(*start.ready);
+  start.awaited = true;
 }
 
 void Engine::timed_read(const File& file, std::byte* out, std::size_t needed, std::size_t capacity,

@@ -54,6 +54,9 @@ class Engine {
   // Returns the lane's number.
   std::uint32_t add_device(std::unique_ptr<Device> device);
 
+  // Pins the ring, which the first submission to a device other than the host would do.
+  void prepare(std::uint32_t lane);
+
   // Asks for `reads` into memory of lane `lane`, in that order; returns the first one's ticket. Destinations
   // are written only after what the caller has put on `stream` so far. `first`: ahead of all that waits.
   Ticket submit(std::uint32_t lane, std::span<const Read> reads, StreamHandle stream, bool first);
@@ -80,7 +83,8 @@ class Engine {
   };
   struct Start {  // of the copies of one submission: their destinations may be written after it
     std::unique_ptr<Event> ready;
-    std::once_flag awaited;  // by the copy stream: the copies behind the first need not wait again
+    std::mutex mutex;
+    bool awaited = false;  // by the copy stream: the copies behind the first need not wait again
   };
   struct Job {
     std::uint32_t lane;
@@ -94,6 +98,7 @@ class Engine {
   void make_ring(Device& device);  // with the lock held
   std::vector<Job> make_jobs(std::uint32_t lane, std::span<const Read> reads, std::shared_ptr<Start> start);
   void run(const Job& job);
+  static void await(Start& start, Device& to);
   void read_into_host(const Job& job, const File& file);
   void read_through_slot(const Job& job, const File& file, Device& device);
   void timed_read(const File& file, std::byte* out, std::size_t needed, std::size_t capacity,

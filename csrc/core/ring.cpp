@@ -14,7 +14,7 @@ Event& Ring::Slot::event_on(Device& device) {
   for (auto& [owner, event] : events_) {
     if (owner == &device) return *(in_flight_ = event.get());
   }
-  events_.emplace_back(&device, device.make_event(Watched::kByThreads));
+  events_.emplace_back(&device, device.make_event());
   return *(in_flight_ = events_.back().second.get());
 }
 

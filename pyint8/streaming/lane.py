@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pyint8.errors import DeviceError
-from pyint8.streaming.extension import _core
+from pyint8.extension import _core
 from pyint8.streaming.scratch import ScratchRing
 
 if TYPE_CHECKING:
@@ -88,5 +88,5 @@ def open_lane(engine: _core.Engine, device: torch.device, options: StreamOptions
         else:
             stream = torch.cuda.current_stream(device).cuda_stream
             return Lane(device, number, stream, options.device_scratch)
-    number = engine.add_host_device(options.worker_threads)
+    number = engine.add_host_device(options.worker_threads())
     return Lane(torch.device("cpu"), number, 0, options.host_scratch)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -11,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from pyint8.errors import ReadError, TruncatedError
-from pyint8.streaming.extension import _core
 from pyint8.streaming.lane import Lane, LaneOpener, open_lane
+from pyint8.streaming.transport import Read, Transport
 from pyint8.streaming.turn import Turner
 
 if TYPE_CHECKING:
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     from pyint8.checkpoint import Entry
     from pyint8.config import StreamOptions
+    from pyint8.streaming.head_start import EarlyTensor, HeadStart
     from pyint8.streaming.scratch import Region
 
 
@@ -49,6 +49,7 @@ class _Chunk:
     offset: int
     nbytes: int
     passes: bool = False  # through scratch
+    early: bool = False  # asked for before the stream was there, so in no budget
     memory: torch.Tensor | None = None  # uint8
     region: Region | None = None
     ticket: int | None = None
@@ -65,6 +66,7 @@ class TensorStream:
         options: How to move bytes.
         on_bytes: Called with a number of bytes whenever so many have landed.
         opener: Makes the lane of a device (another one for tests).
+        head_start: What was begun before the deliveries were known; taken over.
 
     Raises:
         ReadError: A file cannot be opened.
@@ -78,23 +80,23 @@ class TensorStream:
         *,
         on_bytes: Callable[[int], None] | None = None,
         opener: LaneOpener = open_lane,
+        head_start: HeadStart | None = None,
     ) -> None:
-        self._options = options
         self._on_bytes = on_bytes
-        self._opener = opener
-        self._engine = _core.Engine(
-            threads=options.worker_threads,
-            slots_per_thread=options.slots_per_thread,
-            slot_bytes=options.slot_bytes,
-            direct_io=options.direct_io,
-        )
+        early: dict[str, EarlyTensor] = {}
+        if head_start is None:
+            gpus = {delivery.device for delivery in deliveries if delivery.device.type == "cuda"}
+            self._transport = Transport(options, opener, len(gpus))
+        else:
+            self._transport, early = head_start.take()
+        self._engine = self._transport.engine
         self._turner = Turner(self._engine)
-        self._lanes: dict[torch.device, Lane] = {}
-        self._files: dict[str, int] = {}
         self._chunks: dict[str, list[_Chunk]] = {}
         try:
             for delivery in deliveries:
-                self._chunks[delivery.entry.name] = self._cut(delivery)
+                name = delivery.entry.name
+                self._chunks[name] = self._take_over(delivery, early) or self._cut(delivery)
+            self._drop(early)
             self._pending = [chunk for chunks in self._chunks.values() for chunk in chunks]
             self._cursor = 0
             self._ask_ahead()
@@ -112,7 +114,7 @@ class TensorStream:
 
     def close(self) -> None:
         """Stop reading, join the workers, wait for the copies under way, give back the pinned memory."""
-        self._engine.close()
+        self._transport.close()
         self._chunks.clear()
         self._pending = []
 
@@ -137,10 +139,8 @@ class TensorStream:
         """The entry's rows: (first row, tensor [rows, ...] in scratch), valid until the next one is asked for."""
         for chunk in self._chunks[name]:
             memory = self._land(chunk)
-            entry = chunk.delivery.entry
-            shape = (chunk.rows, *entry.torch_shape[1:]) if entry.torch_shape else ()
             try:
-                yield chunk.row, _typed(memory, entry, shape)
+                yield from _bands_of(chunk, memory)
             finally:
                 del memory
                 self._release(chunk)
@@ -157,12 +157,12 @@ class TensorStream:
 
     def _cut(self, delivery: Delivery) -> list[_Chunk]:
         entry = delivery.entry
-        lane = self._lane(delivery.device)
+        lane = self._transport.lane(delivery.device)
         rows = entry.torch_shape[0] if entry.torch_shape else 1
         if not delivery.in_bands or not entry.torch_shape or entry.nbytes == 0:
             return [_Chunk(delivery, lane, 0, rows, entry.offset, entry.nbytes)]
         row_bytes = entry.nbytes // rows
-        step = max(1, lane.band_bytes // row_bytes)
+        step = _rows_in_band(entry, lane)
         return [
             _Chunk(
                 delivery,
@@ -176,12 +176,23 @@ class TensorStream:
             for row in range(0, rows, step)
         ]
 
-    def _lane(self, device: torch.device) -> Lane:
-        landing = device if device.type == "cuda" else torch.device("cpu")
-        lane = self._lanes.get(landing)
-        if lane is None:
-            lane = self._lanes[landing] = self._opener(self._engine, landing, self._options)
-        return lane
+    def _take_over(self, delivery: Delivery, early: dict[str, EarlyTensor]) -> list[_Chunk]:
+        """The whole entry as one chunk, if it is on its way to the right place already."""
+        entry = delivery.entry
+        tensor = early.get(entry.name)
+        if tensor is None or tensor.lane is not self._transport.lane(delivery.device):
+            return []
+        del early[entry.name]
+        rows = entry.torch_shape[0] if entry.torch_shape else 1
+        chunk = _Chunk(delivery, tensor.lane, 0, rows, entry.offset, entry.nbytes, early=True)
+        chunk.memory, chunk.ticket = tensor.memory, tensor.ticket
+        return [chunk]
+
+    def _drop(self, early: dict[str, EarlyTensor]) -> None:
+        """Gives memory back that nobody wants, once the bus is through with it."""
+        for tensor in early.values():
+            self._engine.wait(tensor.ticket, tensor.lane.stream)
+        early.clear()
 
     def _ask_ahead(self) -> None:
         """Asks for as much as the budgets allow, in order."""
@@ -219,20 +230,12 @@ class TensorStream:
     def _submit(self, chunks: list[_Chunk], *, first: bool = False) -> None:
         if not chunks:
             return
-        lane = chunks[0].lane
         reads = []
         for chunk in chunks:
             assert chunk.memory is not None
-            reads.append((self._file(chunk.delivery.entry.path), chunk.offset, chunk.nbytes, chunk.memory.data_ptr()))
-        ticket = self._engine.submit(lane.index, reads, lane.stream, first)
-        for number, chunk in enumerate(chunks, ticket):
+            reads.append(Read(chunk.delivery.entry.path, chunk.offset, chunk.nbytes, chunk.memory))
+        for number, chunk in enumerate(chunks, self._transport.submit(chunks[0].lane, reads, first=first)):
             chunk.ticket = number
-
-    def _file(self, path: str) -> int:
-        number = self._files.get(path)
-        if number is None:
-            number = self._files[path] = self._engine.add_file(os.fsencode(path))
-        return number
 
     def _land(self, chunk: _Chunk) -> torch.Tensor:
         """Waits until the chunk's bytes are ordered before the caller's stream; its memory."""
@@ -255,7 +258,7 @@ class TensorStream:
         """The caller has put all its work on the chunk's memory into its stream, or owns the memory."""
         if chunk.region is not None:
             chunk.lane.ring.release(chunk.region)
-        else:
+        elif not chunk.early:
             chunk.lane.ahead -= chunk.nbytes
         chunk.memory = None
         self._ask_ahead()
@@ -266,6 +269,22 @@ class TensorStream:
             if offset is not None and entry.path == path and entry.offset <= offset < entry.offset + entry.nbytes:
                 return name
         return None
+
+
+def _bands_of(chunk: _Chunk, memory: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """A chunk that came through scratch is one band; one that landed whole, early, is cut into bands here."""
+    entry = chunk.delivery.entry
+    if not entry.torch_shape:
+        yield chunk.row, _typed(memory, entry, ())
+        return
+    tensor = _typed(memory, entry, (chunk.rows, *entry.torch_shape[1:]))
+    step = _rows_in_band(entry, chunk.lane) if chunk.early else max(1, chunk.rows)
+    for row in range(0, max(1, chunk.rows), step):
+        yield chunk.row + row, tensor[row : row + step]
+
+
+def _rows_in_band(entry: Entry, lane: Lane) -> int:
+    return max(1, lane.band_bytes // (entry.nbytes // entry.torch_shape[0]))
 
 
 def _typed(memory: torch.Tensor, entry: Entry, shape: tuple[int, ...]) -> torch.Tensor:

@@ -25,9 +25,13 @@ class Moment {
     std::unique_lock lock(mutex_);
     changed_.wait(lock, [this] { return passed_; });
   }
+  bool has_passed() const {
+    const std::lock_guard lock(mutex_);
+    return passed_;
+  }
 
  private:
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
   std::condition_variable changed_;
   bool passed_ = false;
 };

@@ -143,7 +143,7 @@ CuResult cuStreamWaitEvent(CuStream handle, CuEvent event_handle, unsigned flags
 
 CuResult cuEventCreate(CuEvent* handle, unsigned flags) {
   BEGIN_IN_CONTEXT("cuEventCreate");
-  RETURN_IF(flags > (kEventBlockingSync | kEventDisableTiming), kInvalidValue);
+  RETURN_IF(flags > kEventDisableTiming + 1, kInvalidValue);
   auto event = std::make_unique<Event>(Event{call.context, nullptr});
   *handle = reinterpret_cast<CuEvent>(event.get());
   driver().events.emplace(*handle, std::move(event));
@@ -164,6 +164,13 @@ CuResult cuEventRecord(CuEvent event_handle, CuStream handle) {
   event->last = std::make_shared<Moment>();
   stream->push([moment = event->last] { moment->pass(); });
   return kSuccess;
+}
+
+CuResult cuEventQuery(CuEvent handle) {
+  BEGIN_IN_CONTEXT("cuEventQuery");
+  const Event* event = find_event(handle);
+  RETURN_IF(event == nullptr, kInvalidHandle);
+  return event->last == nullptr || event->last->has_passed() ? kSuccess : kNotReady;
 }
 
 CuResult cuEventSynchronize(CuEvent handle) {

@@ -103,8 +103,8 @@ TEST_CASE("copies land in order behind what they wait for, and an event tells wh
   memory->data()[0] = std::byte{1};
   memory->data()[1] = std::byte{2};
   std::byte target{0};
-  const auto ready = device.make_event(Watched::kByThreads);
-  const auto landed = device.make_event(Watched::kByThreads);
+  const auto ready = device.make_event();
+  const auto landed = device.make_event();
   landed->wait();  // never recorded: passes
 
   Gate gate(consumer);
@@ -133,7 +133,7 @@ TEST_CASE("a device that goes lets its copies end first") {
   auto device = std::make_unique<CudaDevice>(fake_driver(), 0);
   const auto memory = device->allocate_host(1);
   memory->data()[0] = std::byte{1};
-  const auto ready = device->make_event(Watched::kByThreads);
+  const auto ready = device->make_event();
   Gate gate(consumer);
   device->record_on(consumer.stream(), *ready);
   device->copies_wait_for(*ready);
@@ -150,7 +150,7 @@ TEST_CASE("a consumer's stream waits for the moment that was recorded last befor
   const Accounts accounts;
   Consumer consumer(1), other(1);
   CudaDevice device(fake_driver(), 1);
-  const auto event = device.make_event(Watched::kByThreads);
+  const auto event = device.make_event();
   device.record(*event);
   device.stream_waits_for(consumer.stream(), *event);
   Gate gate(other);
@@ -164,7 +164,7 @@ TEST_CASE("the default stream's handle is 0, and neither stream waits for the ot
   const Accounts accounts;
   Consumer consumer(0);
   CudaDevice device(fake_driver(), 0);
-  const auto event = device.make_event(Watched::kByThreads);
+  const auto event = device.make_event();
   const auto latch = std::make_shared<std::latch>(1);
   consumer.then([latch] { latch->wait(); }, true);
   device.record_on(0, *event);
@@ -179,7 +179,7 @@ TEST_CASE("an event is recorded only on streams of its own device") {
   const Accounts accounts;
   Consumer elsewhere(1);
   CudaDevice device(fake_driver(), 0);
-  const auto event = device.make_event(Watched::kByThreads);
+  const auto event = device.make_event();
   const Error error = error_of([&] { device.record_on(elsewhere.stream(), *event); });
   CHECK(error.message() == "cuEventRecord: CUDA_ERROR_INVALID_HANDLE, said the fake driver");
   device.record(*event);
@@ -194,7 +194,7 @@ TEST_CASE("the fake sees memory taken back under a copy, and copies from pageabl
   auto memory = device.allocate_host(1);
   std::byte target{0}, pageable{3};
   Gate gate(consumer);
-  const auto event = device.make_event(Watched::kByThreads);
+  const auto event = device.make_event();
   device.record_on(consumer.stream(), *event);
   device.copies_wait_for(*event);
   device.copy(address_of(&target), memory->data(), 1);

@@ -67,16 +67,16 @@ TEST_CASE("every read is byte-exact, whatever the lanes, threads, slots and read
   Random random(1);
   for (const int lanes : {1, 3}) {
     for (const std::size_t threads : {1, 3}) {
-      for (const std::size_t slots_per_thread : {1, 3}) {
+      for (const std::size_t spare_slots : {1, 3}) {
         for (const std::size_t slot_bytes : {8192, 20480, 69632}) {
           for (const bool direct_io : {false, true}) {
             CAPTURE(lanes);
             CAPTURE(threads);
-            CAPTURE(slots_per_thread);
+            CAPTURE(spare_slots);
             CAPTURE(slot_bytes);
             CAPTURE(direct_io);
             const Accounts accounts;
-            pour(checkpoint, {threads, slots_per_thread, slot_bytes, direct_io}, lanes, random);
+            pour(checkpoint, {threads, spare_slots, slot_bytes, direct_io}, lanes, random);
           }
         }
       }
@@ -198,8 +198,8 @@ TEST_CASE("reads submitted first overtake those that wait") {
   const Checkpoint checkpoint({5 * kSlot});
   Consumer consumer(0);
   for (const bool first : {false, true}) {
-    Bytes held(kSlot), next(kSlot), contested(kSlot);
-    Engine engine({.threads = 1, .slots_per_thread = 1, .slot_bytes = kSlot});
+    Bytes held(2 * kSlot), next(kSlot), contested(kSlot);
+    Engine engine({.threads = 1, .spare_slots = 1, .slot_bytes = kSlot});
     checkpoint.open(engine);
     add_lane(engine, 0);
     Gate gate(consumer);
@@ -208,15 +208,15 @@ TEST_CASE("reads submitted first overtake those that wait") {
       return engine.submit(0, {&read, 1}, consumer.stream(), ahead);
     };
     const Ticket filled = submit(0, held, false);
-    wait_for(engine, filled, consumer.stream());  // the only slot is on its way, behind the gate
-    submit(kSlot, next, false);
+    wait_for(engine, filled, consumer.stream());  // both slots are on their way, behind the gate
+    submit(2 * kSlot, next, false);
     soon();  // the worker holds this one, and waits for the slot
-    const Ticket one = submit(2 * kSlot, contested, false);
-    const Ticket two = submit(3 * kSlot, contested, first);
+    const Ticket one = submit(3 * kSlot, contested, false);
+    const Ticket two = submit(4 * kSlot, contested, first);
     gate.open();
     for (const Ticket ticket : {one, two}) wait_for(engine, ticket, consumer.stream());
     consumer.synchronize();
-    CHECK(contested == part(checkpoint, (first ? 2 : 3) * kSlot, kSlot));  // whoever was read last
+    CHECK(contested == part(checkpoint, (first ? 3 : 4) * kSlot, kSlot));  // whoever was read last
   }
 }
 
@@ -265,7 +265,7 @@ TEST_CASE("scratch is used again and again without a word to the host") {
   Bytes scratch(3 * kSlot);
   std::vector<Bytes> seen(64);
   Consumer consumer(0);
-  Engine engine({.threads = 3, .slots_per_thread = 2, .slot_bytes = kSlot});
+  Engine engine({.threads = 3, .spare_slots = 2, .slot_bytes = kSlot});
   checkpoint.open(engine);
   add_lane(engine, 0);
   for (std::size_t i = 0; i < seen.size(); ++i) {
@@ -292,7 +292,7 @@ TEST_CASE("events of landings are used again") {
     const Read read = read_of(0, to);
     wait_for(engine, engine.submit(0, {&read, 1}, consumer.stream(), false), consumer.stream());
   }
-  CHECK(counters().events <= 3 + 1 + 1);  // slots, landing, the last one that a worker may still hold
+  CHECK(counters().events <= 5 + 1 + 1);  // slots, landing, the last one that a worker may still hold
 }
 
 }  // namespace pyint8::testing

@@ -39,7 +39,7 @@ class SpyDevice final : public Device {
   std::unique_ptr<HostMemory> allocate_host(std::size_t nbytes) override {
     return std::make_unique<SpyMemory>(*this, nbytes);
   }
-  std::unique_ptr<Event> make_event(Watched) override {
+  std::unique_ptr<Event> make_event() override {
     ++events;
     return std::make_unique<SpyEvent>(*this);
   }

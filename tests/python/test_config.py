@@ -14,7 +14,7 @@ from pyint8.errors import OptionError
 MIB = 1 << 20
 LIMITS = {
     "threads": (1, 1024),
-    "slots_per_thread": (1, 64),
+    "spare_slots": (1, 1024),
     "slot_bytes": (8192, 1 << 30),
     "device_scratch": (MIB, 1 << 40),
     "host_scratch": (MIB, 1 << 40),
@@ -59,8 +59,8 @@ def test_switches_of_the_config_are_bool(name: str, value: Any) -> None:
 
 def test_stream_defaults() -> None:
     options = StreamOptions()
-    assert (options.slots_per_thread, options.slot_bytes) == (3, 2 * MIB)
-    assert (options.device_scratch, options.host_scratch) == (256 * MIB, 64 * MIB)
+    assert (options.spare_slots, options.slot_bytes) == (4, 4 * MIB)
+    assert (options.device_scratch, options.host_scratch) == (256 * MIB, 32 * MIB)
     assert (options.direct_io, options.libcuda, options.threads) == (False, "libcuda.so.1", None)
 
 
@@ -87,17 +87,20 @@ def test_stream_options_have_types(name: str, value: Any) -> None:
 
 
 def test_threads_default_to_three_quarters_of_the_usable_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert StreamOptions(threads=700).worker_threads == 700
-    for usable, workers in ((1, 1), (2, 2), (3, 2), (8, 6), (16, 12), (22, 16), (200, 16)):
+    assert StreamOptions(threads=700).worker_threads() == 700
+    for usable, workers in ((1, 1), (2, 2), (3, 2), (8, 6), (16, 12), (22, 12), (200, 12)):
         monkeypatch.setattr("pyint8.config.usable_cpus", lambda usable=usable: usable)
-        assert StreamOptions().worker_threads == workers
+        assert StreamOptions().worker_threads() == workers
+        assert StreamOptions().worker_threads(gpus=0) == workers
+    assert StreamOptions().worker_threads(gpus=3) == 36
+    assert StreamOptions().worker_threads(gpus=100) == 150
 
 
 @pytest.mark.parametrize(
     ("variable", "text", "name", "value"),
     [
         ("PYINT8_THREADS", "7", "threads", 7),
-        ("PYINT8_SLOTS_PER_THREAD", "2", "slots_per_thread", 2),
+        ("PYINT8_SPARE_SLOTS", "2", "spare_slots", 2),
         ("PYINT8_SLOT_BYTES", "65536", "slot_bytes", 65536),
         ("PYINT8_DEVICE_SCRATCH", str(3 * MIB), "device_scratch", 3 * MIB),
         ("PYINT8_HOST_SCRATCH", str(2 * MIB), "host_scratch", 2 * MIB),
@@ -123,7 +126,7 @@ def test_every_option_has_a_variable(
         ("PYINT8_THREADS", "many", "is 'many'; it must be an integer"),
         ("PYINT8_THREADS", "", "is ''; it must be an integer"),
         ("PYINT8_THREADS", "0", "threads is 0; it must be an integer from 1 to 1024"),
-        ("PYINT8_SLOTS_PER_THREAD", "65", "from 1 to 64"),
+        ("PYINT8_SPARE_SLOTS", "1025", "from 1 to 1024"),
         ("PYINT8_SLOT_BYTES", "2MiB", "is '2MiB'; it must be an integer"),
         ("PYINT8_SLOT_BYTES", "10000", "multiple of 4096"),
         ("PYINT8_DEVICE_SCRATCH", "1.5", "must be an integer"),

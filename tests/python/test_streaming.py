@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from pyint8 import StreamOptions
 from pyint8.checkpoint import DTYPES, Checkpoint, Entry, open_checkpoint
 from pyint8.errors import CancelledError, CheckpointError, DeviceError, ReadError, TruncatedError
-from pyint8.streaming import Delivery, Lane, StreamSource, TensorStream, open_lane
-from pyint8.streaming.extension import _core
+from pyint8.extension import _core
+from pyint8.streaming import Delivery, HeadStart, Lane, StreamSource, TensorStream, open_lane
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -294,3 +294,82 @@ def test_without_kernels_torch_turns_and_says_so_once(
     assert record.levelno == logging.WARNING
     assert record.getMessage() == ("Conv1D weights are turned by torch, more slowly: no kernel image is available")
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(without, with_kernels, strict=True))
+
+
+# --- a head start -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def every_size_is_worthwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyint8.streaming.head_start._WORTHWHILE_BYTES", 1)
+
+
+@pytest.mark.usefixtures("every_size_is_worthwhile")
+@pytest.mark.parametrize("in_bands", [False, True])
+@pytest.mark.parametrize("nbytes", [0, 60, 1_000_000, 10_000_000])
+def test_what_was_begun_early_is_taken_over(mixed: Checkpoint, nbytes: int, in_bands: bool) -> None:
+    start = HeadStart(CPU, list(mixed.values()), nbytes, TINY)
+    with TensorStream(deliveries(mixed, in_bands=in_bands), TINY, head_start=start) as stream:
+        for name, entry in mixed.items():
+            bands = [(row, content(band), len(band) if band.ndim else 1) for row, band in stream.bands(name)]
+            assert b"".join(raw for _, raw, _ in bands) == stored(entry)
+            assert [row for row, _, _ in bands] == [sum(rows for _, _, rows in bands[:i]) for i in range(len(bands))]
+        assert stream.stats()["bytes_delivered"] == mixed.nbytes  # nothing was read twice
+
+
+@pytest.mark.usefixtures("every_size_is_worthwhile")
+def test_early_tensors_are_bands_of_no_more_than_the_scratch_has(mixed: Checkpoint) -> None:
+    start = HeadStart(CPU, [mixed["large"]], 1 << 30, TINY)
+    with TensorStream([Delivery(mixed["large"], CPU, in_bands=True)], TINY, head_start=start) as stream:
+        sizes = [band.nbytes for _, band in stream.bands("large")]
+    assert max(sizes) <= MIB // 8
+    assert sum(sizes) == mixed["large"].nbytes
+
+
+@pytest.mark.usefixtures("every_size_is_worthwhile")
+def test_an_early_tensor_had_whole_is_the_memory_it_landed_in(mixed: Checkpoint) -> None:
+    start = HeadStart(CPU, [mixed["large"]], 1 << 30, TINY)
+    with TensorStream([Delivery(mixed["large"], CPU, in_bands=True)], TINY, head_start=start) as stream:
+        tensor = stream.whole("large")
+    assert content(tensor) == stored(mixed["large"])
+    assert tensor.untyped_storage().nbytes() == mixed["large"].nbytes
+
+
+@pytest.mark.usefixtures("every_size_is_worthwhile")
+def test_what_was_begun_early_and_is_not_wanted_is_dropped(mixed: Checkpoint) -> None:
+    start = HeadStart(CPU, list(mixed.values()), 1 << 30, TINY)
+    with TensorStream([Delivery(mixed["last"], CPU)], TINY, head_start=start) as stream:
+        assert content(stream.whole("last")) == stored(mixed["last"])
+
+
+def test_small_tensors_are_not_begun_early(tmp_path: Path) -> None:
+    checkpoint = write(tmp_path / "x.safetensors", {"small": ("U8", (MIB - 1,)), "large": ("U8", (MIB,))})
+    start = HeadStart(CPU, list(checkpoint.values()), 1 << 30, TINY)
+    transport, early = start.take()
+    assert set(early) == {"large"}
+    transport.close()
+
+
+@pytest.mark.usefixtures("every_size_is_worthwhile")
+def test_a_head_start_that_nobody_takes(mixed: Checkpoint) -> None:
+    HeadStart(CPU, list(mixed.values()), 1 << 30, TINY).close()
+
+
+@pytest.mark.usefixtures("every_size_is_worthwhile")
+def test_a_head_start_that_fails_fails_when_it_is_taken(tmp_path: Path) -> None:
+    checkpoint = write(tmp_path / "x.safetensors", {"x": ("U8", (100,))})
+    (tmp_path / "x.safetensors").unlink()
+    start = HeadStart(CPU, list(checkpoint.values()), 1 << 30, TINY)
+    with pytest.raises(ReadError, match="cannot open the file"):
+        TensorStream(deliveries(checkpoint), TINY, head_start=start)
+
+
+@pytest.mark.usefixtures("every_size_is_worthwhile")
+def test_a_file_cut_while_it_is_begun_early_names_the_tensor(tmp_path: Path) -> None:
+    checkpoint = write(tmp_path / "x.safetensors", {"x": ("U8", (100,)), "y": ("U8", (100_000,))})
+    os.truncate(checkpoint["y"].path, checkpoint["y"].offset + 10)
+    start = HeadStart(CPU, list(checkpoint.values()), 1 << 30, TINY)
+    stream = TensorStream(deliveries(checkpoint), TINY, head_start=start)
+    with stream, pytest.raises(TruncatedError) as caught:
+        list(map(stream.whole, checkpoint))
+    assert caught.value.tensor == "y"

@@ -10,9 +10,10 @@ from typing import Any
 
 import transformers
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+from safetensors import SafetensorError
 
 from pyint8.config import Int8Config
-from pyint8.errors import ModelNotSupportedError, OptionError
+from pyint8.errors import CheckpointError, ModelNotSupportedError, OptionError
 from pyint8.models.transformers.quantizer import METHOD, StreamedInt8Config
 from pyint8.models.transformers.session import LoadSession
 
@@ -70,9 +71,12 @@ def load_pretrained(
         config.quantization_config = _pre_quantized_fields(stored, int8_config, path)
         arguments = {**unused, **hub, "config": config}
     with session.activate(), _without_progress_bar(path), session.report.phase("build"):
-        model, session.report.loading_info = model_class.from_pretrained(
-            path, output_loading_info=True, **placement, **arguments
-        )
+        try:
+            model, session.report.loading_info = model_class.from_pretrained(
+                path, output_loading_info=True, **placement, **arguments
+            )
+        except SafetensorError as error:  # of files whose headers pyint8 had read
+            raise CheckpointError(f"a file of {path} changed while it was loaded ({error}); fetch it again") from error
     return model
 
 

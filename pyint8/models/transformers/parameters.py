@@ -20,7 +20,7 @@ from pyint8.models.delivery import cast_in_bands, deliver_cast, find_overflow
 from pyint8.models.transformers.plan import LoadPlan, Target
 from pyint8.quantizer import Int8Quantizer, TensorSource
 from pyint8.report import LoadReport
-from pyint8.streaming import Delivery, StreamSource, TensorStream
+from pyint8.streaming import Delivery, HeadStart, StreamSource, TensorStream
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class ParameterMaker:
         options: How to move bytes.
         on_bytes: Called with numbers of bytes as they land.
         on_total: Called once with the number of bytes that will be read.
+        head_start: What was begun before there was a plan; taken over.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class ParameterMaker:
         options: StreamOptions,
         on_bytes: Callable[[int], None],
         on_total: Callable[[int], None],
+        head_start: HeadStart | None = None,
     ) -> None:
         self._plan = plan
         self._model = model
@@ -90,7 +92,7 @@ class ParameterMaker:
         self._buffers = {name for name, _ in model.named_buffers()}
         deliveries = [delivery for target in plan.targets.values() for delivery in self._deliveries(target)]
         on_total(sum(delivery.entry.nbytes for delivery in deliveries))
-        self._stream = TensorStream(deliveries, options, on_bytes=on_bytes)
+        self._stream = TensorStream(deliveries, options, on_bytes=on_bytes, head_start=head_start)
 
     def close(self) -> None:
         """Gives back threads, files and memory; the report keeps what the engine did."""

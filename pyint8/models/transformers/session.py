@@ -18,7 +18,9 @@ from pyint8.models.transformers.parameters import ParameterMaker, find_places
 from pyint8.models.transformers.plan import LoadPlan, make_plan
 from pyint8.models.transformers.settle import check_tensors, settle_modules
 from pyint8.quantizer import Int8Quantizer
+from pyint8.read_ahead import ReadAhead
 from pyint8.report import LoadReport
+from pyint8.streaming import HeadStart
 
 _active: ContextVar[LoadSession | None] = ContextVar("pyint8_load_session", default=None)
 
@@ -37,6 +39,8 @@ class LoadSession:
         report: Filled on the way.
         on_bytes: Called with numbers of bytes as they land.
         on_total: Called once with the number of bytes that will be read.
+        read_ahead: Closed when the stream starts, which reads by itself.
+        head_start: What was begun before; the caller closes it if the load fails before it is taken over.
         allow_mismatched_shapes: Leave tensors of a wrong shape to transformers, which reports or reinitializes them.
 
     Attributes:
@@ -54,12 +58,16 @@ class LoadSession:
         report: LoadReport | None = None,
         on_bytes: Callable[[int], None] = _ignore,
         on_total: Callable[[int], None] = _ignore,
+        read_ahead: ReadAhead | None = None,
+        head_start: HeadStart | None = None,
         allow_mismatched_shapes: bool = True,
     ) -> None:
         self.strict = strict
         self.report = LoadReport() if report is None else report
         self.quantizer: Int8Quantizer
         self.device_map: Mapping[str, Any] | None = None
+        self._read_ahead = read_ahead
+        self._head_start = head_start
         self.plan: LoadPlan
         self._options = options
         self._checkpoint = checkpoint
@@ -68,6 +76,11 @@ class LoadSession:
         self._allow_mismatched_shapes = allow_mismatched_shapes
         self._maker: ParameterMaker | None = None
         self._building = ExitStack()
+
+    @property
+    def reserves_memory(self) -> bool:
+        """Whether the memory of the GPU was seen to, and tensors may lie in it already."""
+        return self._head_start is not None and self._head_start.reserves
 
     @staticmethod
     def active() -> LoadSession | None:
@@ -123,6 +136,8 @@ class LoadSession:
         settle_modules(self.plan, model, self._checkpoint, self.quantizer, allow_mismatched_shapes=allow)
         check_tensors(self.plan, model, self._checkpoint, self.quantizer, allow_mismatched_shapes=allow)
         self._stream_start = time.perf_counter()
+        if self._read_ahead is not None:
+            self._read_ahead.close()
         self._maker = self._start()
         return self.plan
 
@@ -156,6 +171,7 @@ class LoadSession:
             self._options,
             self._count_bytes,
             self._on_total,
+            self._head_start,
         )
 
     def _count_bytes(self, nbytes: int) -> None:

@@ -1,0 +1,59 @@
+"""Which tensors a load can begin with, before anything is known but the checkpoint and where the model shall go."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pyint8.arguments import PLANNED_MAPS
+from pyint8.streaming.head_start import HeadStart
+
+if TYPE_CHECKING:
+    from pyint8.checkpoint import Checkpoint
+    from pyint8.config import StreamOptions
+
+# How much of the model's own memory the first tensors may take before it is there: what arrives while a model of 8
+# billion parameters is built. All of it is used again for the model.
+_EARLY_PART = 0.5
+
+
+def begin(checkpoint: Checkpoint, device_map: Any, options: StreamOptions) -> HeadStart | None:
+    """A head start for a load of `checkpoint`; None where no GPU will be used, or it is not known which.
+
+    Tensors are read only if all of them go to one GPU. A planned map ("auto") depends on the memory that is free, so
+    nothing is put there before.
+    """
+    found = first_gpu(device_map)
+    if found is None:
+        return None
+    gpu, takes_all = found
+    if not takes_all:
+        return HeadStart(gpu, (), 0, options, gpus=torch.cuda.device_count())
+    entries = sorted(checkpoint.values(), key=lambda entry: _natural_key(entry.name))
+    least = sum(entry.numel if entry.is_floating else entry.nbytes for entry in entries)  # that the model takes
+    return HeadStart(gpu, entries, int(least * _EARLY_PART), options, reserved=least)
+
+
+def first_gpu(device_map: Any) -> tuple[torch.device, bool] | None:
+    """A CUDA device that tensors will land on under this map, and whether all of them will; None if none is certain."""
+    if not torch.cuda.is_available():
+        return None
+    current = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
+    if device_map is None or (isinstance(device_map, str) and device_map in PLANNED_MAPS):
+        return current, device_map is None
+    values = list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]
+    devices = {
+        torch.device("cuda", value) if isinstance(value, int) else torch.device(value)
+        for value in values
+        if value != "disk"
+    }
+    gpus = sorted({current if gpu.index is None else gpu for gpu in devices if gpu.type == "cuda"}, key=str)
+    return (gpus[0], len(set(values)) == 1) if gpus else None
+
+
+def _natural_key(name: str) -> list[tuple[int, str]]:
+    """Sorts "layers.9" before "layers.10", as loops over layers take them."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

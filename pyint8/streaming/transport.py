@@ -1,0 +1,82 @@
+"""The engine, with the files and the lanes that were opened in it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from pyint8.extension import _core
+from pyint8.streaming.lane import Lane, LaneOpener, open_lane
+
+if TYPE_CHECKING:
+    from pyint8.config import StreamOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A range of a file, in bytes, and the memory (uint8, on a lane's device) that it fills."""
+
+    path: str
+    offset: int
+    nbytes: int
+    memory: torch.Tensor
+
+
+class Transport:
+    """Moves ranges of files to lanes.
+
+    Args:
+        options: How to move bytes.
+        opener: Makes the lane of a device.
+        gpus: How many GPUs there will be lanes for.
+
+    Attributes:
+        engine: The extension's.
+    """
+
+    def __init__(self, options: StreamOptions, opener: LaneOpener = open_lane, gpus: int = 1) -> None:
+        self._options = options
+        self._opener = opener
+        self._lanes: dict[torch.device, Lane] = {}
+        self._files: dict[str, int] = {}
+        self.engine = _core.Engine(
+            threads=options.worker_threads(gpus),
+            spare_slots=options.spare_slots * max(1, gpus),
+            slot_bytes=options.slot_bytes,
+            direct_io=options.direct_io,
+        )
+
+    def lane(self, device: torch.device) -> Lane:
+        """The lane where tensors for `device` land: its own if it is a CUDA device, else that of the CPU.
+
+        Raises:
+            DeviceError: The driver refuses.
+        """
+        landing = device if device.type == "cuda" else torch.device("cpu")
+        lane = self._lanes.get(landing)
+        if lane is None:
+            lane = self._lanes[landing] = self._opener(self.engine, landing, self._options)
+        return lane
+
+    def submit(self, lane: Lane, reads: list[Read], *, first: bool = False) -> int:
+        """Asks for `reads` in that order, `first` ahead of all that waits; the ticket of the first, the others follow.
+
+        Raises:
+            ReadError: A file cannot be opened.
+            DeviceError: Memory cannot be pinned.
+        """
+        wanted = [(self._file(read.path), read.offset, read.nbytes, read.memory.data_ptr()) for read in reads]
+        return self.engine.submit(lane.index, wanted, lane.stream, first)
+
+    def close(self) -> None:
+        """Stop reading, join the workers, wait for the copies under way, give back the pinned memory."""
+        self.engine.close()
+
+    def _file(self, path: str) -> int:
+        number = self._files.get(path)
+        if number is None:
+            number = self._files[path] = self.engine.add_file(os.fsencode(path))
+        return number

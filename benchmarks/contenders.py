@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,17 @@ def _is_quantized(folder: Path) -> bool:
     return "quantization_config" in json.loads((folder / "config.json").read_text())
 
 
-def _pyint8(folder: Path) -> tuple[Any, dict[str, Any]]:
+def _pyint8(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
     import pyint8
 
-    model, report = pyint8.load(folder, device_map={"": DEVICE}, dtype=DTYPE, return_report=True, progress=False)
+    model, report = pyint8.load(
+        folder,
+        device_map={"": DEVICE},
+        dtype=DTYPE,
+        return_report=True,
+        progress=False,
+        options=pyint8.StreamOptions(**options),
+    )
     return model, {"phases": report.seconds, "engine": report.engine}
 
 
@@ -127,6 +135,8 @@ def _accelerate_int8(folder: Path) -> tuple[Any, dict[str, Any]]:
 def _free_lifecycle(folder: Path) -> tuple[Any, dict[str, Any]]:
     from benchmarks import free_lifecycle
 
+    if _is_quantized(folder):
+        raise ValueError("there is nothing to quantize in this checkpoint")
     return free_lifecycle.load(folder, DEVICE, DTYPE), {}
 
 
@@ -187,6 +197,7 @@ def _runai(folder: Path) -> tuple[Any, dict[str, Any]]:
 
 CONTENDERS: dict[str, Contender] = {
     "pyint8": Contender("int8 model", _pyint8, imports=_import_pyint8),
+    "pyint8-direct": Contender("int8 model", partial(_pyint8, direct_io=True), imports=_import_pyint8),
     "raw-engine": Contender("tensors", _raw_engine, imports=_import_pyint8),
     "transformers-int8": Contender("int8 model", _transformers_int8, imports=_import_model_code),
     "accelerate-int8": Contender("int8 model", _accelerate_int8, needs_gpu=True, imports=_import_model_code),

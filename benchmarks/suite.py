@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,15 +77,29 @@ def run_case(case: Case, folder: Path, loads: int) -> dict[str, Any]:
     return record
 
 
-def run_cases(cases: list[Case], folder: Path, runs: int, loads: int) -> dict[Case, list[dict[str, Any]]]:
-    """All cases in turn, `runs` times over, so that a machine's moods meet all of them. A failure is not repeated."""
-    records: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases}
-    for number in range(runs):
+Records = dict[Case, list[dict[str, Any]]]
+
+
+def run_cases(
+    cases: list[Case], folder: Path, runs: Callable[[Case], int], loads: int, save: Callable[[Records], None]
+) -> Records:
+    """All cases in turn, so that a machine's moods meet all of them. A failure is not repeated.
+
+    Args:
+        cases: What to run.
+        folder: Of the checkpoint.
+        runs: How many processes for a case.
+        loads: How many loads in a process.
+        save: Called after each, with what there is so far.
+    """
+    records: Records = {}
+    for number in range(max(map(runs, cases))):
         for case in cases:
-            if any("failed" in record for record in records[case]):
+            if number >= runs(case) or any("failed" in record for record in records.get(case, [])):
                 continue
-            print(f"{folder.name}, run {number + 1} of {runs}: {case}", file=sys.stderr, flush=True)
-            records[case].append(run_case(case, folder, loads))
+            print(f"{folder.name}, run {number + 1} of {runs(case)}: {case}", file=sys.stderr, flush=True)
+            records.setdefault(case, []).append(run_case(case, folder, loads))
+            save(records)
     return records
 
 
@@ -124,7 +139,7 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "runs": len(values)}
 
 
-def record(cases: dict[Case, list[dict[str, Any]]], nbytes: int, ceiling: float | None) -> list[dict[str, Any]]:
+def record(cases: Records, nbytes: int, ceiling: float | None) -> list[dict[str, Any]]:
     """What goes into the JSON: for each case its fields, its summary and every run."""
     return [
         {"case": str(case), **case.__dict__, "summary": summarize(records, nbytes, ceiling), "runs": records}

@@ -75,7 +75,8 @@ class StreamOptions:
         device_scratch: GPU memory, in bytes, for weights on their way to int8; a larger weight is quantized in bands
             of rows. At least 1 MiB.
         host_scratch: The same for weights that are quantized on the CPU.
-        direct_io: Read past the page cache (O_DIRECT), for a cold checkpoint on a fast local disk.
+        direct_io: Read what is not in the page cache past it (O_DIRECT), where the file system can: for a cold
+            checkpoint that shall not take its place there.
         libcuda: The driver library to open.
 
     Raises:

@@ -1,12 +1,14 @@
 #include "file.hpp"
 
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <utility>
+#include <vector>
 
 #include "error.hpp"
 #include "plan.hpp"
@@ -22,6 +24,12 @@ File::File(std::string path, bool direct) : path_(std::move(path)), direct_(-1) 
   if (direct) {
     twin_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
     direct_.store(twin_, std::memory_order_relaxed);
+    struct stat status{};
+    if (twin_ >= 0 && ::fstat(buffered_, &status) == 0 && status.st_size > 0) {
+      mapped_ = static_cast<std::uint64_t>(status.st_size);
+      map_ = ::mmap(nullptr, mapped_, PROT_READ, MAP_SHARED, buffered_, 0);
+      if (map_ == MAP_FAILED) map_ = nullptr;
+    }
   }
 #else
   (void)direct;
@@ -29,14 +37,26 @@ File::File(std::string path, bool direct) : path_(std::move(path)), direct_(-1) 
 }
 
 File::~File() {
+  if (map_ != nullptr) ::munmap(map_, mapped_);
   if (twin_ >= 0) ::close(twin_);
   ::close(buffered_);
+}
+
+// Whether all pages of a range are in the page cache. What only looks so (the kernel does not tell everybody
+// about files of others) is read through it, as without direct reads.
+bool File::is_cached(std::uint64_t offset, std::size_t nbytes) const {
+  if (map_ == nullptr || offset >= mapped_) return false;
+  nbytes = static_cast<std::size_t>(std::min<std::uint64_t>(nbytes, mapped_ - offset));
+  std::vector<unsigned char> pages(nbytes / kDirectAlignment + 1);
+  if (::mincore(static_cast<std::byte*>(map_) + offset, nbytes, pages.data()) != 0) return false;
+  pages.resize((nbytes + kDirectAlignment - 1) / kDirectAlignment);
+  return std::ranges::all_of(pages, [](unsigned char page) { return (page & 1) != 0; });
 }
 
 int File::descriptor_for(const std::byte* out, std::size_t capacity, std::uint64_t offset) const {
   const int direct = direct_.load(std::memory_order_relaxed);
   const bool aligned = (reinterpret_cast<std::uintptr_t>(out) | capacity | offset) % kDirectAlignment == 0;
-  return direct >= 0 && aligned ? direct : buffered_;
+  return direct >= 0 && aligned && !is_cached(offset, capacity) ? direct : buffered_;
 }
 
 void File::throw_truncated(std::uint64_t wanted, std::size_t missing) const {

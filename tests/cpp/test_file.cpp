@@ -107,6 +107,22 @@ TEST_CASE("direct reads of a file of odd size are exact up to its last byte, and
   if (file.direct()) CHECK(direct_reads() == before + 4);
 }
 
+TEST_CASE("what is in the page cache is read from there, though direct reads were asked for") {
+  const Bytes content = random_bytes(kOdd, 12);
+  const TempFile temporary(content);
+  const File file(temporary.path(), true);
+  if (!file.direct()) return;
+  const Aligned out = aligned_bytes(4 * kDirectAlignment);
+  for (const auto& [pages, direct] : {std::pair<std::size_t, std::size_t>{0, 1}, {1, 1}, {3, 1}, {4, 0}}) {
+    cached_pages = pages;  // of the four that the file has
+    const std::size_t before = direct_reads();
+    file.read_at(out.get(), kOdd, 4 * kDirectAlignment, 0);
+    CHECK(direct_reads() == before + direct);
+    CHECK(std::equal(content.begin(), content.end(), out.get()));
+  }
+  cached_pages = 0;
+}
+
 TEST_CASE("a read that is not aligned, in whatever way, does not give up the direct twin") {
   const Bytes content = random_bytes(4 * kDirectAlignment, 11);
   const TempFile temporary(content);

@@ -103,6 +103,21 @@ def test_the_report_adds_up(checkpoint: str, load: Load, checkpoints: Checkpoint
     assert report.skipped.keys() == {"lm_head"}
 
 
+def test_a_planned_map_is_the_peers(checkpoints: CheckpointStore, tmp_path: Path) -> None:
+    """A map that is made after the plan: what finds no room on the CPU goes to the disk."""
+    kwargs: dict[str, Any] = {"dtype": torch.float16, "device_map": "auto", "max_memory": {"cpu": 80_000}}
+    folder = checkpoints.folder(ZOO["llama"], "bf16")
+    int8 = tf.BitsAndBytesConfig(load_in_8bit=True, llm_int8_enable_fp32_cpu_offload=True)
+    theirs = tf.LlamaForCausalLM.from_pretrained(
+        folder, quantization_config=int8, offload_folder=tmp_path / "theirs", **kwargs
+    )
+    ours = pyint8.load(folder, config=Int8Config(fp32_cpu_offload=True), offload_folder=tmp_path / "ours", **kwargs)
+    assert ours.hf_device_map == theirs.hf_device_map
+    assert set(ours.hf_device_map.values()) == {"cpu", "disk"}
+    for (name, mine), (_, other) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        assert mine.device == other.device, name
+
+
 def companions(model: torch.nn.Module) -> list[str]:
     return [name for name in model.state_dict() if name.endswith((".SCB", ".weight_format"))]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 _INITIALIZERS = frozenset(
     {
@@ -24,6 +24,12 @@ _INITIALIZERS = frozenset(
 
 class NoInitializationOnMeta(TorchFunctionMode):
     """While it is entered, initializers leave tensors on meta alone; all others are initialized as ever."""
+
+    def end(self) -> None:
+        """Leaves it, from within whatever was entered since. Modes are a stack, so if one of those is a mode too, this
+        one stays until they are gone, and `end` is to be called again."""
+        if _get_current_function_mode() is self:
+            self.__exit__(None, None, None)
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

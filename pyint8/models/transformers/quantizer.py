@@ -64,7 +64,6 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
     def __init__(self, quantization_config: StreamedInt8Config, **kwargs: Any) -> None:
         genuine = quantization_config.bitsandbytes_config()
         super().__init__(genuine, **kwargs)
-        self._is_planned = False
         self._was_pre_quantized: bool = kwargs.get("pre_quantized", True)
         # The session of the pyint8.load under way, or one of its own for a from_pretrained of somebody else.
         self.session = LoadSession.active() or LoadSession(StreamOptions.from_environment())
@@ -102,7 +101,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
     def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
         """Bytes for an element, in plans of memory. The last is transformers' own reservation before loading: where
         tensors have begun to land, it would come on top of them."""
-        if self._is_planned and self.session.reserves_memory:
+        if self.session.is_planned and self.session.reserves_memory:
             return 0
         return super().param_element_size(model, param_name, param)  # type: ignore[no-any-return]
 
@@ -140,13 +139,12 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
 
     def _see_device_map(self, device_map: Any) -> None:
         if isinstance(device_map, dict):
-            self.session.device_map = device_map
+            self.session.see_device_map(device_map)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
         """Takes the place of the model's own conversions; they are kept in the plan."""
         known = len(self.int8.skip)
         plan = self.session.make_plan(self._model, weight_conversions, self._dtype)
-        self._is_planned = True
         if len(self.int8.skip) > known:  # a saved model must say so, or its floats would be taken for int8
             self.quantization_config.llm_int8_skip_modules = list(self.int8.skip)
         # transformers reads the tensors of a pre-quantized checkpoint at once, in threads, and others when asked.

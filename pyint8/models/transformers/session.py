@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -46,7 +46,8 @@ class LoadSession:
     Attributes:
         quantizer: Set when transformers constructs its quantizer.
         device_map: Modules to devices, once transformers has decided.
-        plan: Every tensor's place, once transformers has said how it renames.
+        plan: What every tensor is for, once transformers has said how it renames.
+        is_planned: Whether it has.
     """
 
     def __init__(
@@ -69,13 +70,14 @@ class LoadSession:
         self._read_ahead = read_ahead
         self._head_start = head_start
         self.plan: LoadPlan
+        self.is_planned = False
         self._options = options
         self._checkpoint = checkpoint
         self._on_bytes = on_bytes
         self._on_total = on_total
         self._allow_mismatched_shapes = allow_mismatched_shapes
         self._maker: ParameterMaker | None = None
-        self._building = ExitStack()
+        self._building = NoInitializationOnMeta()
 
     @property
     def reserves_memory(self) -> bool:
@@ -91,7 +93,7 @@ class LoadSession:
     def activate(self) -> Iterator[None]:
         """Makes this the session that transformers' quantizer finds; closes it at the end."""
         token = _active.set(self)
-        self._building.enter_context(NoInitializationOnMeta())
+        self._building.__enter__()  # type: ignore[no-untyped-call]
         try:
             yield
         finally:
@@ -101,7 +103,7 @@ class LoadSession:
 
     def model_is_built(self) -> None:
         """Its modules are all there, on meta; from now on tensors are real."""
-        self._building.close()
+        self._building.end()
 
     def close(self) -> None:
         """Gives back threads, files and memory."""
@@ -117,10 +119,10 @@ class LoadSession:
                 self._checkpoint = checkpoint_of_files(files)
 
     def make_plan(self, model: Any, conversions: list[Any], dtype: torch.dtype) -> LoadPlan:
-        """Decides every tensor's place, and which of the replaced modules are put back, and starts the stream.
+        """Decides what every tensor is for, and which of the replaced modules are put back.
 
         Raises:
-            Pyint8Error: See `settle` for tensors that have no good place, `TensorStream` for the stream.
+            Pyint8Error: See `settle` for tensors that have no good place, `start` for the stream.
         """
         assert self._checkpoint is not None
         self._model, self._dtype = model, dtype
@@ -135,11 +137,16 @@ class LoadSession:
         allow = self._allow_mismatched_shapes
         settle_modules(self.plan, model, self._checkpoint, self.quantizer, allow_mismatched_shapes=allow)
         check_tensors(self.plan, model, self._checkpoint, self.quantizer, allow_mismatched_shapes=allow)
-        self._stream_start = time.perf_counter()
-        if self._read_ahead is not None:
-            self._read_ahead.close()
-        self._maker = self._start()
+        self.is_planned = True
+        if self.device_map is not None:
+            self.start()
         return self.plan
+
+    def see_device_map(self, device_map: Mapping[str, Any]) -> None:
+        """What transformers has decided: before the plan where it was asked for, after it where it had to be made."""
+        self.device_map = device_map
+        if self.is_planned and self._maker is None:
+            self.start()
 
     def locate(self, name: str) -> dict[str, Any]:
         """Where a parameter's (or a checkpoint's) tensor lies, for errors: "tensor", "path" and "offset"."""
@@ -150,6 +157,8 @@ class LoadSession:
 
     def make(self, name: str, loading_info: Any) -> dict[str, torch.Tensor]:
         """The parameters of one target; called by transformers' loop."""
+        if self._maker is None:
+            self.start()
         assert self._maker is not None
         try:
             return self._maker.make(name, loading_info)
@@ -159,9 +168,17 @@ class LoadSession:
             self.close()
             raise
 
-    def _start(self) -> ParameterMaker:
+    def start(self) -> None:
+        """Starts the stream, once plan and device map are there.
+
+        Raises:
+            Pyint8Error: See `TensorStream`.
+        """
         assert self._checkpoint is not None
-        return ParameterMaker(
+        self._stream_start = time.perf_counter()
+        if self._read_ahead is not None:
+            self._read_ahead.close()
+        self._maker = ParameterMaker(
             self.plan,
             self._model,
             self._checkpoint,

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 _SHARD_BYTES = 5 * 10**9
 
-# The shapes of Llama-3.1-8B, GPT-2 XL, three layers of Llama-3.1-70B, Qwen3-30B-A3B with all of its 18,867 tensors and
-# a third to a half of its widths, and models for machines without a GPU.
+# The shapes of Llama-3.1-8B, Llama-3.2-1B, GPT-2 XL, three layers of Llama-3.1-70B, Qwen3-30B-A3B with all of its
+# 18,867 tensors and a third to a half of its widths, and small ones for machines without a GPU.
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama-8b": {
         "model_type": "llama",
@@ -27,6 +27,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "vocab_size": 128256,
         "tie_word_embeddings": False,
+    },
+    "llama-1b": {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
     },
     "llama-70b-layers": {
         "model_type": "llama",

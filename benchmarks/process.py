@@ -11,7 +11,8 @@ import argparse
 import gc
 import json
 import os
-import threading
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,46 +20,51 @@ from pathlib import Path
 from typing import Any
 
 _FIELDS = ("RssAnon", "RssShmem", "VmRSS", "VmPin")
+_INTERVAL = 0.002  # seconds
 
-
-def _status() -> dict[str, int]:
-    """Bytes by field of /proc/self/status."""
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return {fields[0][:-1]: int(fields[1]) * 1024 for fields in lines if fields and fields[0][:-1] in _FIELDS}
+# Run in another process, so that looking costs the loader nothing: says that it looks, and at the end the peaks.
+_SAMPLER = f"""
+import json, select, sys
+def status(fields={_FIELDS}):
+    with open(f"/proc/{{sys.argv[1]}}/status") as file:
+        lines = (line.split() for line in file)
+        return {{line[0][:-1]: int(line[1]) * 1024 for line in lines if line and line[0][:-1] in fields}}
+base = status()
+peaks = dict.fromkeys(base, 0)
+print("looking", flush=True)
+while True:
+    over = select.select([sys.stdin], [], [], {_INTERVAL})[0]
+    for name, value in status().items():
+        peaks[name] = max(peaks[name], value - base[name])
+    if over:
+        break
+print(json.dumps(peaks))
+"""
 
 
 class HostMemory:
-    """Growth of the process's memory, sampled every 2 ms. Mapped files are in `resident` alone."""
+    """Growth of the process's memory while it is watched. Mapped files are in `resident` alone."""
 
     def __init__(self) -> None:
-        self._stop = threading.Event()
-        self._base = _status()
-        self.anonymous = self.shared = self.resident = self.pinned = 0
-
-    def _sample(self) -> None:
-        while not self._stop.wait(0.002):
-            now = {name: value - self._base.get(name, 0) for name, value in _status().items()}
-            self.anonymous = max(self.anonymous, now.get("RssAnon", 0))
-            self.shared = max(self.shared, now.get("RssShmem", 0))
-            self.resident = max(self.resident, now.get("VmRSS", 0))
-            self.pinned = max(self.pinned, now.get("VmPin", 0))
+        self._peaks: dict[str, int] = {}
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        thread = threading.Thread(target=self._sample)
-        thread.start()
-        try:
-            yield
-        finally:
-            self._stop.set()
-            thread.join()
+        command = [sys.executable, "-S", "-E", "-c", _SAMPLER, str(os.getpid())]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as sampler:
+            assert sampler.stdout is not None
+            sampler.stdout.readline()
+            try:
+                yield
+            finally:
+                self._peaks = json.loads(sampler.communicate("enough\n")[0])
 
     def record(self) -> dict[str, int]:
         return {
-            "host_anonymous_peak": self.anonymous,
-            "host_shared_peak": self.shared,
-            "host_resident_peak": self.resident,
-            "host_pinned_peak": self.pinned,
+            "host_anonymous_peak": self._peaks.get("RssAnon", 0),
+            "host_shared_peak": self._peaks.get("RssShmem", 0),
+            "host_resident_peak": self._peaks.get("VmRSS", 0),
+            "host_pinned_peak": self._peaks.get("VmPin", 0),
         }
 
 

@@ -6,10 +6,25 @@
 Importing pyint8 imports neither torch nor transformers nor bitsandbytes; loading does.
 """
 
+from contextlib import AbstractContextManager
+
 from pyint8.config import Int8Config, StreamOptions
 from pyint8.errors import Pyint8Error
 from pyint8.loader import load
 from pyint8.report import LoadReport
 
-__all__ = ["Int8Config", "LoadReport", "Pyint8Error", "StreamOptions", "load"]
+__all__ = ["Int8Config", "LoadReport", "Pyint8Error", "StreamOptions", "load", "takeover"]
 __version__ = "0.1.0"
+
+
+def takeover() -> AbstractContextManager[None]:
+    """While it lasts, every int8 load by transformers in this process goes through pyint8.
+
+    For programs whose calls cannot be changed: `from_pretrained(..., load_in_8bit)` in whatever form, and checkpoints
+    that are int8 already. The models are the same, byte for byte, and keep nothing of pyint8; bad values are warned of,
+    not refused (`strict=False`); `PYINT8_*` environment variables are the options. transformers' registry of quantizers
+    has another entry until the block is left, for all threads. `python -m pyint8.run` runs a whole program like this.
+    """
+    from pyint8.models.transformers.takeover import takeover
+
+    return takeover()

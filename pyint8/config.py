@@ -24,6 +24,10 @@ _ENVIRONMENT_PREFIX = "PYINT8_"
 class Int8Config:
     """LLM.int8() as transformers' `BitsAndBytesConfig(load_in_8bit=True)` has it, under the same defaults.
 
+    It can be given to transformers itself, for code that is not yours to change otherwise:
+    `from_pretrained(path, quantization_config=pyint8.Int8Config())`. (Not for checkpoints that are int8 already, which
+    bring their own configuration, of bitsandbytes; `pyint8.takeover` serves those.)
+
     Args:
         threshold: Activation columns with a value above this are multiplied in 16 bit (`llm_int8_threshold`).
         skip_modules: Names of modules to leave unquantized (`llm_int8_skip_modules`). None finds them: tied weights
@@ -58,6 +62,26 @@ class Int8Config:
         for name in ("has_fp16_weight", "fp32_cpu_offload"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} is {getattr(self, name)!r}; it must be True or False")
+
+    @property
+    def quant_method(self) -> str:
+        """What transformers asks a `quantization_config` for; with it, pyint8's quantizer is registered there."""
+        from pyint8.models.transformers.quantizer import METHOD
+
+        return METHOD
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that bitsandbytes' configuration has for these, as transformers writes them down."""
+        skip = self.skip_modules
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_8bit": True,
+            "load_in_4bit": False,
+            "llm_int8_threshold": self.threshold,
+            "llm_int8_skip_modules": None if skip is None else list(skip),
+            "llm_int8_enable_fp32_cpu_offload": self.fp32_cpu_offload,
+            "llm_int8_has_fp16_weight": self.has_fp16_weight,
+        }
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ _REPLACED_ARGUMENTS = {
 }
 
 # Of from_pretrained's arguments, those that say where in a folder the checkpoint is.
-_WHERE = ("subfolder", "variant")
+_WHERE = ("subfolder", "variant", "use_safetensors")
 
 
 def load(
@@ -58,7 +58,7 @@ def load(
     The result is byte for byte what transformers gives with `load_in_8bit=True` and the same dtype and device map.
 
     Args:
-        path: A folder with a safetensors checkpoint, or a hub id.
+        path: A folder with a checkpoint (safetensors, or PyTorch's .bin), or a hub id.
         device_map: Where modules go, as transformers and accelerate have it: "auto", "balanced", "balanced_low_0",
             "sequential", a device, a dict of modules to devices, or None for the current device.
         dtype: Of what is not quantized, and on the way to int8: a torch.dtype or its name, "auto" for the
@@ -96,7 +96,7 @@ def load(
         checkpoint = read_ahead = None
         if os.path.exists(path):
             _refuse_adapter(os.path.join(path, hub_and_model_kwargs.get("subfolder") or ""))
-            where = {name: hub_and_model_kwargs[name] for name in _WHERE if hub_and_model_kwargs.get(name)}
+            where = {name: hub_and_model_kwargs[name] for name in _WHERE if hub_and_model_kwargs.get(name) is not None}
             with report.phase("read headers"):
                 checkpoint = open_checkpoint(path, **where)
             read_ahead = begun.enter_context(_reading_ahead(checkpoint, options))

@@ -1,6 +1,6 @@
-"""Where every tensor's bytes lie: the headers of safetensors files, and the index of a sharded checkpoint.
+"""Where every tensor's bytes lie: the headers of safetensors files, the pickles of PyTorch's, and indexes of shards.
 
-Nothing here reads a byte of a tensor, and importing it imports no torch.
+Nothing here reads a byte of a tensor (but of formats that cannot be read by offset), and importing it imports no torch.
 
     checkpoint = open_checkpoint("path/to/model")
     entry = checkpoint["model.embed_tokens.weight"]
@@ -9,14 +9,17 @@ Nothing here reads a byte of a tensor, and importing it imports no torch.
 
 from .entry import DTYPES, Entry
 from .index import Checkpoint, checkpoint_of_files, open_checkpoint
+from .pickled import PickledFile, read_pickled
 from .safetensors import SafetensorsFile, read_header
 
 __all__ = [
     "DTYPES",
     "Checkpoint",
     "Entry",
+    "PickledFile",
     "SafetensorsFile",
     "checkpoint_of_files",
     "open_checkpoint",
     "read_header",
+    "read_pickled",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,10 @@ class Entry:
         shape: The format's shape, in elements; empty for a scalar.
         path: The file that holds the tensor.
         offset: Where its first byte lies, in bytes from the start of the file.
-        nbytes: How many bytes it has, contiguous, row-major and little-endian.
+        nbytes: How many bytes it has there: little-endian, contiguous and row-major unless `stride` says otherwise.
+        stride: Steps between elements, as torch has them, of a tensor that is not contiguous; `nbytes` then reaches
+            from its first element to its last.
+        value: The tensor itself, of a format whose files cannot be read by offset.
     """
 
     name: str
@@ -62,6 +65,8 @@ class Entry:
     path: str
     offset: int
     nbytes: int
+    stride: tuple[int, ...] | None = None
+    value: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def place(self) -> dict[str, Any]:
@@ -117,10 +122,18 @@ class Entry:
         """The tensor in memory of its own, read at once: for a question that is seldom asked."""
         import torch
 
+        if self.value is not None:
+            return self.value
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             stored = bytearray(file.read(self.nbytes))
-        return torch.frombuffer(stored, dtype=self.torch_dtype).view(self.torch_shape)
+        return self.shaped(torch.frombuffer(stored, dtype=self.torch_dtype))
+
+    def shaped(self, elements: torch.Tensor) -> torch.Tensor:
+        """The tensor, contiguous, of its elements [n] as they lie in the file."""
+        if self.stride is None:
+            return elements.view(self.torch_shape)
+        return elements.as_strided(self.torch_shape, self.stride).contiguous()
 
     def _error(self, problem: str) -> CheckpointError:
         return CheckpointError(problem, path=self.path, tensor=self.name, offset=self.offset)

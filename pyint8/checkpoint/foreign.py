@@ -6,22 +6,16 @@ from collections.abc import Iterable
 
 _FROM_FRAMEWORK = "load it with transformers 4 and from_{}=True, then call save_pretrained(new_folder)"
 _FORMATS = {
-    ".bin": ("PyTorch", "load it with transformers and call save_pretrained(new_folder)"),
-    ".pt": ("PyTorch", "load it with torch.load and save its tensors with safetensors.torch.save_file"),
-    ".pth": ("PyTorch", "load it with torch.load and save its tensors with safetensors.torch.save_file"),
     ".gguf": ("GGUF", "load it with transformers and gguf_file=<its name>, then call save_pretrained(new_folder)"),
     ".h5": ("TensorFlow", _FROM_FRAMEWORK.format("tf")),
     ".ckpt": ("TensorFlow", _FROM_FRAMEWORK.format("tf")),
     ".msgpack": ("Flax", _FROM_FRAMEWORK.format("flax")),
 }
-# A folder holds other files with these extensions too, such as training_args.bin.
-_WEIGHTS = ("pytorch_model", "consolidated", "tf_model", "model.ckpt", "flax_model")
+_WEIGHTS = ("tf_model", "model.ckpt", "flax_model")
 
 
 def advice_for_file(name: str) -> str | None:
     """Say how to convert the weights in a file of this name (or in its index) to safetensors; None if unknown."""
-    if name.endswith(".safetensors"):
-        return None
     for extension, (kind, advice) in _FORMATS.items():
         if f"{extension}." in f"{name}.":
             return f"{name} holds {kind} weights; convert them to safetensors: {advice}"

@@ -1,4 +1,4 @@
-"""A checkpoint: one safetensors file, or shards that agree with their index."""
+"""A checkpoint: one file, or shards that agree with their index."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from pyint8.errors import CheckpointError, CheckpointNotFoundError, OptionError
 from ._reading import JsonError, brief, os_errors, parse_json
 from .entry import Entry
 from .foreign import advice_for_file, advice_for_folder
+from .pickled import EXTENSIONS, PickledFile, read_pickled
 from .safetensors import SafetensorsFile, read_header
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+CheckpointFile = SafetensorsFile | PickledFile
+
+# The single file and the index that transformers looks for, in each format.
+_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 class Checkpoint(Mapping[str, Entry]):
-    """Every tensor of one or more safetensors files, by name, in order of file and offset.
+    """Every tensor of one or more files, by name, in order of file and offset.
 
     Attributes:
         entries: The tensors by name.
@@ -33,7 +37,7 @@ class Checkpoint(Mapping[str, Entry]):
         CheckpointError: Two files hold a tensor of the same name.
     """
 
-    def __init__(self, files: Sequence[SafetensorsFile]) -> None:
+    def __init__(self, files: Sequence[CheckpointFile]) -> None:
         entries: dict[str, Entry] = {}
         self.metadata: dict[str, str] = {}
         self._nonempty: dict[str, list[Entry]] = {}
@@ -82,14 +86,21 @@ class Checkpoint(Mapping[str, Entry]):
         return len(self.entries)
 
 
-def open_checkpoint(path: str | os.PathLike[str], *, subfolder: str = "", variant: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    subfolder: str = "",
+    variant: str | None = None,
+    use_safetensors: bool | None = None,
+) -> Checkpoint:
     """Find the checkpoint of a folder as transformers does, and read its headers.
 
     Args:
         path: A folder with `model.safetensors` or, failing that, `model.safetensors.index.json` and the shards it
-            names; or one safetensors file.
+            names or, failing that, `pytorch_model.bin` or its index; or one file of these formats.
         subfolder: Where in the folder to look.
         variant: "fp16" makes that `model.fp16.safetensors` and `model.safetensors.index.fp16.json`.
+        use_safetensors: True looks for safetensors alone, False for the other format alone.
 
     Raises:
         CheckpointNotFoundError: There is no such path, no checkpoint in the folder, only one of another format, or a
@@ -104,20 +115,21 @@ def open_checkpoint(path: str | os.PathLike[str], *, subfolder: str = "", varian
             raise OptionError(f"subfolder and variant are for a folder, and {path} is a file; give the file alone")
         return Checkpoint([_read_file(path)])
     folder = os.path.join(path, subfolder) if subfolder else path
-    looked_for = _with_variant(_SINGLE, variant), _with_variant(_INDEX, variant)
-    single, index = (os.path.join(folder, name) for name in looked_for)
-    if _is_file(single):
-        return Checkpoint([read_header(single)])
-    if _is_file(index):
-        return _open_sharded(folder, index)
+    formats = {None: (_SAFETENSORS, _PICKLED), True: (_SAFETENSORS,), False: (_PICKLED,)}[use_safetensors]
+    looked_for = [_with_variant(name, variant) for names in formats for name in names]
+    for single, index in zip(looked_for[::2], looked_for[1::2], strict=True):
+        if _is_file(os.path.join(folder, single)):
+            return Checkpoint([_read_file(os.path.join(folder, single))])
+        if _is_file(os.path.join(folder, index)):
+            return _open_sharded(folder, os.path.join(folder, index))
     raise _nothing_in(folder, looked_for)
 
 
 def checkpoint_of_files(files: Sequence[str]) -> Checkpoint:
     """Read the headers of files that somebody else (transformers, the hub) has already resolved.
 
-    Where a folder holds an index (`*.safetensors.index.json`, or `*.safetensors.index.<variant>.json`) that names
-    exactly the given files of that folder, they are checked to agree with it.
+    Where a folder holds an index (`*.index.json`, or `*.index.<variant>.json`) that names exactly the given files of
+    that folder, they are checked to agree with it.
 
     Args:
         files: The files, in the order the checkpoint shall have.
@@ -128,7 +140,7 @@ def checkpoint_of_files(files: Sequence[str]) -> Checkpoint:
         ReadError: The operating system refused; `errno` says why.
     """
     if not files:
-        raise CheckpointNotFoundError("no checkpoint file was given; give at least one safetensors file")
+        raise CheckpointNotFoundError("no checkpoint file was given; give at least one")
     checkpoint = Checkpoint([_read_file(file) for file in files])
     by_folder: dict[str, dict[str, str]] = {}
     for file in checkpoint.files:
@@ -155,7 +167,9 @@ def _is_file(path: str) -> bool:
             return False
 
 
-def _read_file(path: str) -> SafetensorsFile:
+def _read_file(path: str) -> CheckpointFile:
+    if path.endswith(EXTENSIONS):
+        return read_pickled(path)
     advice = advice_for_file(os.path.basename(path))
     if advice is not None:
         raise CheckpointNotFoundError(f"this is no safetensors file: {advice}", path=path)
@@ -168,7 +182,7 @@ def _indexes_that_mention(folder: str, files: Iterable[str]) -> Iterator[tuple[s
     with os_errors(folder):
         names = sorted(os.listdir(folder or "."))
     for name in names:
-        if ".safetensors.index." in name and name.endswith(".json"):
+        if ".index." in name and name.endswith(".json"):
             path = os.path.join(folder, name)
             raw = _read_bytes(path)
             if any(mention in raw for mention in mentions):
@@ -188,9 +202,9 @@ def _open_sharded(folder: str, index: str) -> Checkpoint:
     return checkpoint
 
 
-def _read_shard(path: str, index: str, weight_map: dict[str, str]) -> SafetensorsFile:
+def _read_shard(path: str, index: str, weight_map: dict[str, str]) -> CheckpointFile:
     try:
-        return read_header(path)
+        return _read_file(path)
     except CheckpointNotFoundError as error:
         expected = [name for name, shard in weight_map.items() if shard == os.path.basename(path)]
         raise CheckpointNotFoundError(
@@ -242,14 +256,14 @@ def _check_agreement(checkpoint: Checkpoint, index: str, weight_map: dict[str, s
 def _nothing_in(folder: str, looked_for: Sequence[str]) -> CheckpointNotFoundError:
     with os_errors(folder):
         names = sorted(os.listdir(folder))
-    problem = f"the folder holds neither {' nor '.join(looked_for)}"
+    problem = f"the folder holds none of {', '.join(looked_for)}"
     advice = advice_for_folder(names)
     unusable = [name for name in looked_for if name in names]
-    safetensors = [name for name in names if ".safetensors" in name]
+    others = [name for name in names if ".safetensors" in name or name.startswith("pytorch_model")]
     if unusable:
         problem = f"{unusable[0]} is no file, or a link to one that is gone; download it again"
-    elif safetensors:
-        problem += f", but {_first(safetensors)}; give the path of the file itself, or the variant in its name"
+    elif others:
+        problem += f", but {_first(others)}; give the path of the file itself, or the variant in its name"
     elif advice is not None:
         problem += f": {advice}"
     else:

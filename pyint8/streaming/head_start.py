@@ -106,7 +106,7 @@ class HeadStart:
 
     def _ask(self, lane: Lane, entries: Sequence[Entry], nbytes: int) -> None:
         for entry in entries:
-            if entry.nbytes < _WORTHWHILE_BYTES:
+            if entry.nbytes < _WORTHWHILE_BYTES or entry.value is not None:
                 continue
             nbytes -= entry.nbytes
             if nbytes < 0:

@@ -49,7 +49,7 @@ class _Chunk:
     offset: int
     nbytes: int
     passes: bool = False  # through scratch
-    early: bool = False  # asked for before the stream was there, so in no budget
+    early: bool = False  # there, or asked for, before the stream was, so in no budget
     memory: torch.Tensor | None = None  # uint8
     region: Region | None = None
     ticket: int | None = None
@@ -159,7 +159,9 @@ class TensorStream:
         entry = delivery.entry
         lane = self._transport.lane(delivery.device)
         rows = entry.torch_shape[0] if entry.torch_shape else 1
-        if not delivery.in_bands or not entry.torch_shape or entry.nbytes == 0:
+        if entry.value is not None:
+            return [_Chunk(delivery, lane, 0, rows, 0, entry.nbytes, early=True)]
+        if not delivery.in_bands or not entry.torch_shape or entry.nbytes == 0 or entry.stride is not None:
             return [_Chunk(delivery, lane, 0, rows, entry.offset, entry.nbytes)]
         row_bytes = entry.nbytes // rows
         step = _rows_in_band(entry, lane)
@@ -199,7 +201,7 @@ class TensorStream:
         batch: list[_Chunk] = []
         while self._cursor < len(self._pending):
             chunk = self._pending[self._cursor]
-            if chunk.ticket is None:
+            if chunk.ticket is None and chunk.delivery.entry.value is None:
                 if not self._place(chunk):
                     break
                 if batch and batch[-1].lane is not chunk.lane:
@@ -239,6 +241,12 @@ class TensorStream:
 
     def _land(self, chunk: _Chunk) -> torch.Tensor:
         """Waits until the chunk's bytes are ordered before the caller's stream; its memory."""
+        value = chunk.delivery.entry.value
+        if value is not None:
+            if self._on_bytes is not None:
+                self._on_bytes(chunk.nbytes)
+            flat = value.reshape(-1).view(torch.uint8)
+            return flat.clone() if flat.device == chunk.lane.device else flat.to(chunk.lane.device)
         if chunk.ticket is None:  # taken out of order: it gets memory of its own, ahead of the queue
             chunk.lane.ahead += chunk.nbytes
             chunk.memory = torch.empty(chunk.nbytes, dtype=torch.uint8, device=chunk.lane.device)
@@ -278,7 +286,7 @@ def _bands_of(chunk: _Chunk, memory: torch.Tensor) -> Iterator[tuple[int, torch.
         yield chunk.row, _typed(memory, entry, ())
         return
     tensor = _typed(memory, entry, (chunk.rows, *entry.torch_shape[1:]))
-    step = _rows_in_band(entry, chunk.lane) if chunk.early else max(1, chunk.rows)
+    step = _rows_in_band(entry, chunk.lane) if chunk.early and entry.nbytes else max(1, chunk.rows)
     for row in range(0, max(1, chunk.rows), step):
         yield chunk.row + row, tensor[row : row + step]
 
@@ -291,7 +299,8 @@ def _typed(memory: torch.Tensor, entry: Entry, shape: tuple[int, ...]) -> torch.
     """`memory` as elements of the entry's dtype."""
     if entry.nbytes == 0:
         return torch.empty(shape, dtype=entry.torch_dtype, device=memory.device)
-    return memory.view(entry.torch_dtype).view(shape)
+    elements = memory.view(entry.torch_dtype)
+    return elements.view(shape) if entry.stride is None else entry.shaped(elements)
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def test_subfolder_and_variant_choose_the_file(tmp_path):
     assert list(open_checkpoint(tmp_path, subfolder="sub", variant="fp16")) == ["v"]
     sharded(tmp_path, index="model.safetensors.index.fp16.json")
     assert len(open_checkpoint(tmp_path, variant="fp16").files) == 2
-    with pytest.raises(CheckpointNotFoundError, match=r"neither model\.safetensors nor .*the variant in its name"):
+    with pytest.raises(CheckpointNotFoundError, match=r"none of model\.safetensors, .*the variant in its name"):
         open_checkpoint(tmp_path)
     with pytest.raises(OptionError, match="subfolder and variant are for a folder"):
         open_checkpoint(tmp_path / ONE, variant="fp16")
@@ -105,8 +105,6 @@ def test_the_tensor_at_a_byte(tmp_path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("pytorch_model.bin", "holds PyTorch weights.* transformers and call save_pretrained"),
-        ("pytorch_model.bin.index.json", "holds PyTorch weights"),
         ("tf_model.h5", "holds TensorFlow weights.* transformers 4 and from_tf=True"),
         ("flax_model.msgpack", "holds Flax weights.* transformers 4 and from_flax=True"),
         ("llama-q4.gguf", "holds GGUF weights.*gguf_file"),
@@ -116,7 +114,7 @@ def test_other_formats_are_named_with_how_to_convert_them(tmp_path, name, words)
     (tmp_path / "training_args.bin").touch()
     (tmp_path / name).touch()
     with pytest.raises(
-        CheckpointNotFoundError, match=f"neither model.safetensors nor {INDEX}: {name} {words}"
+        CheckpointNotFoundError, match=rf"none of model\.safetensors, {INDEX}, .*: {name} {words}"
     ) as caught:
         open_checkpoint(tmp_path)
     assert caught.value.path == str(tmp_path)
@@ -128,10 +126,11 @@ def test_other_formats_are_named_with_how_to_convert_them(tmp_path, name, words)
 
 def test_nothing_is_said_with_what_was_looked_for(tmp_path):
     (tmp_path / "training_args.bin").touch()
-    with pytest.raises(CheckpointNotFoundError, match=rf"neither model\.safetensors nor {INDEX}; check the path"):
+    with pytest.raises(CheckpointNotFoundError, match=rf"none of model\.safetensors, {INDEX}, .*; check the path"):
         open_checkpoint(tmp_path)
     with pytest.raises(
-        CheckpointNotFoundError, match=r"neither model\.x\.safetensors nor model\.safetensors\.index\.x\.json"
+        CheckpointNotFoundError,
+        match=r"none of model\.x\.safetensors, model\.safetensors\.index\.x\.json, pytorch_model\.x\.bin, ",
     ):
         open_checkpoint(tmp_path, variant="x")
     for absent in (tmp_path / "absent", tmp_path / "training_args.bin" / "below"):

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from pyint8.config import Int8Config
 from pyint8.errors import CheckpointError, ModelNotSupportedError, OptionError
-from pyint8.models.transformers.quantizer import METHOD, StreamedInt8Config
+from pyint8.models.transformers.quantizer import METHOD
 from pyint8.models.transformers.session import LoadSession
 
 # Where a checkpoint is found, as from_pretrained names it; the rest may be for the configuration or the model.
@@ -65,7 +65,7 @@ def load_pretrained(
         model_class = class_of(config, path)
     stored = getattr(config, "quantization_config", None)
     if stored is None:
-        arguments = {**arguments, "quantization_config": StreamedInt8Config.of(int8_config or Int8Config())}
+        arguments = {**arguments, "quantization_config": int8_config or Int8Config()}
     else:
         config, unused = config_class.from_pretrained(path, return_unused_kwargs=True, **arguments)
         config.quantization_config = _pre_quantized_fields(stored, int8_config, path)

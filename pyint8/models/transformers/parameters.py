@@ -119,7 +119,13 @@ class ParameterMaker:
 
     def _stays_on_disk(self, target: Target) -> bool:
         """Whether accelerate will read it from the checkpoint itself, whenever a forward pass needs it."""
-        return target.converter is None and self._places[target.name].on_disk and target.name not in self._buffers
+        source = target.source
+        return (
+            source is not None
+            and self._places[target.name].on_disk
+            and target.name not in self._buffers
+            and self._checkpoint[source].path.endswith(".safetensors")
+        )
 
     def _deliveries(self, target: Target) -> list[Delivery]:
         if self._stays_on_disk(target):

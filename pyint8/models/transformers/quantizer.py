@@ -24,49 +24,51 @@ from pyint8.quantizer import Int8Quantizer
 METHOD = "pyint8"
 
 
+# Of a BitsAndBytesConfig's fields, those that its constructor does not take, or that are said anyway.
+_HIDDEN = ("load_in_8bit", "load_in_4bit", "_load_in_8bit", "_load_in_4bit", "quant_method")
+
+
 @register_quantization_config(METHOD)
 class StreamedInt8Config(QuantizationConfigMixin):
-    """transformers' view of an `Int8Config`: what routes from_pretrained to `StreamedInt8HfQuantizer`.
+    """What a pre-quantized checkpoint's own configuration is made into, to route from_pretrained to pyint8.
 
     Args:
-        fields: Those of a `BitsAndBytesConfig`, with which a pre-quantized checkpoint describes itself.
+        fields: Those of a `BitsAndBytesConfig`.
     """
 
     def __init__(self, **fields: Any) -> None:
         self.quant_method = METHOD
-        self.fields = {name: value for name, value in fields.items() if name != "quant_method"}
-
-    @classmethod
-    def of(cls, config: Int8Config) -> StreamedInt8Config:
-        skip = config.skip_modules
-        return cls(
-            llm_int8_threshold=config.threshold,
-            llm_int8_skip_modules=None if skip is None else list(skip),
-            llm_int8_enable_fp32_cpu_offload=config.fp32_cpu_offload,
-            llm_int8_has_fp16_weight=config.has_fp16_weight,
-        )
+        self.fields = fields
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         config = cls(**config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
-    def bitsandbytes_config(self) -> BitsAndBytesConfig:
-        """What transformers' own int8 load would have."""
-        hidden = ("load_in_8bit", "load_in_4bit", "_load_in_8bit", "_load_in_4bit")
-        return BitsAndBytesConfig(load_in_8bit=True, **{k: v for k, v in self.fields.items() if k not in hidden})
+    def to_dict(self) -> dict[str, Any]:
+        return self.fields
+
+
+def genuine_config(config: Any) -> BitsAndBytesConfig:
+    """What transformers' own int8 load would have for an `Int8Config`, a `StreamedInt8Config`, or has."""
+    if isinstance(config, BitsAndBytesConfig):
+        return config
+    fields = {name: value for name, value in config.to_dict().items() if name not in _HIDDEN}
+    return BitsAndBytesConfig(load_in_8bit=True, **fields)
 
 
 @register_quantizer(METHOD)
 class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
     """transformers' hooks, answered by an `Int8Quantizer` and a `LoadSession`."""
 
-    def __init__(self, quantization_config: StreamedInt8Config, **kwargs: Any) -> None:
-        genuine = quantization_config.bitsandbytes_config()
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        genuine = genuine_config(quantization_config)
         super().__init__(genuine, **kwargs)
         self._was_pre_quantized: bool = kwargs.get("pre_quantized", True)
         # The session of the pyint8.load under way, or one of its own for a from_pretrained of somebody else.
-        self.session = LoadSession.active() or LoadSession(StreamOptions.from_environment())
+        self.session = LoadSession.active() or LoadSession(
+            StreamOptions.from_environment(), strict=isinstance(quantization_config, Int8Config)
+        )
         self.session.quantizer = Int8Quantizer(
             Int8Config(
                 threshold=genuine.llm_int8_threshold,
@@ -122,7 +124,9 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         """Some models (T5) copied their configuration, ours in it, while they were built."""
         for module in model.modules():
             config = getattr(module, "config", None)
-            if config is not None and isinstance(getattr(config, "quantization_config", None), StreamedInt8Config):
+            if config is not None and isinstance(
+                getattr(config, "quantization_config", None), (StreamedInt8Config, Int8Config)
+            ):
                 config.quantization_config = copy.deepcopy(self.quantization_config)
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **kwargs: Any) -> None:

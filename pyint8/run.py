@@ -1,0 +1,37 @@
+"""Run a Python program whose int8 loads by transformers shall go through pyint8: `python -m pyint8.run PROGRAM ...`.
+
+    python -m pyint8.run script.py --its --arguments
+    python -m pyint8.run -m lm_eval --model hf ...
+
+The program is run as Python itself would run it, within `pyint8.takeover()`.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+from pyint8 import takeover
+
+_USAGE = "usage: python -m pyint8.run (SCRIPT | -m MODULE) [ARGUMENT ...]"
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the program that `arguments` name, with the rest of them as its own."""
+    is_module = arguments[:1] == ["-m"]
+    program = arguments[1:] if is_module else arguments
+    if not program or program[0].startswith("-"):
+        raise SystemExit(_USAGE)
+    sys.argv = program
+    with takeover():
+        if is_module:
+            sys.path.insert(0, "")
+            runpy.run_module(program[0], run_name="__main__", alter_sys=True)
+        else:
+            sys.path.insert(0, str(Path(program[0]).resolve().parent))
+            runpy.run_path(program[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,192 @@
+"""pyint8 in code that calls from_pretrained itself: by its configuration, by a block, or by running the program."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from oracle import compare_loading_info, compare_models, compare_outputs, peer_load, remains, show
+from test_identity import SERIALIZABLE
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
+from zoo import PREQUANTIZED, ZOO, CheckpointStore
+
+import pyint8
+from pyint8.checkpoint import open_checkpoint
+from pyint8.errors import NonFiniteWeightError
+from pyint8.models.transformers.session import LoadSession
+
+CPU = {"": "cpu"}
+IN_8BIT = tf.BitsAndBytesConfig(load_in_8bit=True)
+
+
+@pytest.fixture
+def delivered(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The bytes that came through the engine, a number for each load."""
+    seen: list[int] = []
+    close = LoadSession.close
+
+    def noting(session: LoadSession) -> None:
+        close(session)
+        if session.report.engine:
+            seen.append(int(session.report.engine["bytes_delivered"]))
+            session.report.engine = {}
+
+    monkeypatch.setattr(LoadSession, "close", noting)
+    return seen
+
+
+def load_by(way: str, folder: Path, cls: Any, config: pyint8.Int8Config, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    torch.manual_seed(0)
+    if way == "config":
+        return cls.from_pretrained(folder, quantization_config=config, output_loading_info=True, **kwargs)
+    with pyint8.takeover():
+        genuine = tf.BitsAndBytesConfig(**{k: v for k, v in config.to_dict().items() if k != "quant_method"})
+        return cls.from_pretrained(folder, quantization_config=genuine, output_loading_info=True, **kwargs)
+
+
+@pytest.mark.parametrize("way", ["config", "takeover"])
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2", "mixtral", "t5", "llava", "bert_mlm"])
+def test_the_same_model(name: str, dtype: Any, way: str, checkpoints: CheckpointStore, delivered: list[int]) -> None:
+    model = ZOO[name]
+    folder = checkpoints.folder(model, "bf16")
+    kwargs = {"device_map": CPU} | ({} if dtype is None else {"dtype": dtype})
+    with model.peer_help():
+        theirs, their_info = peer_load(folder, model.cls, **kwargs)
+    ours, our_info = load_by(way, folder, model.cls, pyint8.Int8Config(), **kwargs)
+    found = compare_models(ours, theirs, allow=[SERIALIZABLE]) + compare_loading_info(our_info, their_info)
+    found += compare_outputs(ours, theirs, model.inputs(theirs))
+    assert not found, show(found)
+    assert delivered == [open_checkpoint(folder).nbytes]
+    assert remains(ours) == []
+
+
+@pytest.mark.parametrize("way", ["config", "takeover"])
+def test_the_configuration_counts(way: str, checkpoints: CheckpointStore) -> None:
+    config = pyint8.Int8Config(threshold=4.5, skip_modules=["lm_head", "q_proj"])
+    model, _ = load_by(way, checkpoints.folder(ZOO["llama"], "bf16"), tf.AutoModelForCausalLM, config, device_map=CPU)
+    layer = model.model.layers[0].self_attn
+    assert type(layer.q_proj) is torch.nn.Linear
+    assert layer.k_proj.state.threshold == 4.5
+    assert type(model.config.quantization_config) is tf.BitsAndBytesConfig
+    assert model.config.quantization_config.llm_int8_skip_modules == ["lm_head", "q_proj"]
+    assert type(model.hf_quantizer) is Bnb8BitHfQuantizer
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "llama_tied"])
+def test_int8_checkpoints_are_taken_over(name: str, checkpoints: CheckpointStore, delivered: list[int]) -> None:
+    model = ZOO[name]
+    folder = checkpoints.folder(model, PREQUANTIZED)
+    theirs = model.cls.from_pretrained(folder, device_map=CPU)
+    assert delivered == []
+    with pyint8.takeover():
+        ours = model.cls.from_pretrained(folder, device_map=CPU)
+    assert delivered == [open_checkpoint(folder).nbytes]
+    allowed = [SERIALIZABLE, "modules//attributes/_weight_conversions*"]  # the peer keeps its int8 deserializer there
+    found = compare_models(ours, theirs, allow=allowed) + compare_outputs(ours, theirs, model.inputs(theirs))
+    assert not found, show(found)
+    assert remains(ours) == []
+
+
+@pytest.mark.parametrize("way", ["config", "takeover"])
+def test_offload_to_the_disk(way: str, checkpoints: CheckpointStore, tmp_path: Path, delivered: list[int]) -> None:
+    folder = checkpoints.folder(ZOO["llama"], "bf16")
+    modules = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
+    device_map = {name: "disk" if name == "model.layers.1" else "cpu" for name in modules}
+    kwargs: dict[str, Any] = {"device_map": device_map, "dtype": torch.float16}
+    int8 = tf.BitsAndBytesConfig(load_in_8bit=True, llm_int8_enable_fp32_cpu_offload=True)
+    theirs = tf.LlamaForCausalLM.from_pretrained(
+        folder, quantization_config=int8, offload_folder=tmp_path / "theirs", **kwargs
+    )
+    ours, _ = load_by(
+        way,
+        folder,
+        tf.LlamaForCausalLM,
+        pyint8.Int8Config(fp32_cpu_offload=True),
+        offload_folder=tmp_path / "ours",
+        **kwargs,
+    )
+    assert not list((tmp_path / "ours").glob("*.dat"))
+    assert not compare_outputs(ours, theirs, ZOO["llama"].inputs(theirs))
+    on_disk = sum(entry.nbytes for name, entry in open_checkpoint(folder).entries.items() if "layers.1." in name)
+    assert delivered == [open_checkpoint(folder).nbytes - on_disk]
+
+
+def test_a_load_within_a_takeover_is_a_load(checkpoints: CheckpointStore) -> None:
+    folder = checkpoints.folder(ZOO["llama"], "bf16")
+    expected = pyint8.load(folder, "cpu")
+    with pyint8.takeover():
+        found = compare_models(pyint8.load(folder, "cpu"), expected)
+    assert not found, show(found)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_takeover_ends(fails: bool) -> None:
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext(), pyint8.takeover(), pyint8.takeover():
+        assert AUTO_QUANTIZER_MAPPING["bitsandbytes_8bit"] is not Bnb8BitHfQuantizer
+        _ = 1 // (0 if fails else 1)
+    assert AUTO_QUANTIZER_MAPPING["bitsandbytes_8bit"] is Bnb8BitHfQuantizer
+
+
+def test_four_bits_are_left_alone(checkpoints: CheckpointStore) -> None:
+    with pyint8.takeover():
+        assert AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"].__name__ == "Bnb4BitHfQuantizer"
+        plain = tf.LlamaForCausalLM.from_pretrained(checkpoints.folder(ZOO["llama"], "bf16"))
+    assert not getattr(plain, "is_loaded_in_8bit", False)
+
+
+def test_bad_values_are_refused_or_warned_of(copy_of: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Who asks for pyint8 gets its strictness; who does not know of it, what transformers would do, and a word."""
+    from safetensors.torch import load_file, save_file
+
+    folder = copy_of("llama", "bf16")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"][3, 4] = torch.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NonFiniteWeightError, match="row 3 has NaN"):
+        load_by("config", folder, tf.LlamaForCausalLM, pyint8.Int8Config(), device_map=CPU)
+    load_by("takeover", folder, tf.LlamaForCausalLM, pyint8.Int8Config(), device_map=CPU)
+    assert "NaN" in caplog.text
+
+
+PROGRAM = """
+    import sys
+    import torch, transformers
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    print(__name__, sys.argv[1:], AUTO_QUANTIZER_MAPPING["bitsandbytes_8bit"].__module__)
+    int8 = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=int8, device_map="cpu")
+    print(type(model.hf_quantizer).__name__, model.is_loaded_in_8bit)
+"""
+
+
+@pytest.mark.parametrize("as_module", [False, True])
+def test_a_program_is_run(as_module: bool, checkpoints: CheckpointStore, tmp_path: Path) -> None:
+    folder = str(checkpoints.folder(ZOO["llama"], "bf16"))
+    (tmp_path / "its_program.py").write_text(textwrap.dedent(PROGRAM))
+    program = ["-m", "its_program"] if as_module else ["its_program.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pyint8.run", *program, folder, "--more"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()[-2:]
+    assert first == f"__main__ {[folder, '--more']} pyint8.models.transformers.quantizer"
+    assert second == "Bnb8BitHfQuantizer True"
+
+
+@pytest.mark.parametrize("arguments", [[], ["-m"], ["-x", "y"]])
+def test_run_says_how_it_is_used(arguments: list[str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pyint8.run", *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("usage: python -m pyint8.run (SCRIPT | -m MODULE)")

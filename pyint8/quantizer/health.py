@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +79,7 @@ class WeightHealth:
     """
 
     def __init__(self) -> None:
+        self._adding = threading.Lock()  # parameters of several GPUs are made side by side
         self._values: dict[torch.device, _Values] = {}
         self._watched: dict[torch.device, list[_Watched]] = {}
         self._casts: list[_Cast] = []
@@ -154,11 +156,12 @@ class WeightHealth:
         find_overflow: Callable[[], BadWeight | None] | None = None,
     ) -> torch.Tensor:
         """Where to write the values of something that is watched from now on."""
-        if device not in self._values:
-            self._values[device] = _Values(device)
-        values = self._values[device]
-        self._watched.setdefault(device, []).append(_Watched(name, row, values.count, count, find_overflow))
-        return values.next(count)
+        with self._adding:
+            if device not in self._values:
+                self._values[device] = _Values(device)
+            values = self._values[device]
+            self._watched.setdefault(device, []).append(_Watched(name, row, values.count, count, find_overflow))
+            return values.next(count)
 
     def settle(self, *, strict: bool, locate: Callable[[str], dict[str, Any]] | None = None) -> None:
         """Raises NonFiniteWeightError for the first bad weight, or with `strict` off logs one warning for all.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from pyint8.checkpoint import Entry
     from pyint8.config import StreamOptions
-    from pyint8.streaming.head_start import EarlyTensor, HeadStart
+    from pyint8.streaming.head_start import EarlyTensor
     from pyint8.streaming.scratch import Region
 
 
@@ -66,7 +66,8 @@ class TensorStream:
         options: How to move bytes.
         on_bytes: Called with a number of bytes whenever so many have landed.
         opener: Makes the lane of a device (another one for tests).
-        head_start: What was begun before the deliveries were known; taken over.
+        transport: What moves the bytes, if there is one already; closed with the stream all the same.
+        early: What is on its way there; what of it nobody wants is dropped.
 
     Raises:
         ReadError: A file cannot be opened.
@@ -80,23 +81,24 @@ class TensorStream:
         *,
         on_bytes: Callable[[int], None] | None = None,
         opener: LaneOpener = open_lane,
-        head_start: HeadStart | None = None,
+        transport: Transport | None = None,
+        early: dict[str, EarlyTensor] | None = None,
     ) -> None:
         self._on_bytes = on_bytes
-        early: dict[str, EarlyTensor] = {}
-        if head_start is None:
+        if transport is None:
             gpus = {delivery.device for delivery in deliveries if delivery.device.type == "cuda"}
-            self._transport = Transport(options, opener, len(gpus))
-        else:
-            self._transport, early = head_start.take()
+            transport = Transport(options, opener, len(gpus))
+        self._transport = transport
+        begun = (tensor.lane for tensor in (early or {}).values())
+        self._host_lane = next((lane for lane in begun if lane.device.type != "cuda"), None)
         self._engine = self._transport.engine
         self._turner = Turner(self._engine)
         self._chunks: dict[str, list[_Chunk]] = {}
         try:
             for delivery in deliveries:
                 name = delivery.entry.name
-                self._chunks[name] = self._take_over(delivery, early) or self._cut(delivery)
-            self._drop(early)
+                self._chunks[name] = self._take_over(delivery, early or {}) or self._cut(delivery)
+            self._drop(early or {})
             self._pending = [chunk for chunks in self._chunks.values() for chunk in chunks]
             self._cursor = 0
             self._ask_ahead()
@@ -157,7 +159,7 @@ class TensorStream:
 
     def _cut(self, delivery: Delivery) -> list[_Chunk]:
         entry = delivery.entry
-        lane = self._transport.lane(delivery.device)
+        lane = self._lane(delivery.device)
         rows = entry.torch_shape[0] if entry.torch_shape else 1
         if entry.value is not None:
             return [_Chunk(delivery, lane, 0, rows, 0, entry.nbytes, early=True)]
@@ -178,11 +180,19 @@ class TensorStream:
             for row in range(0, rows, step)
         ]
 
+    def _lane(self, device: torch.device) -> Lane:
+        """A GPU has one lane, whoever uses it; in host memory, where there may be several streams, each has its own."""
+        if device.type == "cuda":
+            return self._transport.lane(device)
+        if self._host_lane is None:
+            self._host_lane = self._transport.open_lane(torch.device("cpu"))
+        return self._host_lane
+
     def _take_over(self, delivery: Delivery, early: dict[str, EarlyTensor]) -> list[_Chunk]:
         """The whole entry as one chunk, if it is on its way to the right place already."""
         entry = delivery.entry
         tensor = early.get(entry.name)
-        if tensor is None or tensor.lane is not self._transport.lane(delivery.device):
+        if tensor is None or tensor.lane is not self._lane(delivery.device):
             return []
         del early[entry.name]
         rows = entry.torch_shape[0] if entry.torch_shape else 1

@@ -50,16 +50,18 @@ class Transport:
         )
 
     def lane(self, device: torch.device) -> Lane:
-        """The lane where tensors for `device` land: its own if it is a CUDA device, else that of the CPU.
+        """The one lane of a device.
 
         Raises:
             DeviceError: The driver refuses.
         """
-        landing = device if device.type == "cuda" else torch.device("cpu")
-        lane = self._lanes.get(landing)
-        if lane is None:
-            lane = self._lanes[landing] = self._opener(self.engine, landing, self._options)
-        return lane
+        if device not in self._lanes:
+            self._lanes[device] = self.open_lane(device)
+        return self._lanes[device]
+
+    def open_lane(self, device: torch.device) -> Lane:
+        """Another lane of a device, with memory of its own."""
+        return self._opener(self.engine, device, self._options)
 
     def submit(self, lane: Lane, reads: list[Read], *, first: bool = False) -> int:
         """Asks for `reads` in that order, `first` ahead of all that waits; the ticket of the first, the others follow.

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -299,6 +300,11 @@ def test_without_kernels_torch_turns_and_says_so_once(
 # --- a head start -----------------------------------------------------------------------------------------------------
 
 
+def taken(start: HeadStart) -> dict[str, Any]:
+    transport, early = start.take()
+    return {"transport": transport, "early": early}
+
+
 @pytest.fixture
 def every_size_is_worthwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyint8.streaming.head_start._WORTHWHILE_BYTES", 1)
@@ -309,7 +315,7 @@ def every_size_is_worthwhile(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("nbytes", [0, 60, 1_000_000, 10_000_000])
 def test_what_was_begun_early_is_taken_over(mixed: Checkpoint, nbytes: int, in_bands: bool) -> None:
     start = HeadStart(CPU, list(mixed.values()), nbytes, TINY)
-    with TensorStream(deliveries(mixed, in_bands=in_bands), TINY, head_start=start) as stream:
+    with TensorStream(deliveries(mixed, in_bands=in_bands), TINY, **taken(start)) as stream:
         for name, entry in mixed.items():
             bands = [(row, content(band), len(band) if band.ndim else 1) for row, band in stream.bands(name)]
             assert b"".join(raw for _, raw, _ in bands) == stored(entry)
@@ -320,7 +326,7 @@ def test_what_was_begun_early_is_taken_over(mixed: Checkpoint, nbytes: int, in_b
 @pytest.mark.usefixtures("every_size_is_worthwhile")
 def test_early_tensors_are_bands_of_no_more_than_the_scratch_has(mixed: Checkpoint) -> None:
     start = HeadStart(CPU, [mixed["large"]], 1 << 30, TINY)
-    with TensorStream([Delivery(mixed["large"], CPU, in_bands=True)], TINY, head_start=start) as stream:
+    with TensorStream([Delivery(mixed["large"], CPU, in_bands=True)], TINY, **taken(start)) as stream:
         sizes = [band.nbytes for _, band in stream.bands("large")]
     assert max(sizes) <= MIB // 8
     assert sum(sizes) == mixed["large"].nbytes
@@ -329,7 +335,7 @@ def test_early_tensors_are_bands_of_no_more_than_the_scratch_has(mixed: Checkpoi
 @pytest.mark.usefixtures("every_size_is_worthwhile")
 def test_an_early_tensor_had_whole_is_the_memory_it_landed_in(mixed: Checkpoint) -> None:
     start = HeadStart(CPU, [mixed["large"]], 1 << 30, TINY)
-    with TensorStream([Delivery(mixed["large"], CPU, in_bands=True)], TINY, head_start=start) as stream:
+    with TensorStream([Delivery(mixed["large"], CPU, in_bands=True)], TINY, **taken(start)) as stream:
         tensor = stream.whole("large")
     assert content(tensor) == stored(mixed["large"])
     assert tensor.untyped_storage().nbytes() == mixed["large"].nbytes
@@ -338,7 +344,7 @@ def test_an_early_tensor_had_whole_is_the_memory_it_landed_in(mixed: Checkpoint)
 @pytest.mark.usefixtures("every_size_is_worthwhile")
 def test_what_was_begun_early_and_is_not_wanted_is_dropped(mixed: Checkpoint) -> None:
     start = HeadStart(CPU, list(mixed.values()), 1 << 30, TINY)
-    with TensorStream([Delivery(mixed["last"], CPU)], TINY, head_start=start) as stream:
+    with TensorStream([Delivery(mixed["last"], CPU)], TINY, **taken(start)) as stream:
         assert content(stream.whole("last")) == stored(mixed["last"])
 
 
@@ -361,7 +367,7 @@ def test_a_head_start_that_fails_fails_when_it_is_taken(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").unlink()
     start = HeadStart(CPU, list(checkpoint.values()), 1 << 30, TINY)
     with pytest.raises(ReadError, match="cannot open the file"):
-        TensorStream(deliveries(checkpoint), TINY, head_start=start)
+        TensorStream(deliveries(checkpoint), TINY, **taken(start))
 
 
 @pytest.mark.usefixtures("every_size_is_worthwhile")
@@ -369,7 +375,7 @@ def test_a_file_cut_while_it_is_begun_early_names_the_tensor(tmp_path: Path) -> 
     checkpoint = write(tmp_path / "x.safetensors", {"x": ("U8", (100,)), "y": ("U8", (100_000,))})
     os.truncate(checkpoint["y"].path, checkpoint["y"].offset + 10)
     start = HeadStart(CPU, list(checkpoint.values()), 1 << 30, TINY)
-    stream = TensorStream(deliveries(checkpoint), TINY, head_start=start)
+    stream = TensorStream(deliveries(checkpoint), TINY, **taken(start))
     with stream, pytest.raises(TruncatedError) as caught:
         list(map(stream.whole, checkpoint))
     assert caught.value.tensor == "y"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -17,10 +18,11 @@ from pyint8.config import StreamOptions
 from pyint8.errors import QuantizationStateError
 from pyint8.models import checks
 from pyint8.models.delivery import cast_in_bands, deliver_cast, find_overflow
+from pyint8.models.transformers.ahead import MadeAhead
 from pyint8.models.transformers.plan import LoadPlan, Target
 from pyint8.quantizer import Int8Quantizer, TensorSource
 from pyint8.report import LoadReport
-from pyint8.streaming import Delivery, HeadStart, StreamSource, TensorStream
+from pyint8.streaming import Delivery, EarlyTensor, HeadStart, StreamSource, TensorStream, Transport
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ def find_places(
 
 
 class ParameterMaker:
-    """The stream of one load, and the parameters made of it.
+    """The streams of one load, one for each GPU, and the parameters made of them.
+
+    Where there are several, each has a thread that makes its parameters, so that all are fed at once.
 
     Args:
         plan: Every tensor's place.
@@ -65,7 +69,7 @@ class ParameterMaker:
         quantizer: Makes int8 parameters.
         report: Counts.
         options: How to move bytes.
-        on_bytes: Called with numbers of bytes as they land.
+        on_bytes: Called with numbers of bytes as they land, from one thread at a time.
         on_total: Called once with the number of bytes that will be read.
         head_start: What was begun before there was a plan; taken over.
     """
@@ -89,33 +93,81 @@ class ParameterMaker:
         self._places = places
         self._quantizer = quantizer
         self._report = report
+        self._on_bytes = on_bytes
+        self._counting = threading.Lock()
         self._buffers = {name for name, _ in model.named_buffers()}
-        deliveries = [delivery for target in plan.targets.values() for delivery in self._deliveries(target)]
-        on_total(sum(delivery.entry.nbytes for delivery in deliveries))
-        self._stream = TensorStream(deliveries, options, on_bytes=on_bytes, head_start=head_start)
+        self._makers: dict[torch.device, MadeAhead] = {}
+        self._groups = self._grouped(plan.targets.values())
+        wanted = {device: [d for t in group for d in self._deliveries(t)] for device, group in self._groups.items()}
+        on_total(sum(delivery.entry.nbytes for deliveries in wanted.values() for delivery in deliveries))
+        early: dict[str, EarlyTensor] = {}
+        if head_start is None:
+            self._transport = Transport(options, gpus=len(self._groups))
+        else:
+            self._transport, early = head_start.take()
+        self._streams: dict[torch.device, TensorStream] = {}
+        for device, deliveries in wanted.items():
+            mine = early if len(wanted) == 1 else {name: t for name, t in early.items() if t.lane.device == device}
+            self._streams[device] = TensorStream(
+                deliveries, options, on_bytes=self._count_bytes, transport=self._transport, early=mine
+            )
 
     def close(self) -> None:
         """Gives back threads, files and memory; the report keeps what the engine did."""
-        self._report.engine = self._stream.stats()
-        self._stream.close()
+        self._report.engine = self._transport.engine.stats()
+        for maker in self._makers.values():
+            maker.stop()
+        self._transport.close()  # what they wait for ends here
+        for maker in self._makers.values():
+            maker.join()
+        for stream in self._streams.values():
+            stream.close()
 
     def make(self, name: str, loading_info: Any) -> dict[str, torch.Tensor]:
         """The parameters of one target, by name; asked for in the order of the plan."""
+        device = self._landing_device(self._plan.targets[name])
+        if len(self._groups) == 1:
+            return self._make(name, next(iter(self._streams.values())), loading_info)
+        if not self._makers:
+            for gpu, group in self._groups.items():
+                make = partial(self._make, stream=self._streams[gpu], loading_info=loading_info)
+                self._makers[gpu] = MadeAhead(gpu, [target.name for target in group], make)
+        return self._makers[device].take(name)
+
+    def _grouped(self, targets: Iterable[Target]) -> dict[torch.device, list[Target]]:
+        """Targets by where they land, in order; all in one group unless there are several GPUs."""
+        groups: dict[torch.device, list[Target]] = {}
+        for target in targets:
+            groups.setdefault(self._landing_device(target), []).append(target)
+        if _are_fed_side_by_side(groups):
+            return groups
+        everything = list(self._plan.targets.values())
+        return {next((device for device in groups if device.type == "cuda"), torch.device("cpu")): everything}
+
+    def _make(self, name: str, stream: TensorStream, loading_info: Any) -> dict[str, torch.Tensor]:
         target = self._plan.targets[name]
         loading_info.unexpected_keys.update(self._plan.also_unexpected)
         if self._stays_on_disk(target):
             loading_info.missing_keys.discard(target.name)
-            self._report.tensors["left on disk"] += 1
+            self._count("left on disk")
             return {}
         if target.converter is not None:
-            return self._converted(target, loading_info)
+            return self._converted(target, stream, loading_info)
         assert target.source is not None
         entry, place = self._checkpoint[target.source], self._places[target.name]
         if self._quantizer.check_quantized_param(target.name):
-            return {target.name: self._quantized(target, entry, place)}
-        self._report.tensors["as stored" if entry.torch_dtype == place.dtype else "cast"] += 1
+            return {target.name: self._quantized(target, stream, entry, place)}
+        self._count("as stored" if entry.torch_dtype == place.dtype else "cast")
         health = self._quantizer.health
-        return {target.name: deliver_cast(self._stream, entry, target.name, place.dtype, place.device, health)}
+        return {target.name: deliver_cast(stream, entry, target.name, place.dtype, place.device, health)}
+
+    def _count(self, kind: str) -> None:
+        with self._counting:
+            self._report.tensors[kind] += 1
+
+    def _count_bytes(self, nbytes: int) -> None:
+        with self._counting:
+            self._on_bytes(nbytes)
 
     def _stays_on_disk(self, target: Target) -> bool:
         """Whether accelerate will read it from the checkpoint itself, whenever a forward pass needs it."""
@@ -147,19 +199,19 @@ class ParameterMaker:
         on_cpu = getattr(target.converter, "force_cpu", False)
         return torch.device("cpu") if on_cpu else self._places[target.name].device
 
-    def _quantized(self, target: Target, entry: Entry, place: Place) -> torch.Tensor:
-        self._report.tensors["pre-quantized" if self._quantizer.pre_quantized else "int8"] += 1
+    def _quantized(self, target: Target, stream: TensorStream, entry: Entry, place: Place) -> torch.Tensor:
+        self._count("pre-quantized" if self._quantizer.pre_quantized else "int8")
         if target.format is not None:
-            checks.require_row_major(int(self._stream.whole(target.format)), entry)
+            checks.require_row_major(int(stream.whole(target.format)), entry)
         return self._quantizer.create_quantized_param(
             target.name,
-            StreamSource(self._stream, entry),
-            scales=None if target.scales is None else self._stream.whole(target.scales),
+            StreamSource(stream, entry),
+            scales=None if target.scales is None else stream.whole(target.scales),
             model_dtype=place.dtype,
             device=place.device,
         )
 
-    def _converted(self, target: Target, loading_info: Any) -> dict[str, torch.Tensor]:
+    def _converted(self, target: Target, stream: TensorStream, loading_info: Any) -> dict[str, torch.Tensor]:
         """What the model's own converter (an expert merge, a split) makes, then quantized where that is wanted."""
         converter = deepcopy(target.converter)
         assert converter is not None
@@ -171,21 +223,21 @@ class ParameterMaker:
                     f"int8 codes cannot be split or fused into {target.name}; quantize the 16-bit checkpoint instead",
                     **entry.place,
                 )
-            converter.add_tensor(target.name, name, pattern, partial(self._read, name, device, dtype))
+            converter.add_tensor(target.name, name, pattern, partial(self._read, stream, name, device, dtype))
         made = converter.convert(
             target.name, model=self._model, config=self._model.config, hf_quantizer=None, loading_info=loading_info
         )
         sources = [self._checkpoint[name] for name, _ in target.sources]
         return {name: self._finished(name, value, sources) for name, value in made.items()}
 
-    def _read(self, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    def _read(self, stream: TensorStream, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """A source of a conversion, as transformers would hand it over: on its device, in the target's dtype."""
-        return self._stream.whole(name).to(device=device, dtype=dtype)
+        return stream.whole(name).to(device=device, dtype=dtype)
 
     def _finished(self, name: str, value: Any, sources: list[Entry]) -> torch.Tensor:
         """One result of a conversion, quantized where that is wanted, on its device."""
         tensor: torch.Tensor = value[0] if isinstance(value, list) else value
-        self._report.tensors["converted"] += 1
+        self._count("converted")
         place = self._places.get(name)
         if place is None:  # no place in the model; transformers says so
             return tensor
@@ -197,3 +249,8 @@ class ParameterMaker:
         return self._quantizer.create_quantized_param(
             name, TensorSource(tensor), model_dtype=place.dtype, device=place.device
         )
+
+
+def _are_fed_side_by_side(devices: Iterable[torch.device]) -> bool:
+    """Whether there is more than one bus to fill."""
+    return sum(device.type == "cuda" for device in devices) > 1

@@ -1,0 +1,82 @@
+"""Parameters of several GPUs, made side by side: transformers' loop asks for one after the other."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from transformers.core_model_loading import SkipParameters
+
+Made = dict[str, torch.Tensor]
+
+
+class MadeAhead:
+    """Makes what goes to one device in a thread, in order, for whoever asks for it by name.
+
+    Args:
+        device: Where it goes.
+        names: What to make.
+        make: Makes one; called on the thread, on the stream of `device` that is the caller's now.
+    """
+
+    def __init__(self, device: torch.device, names: Iterable[str], make: Callable[[str], Made]) -> None:
+        self._made: dict[str, Made | SkipParameters] = {}
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+        self._stopped = False
+        where: Any = nullcontext()
+        if device.type == "cuda":
+            where = torch.cuda.stream(torch.cuda.current_stream(device))
+        self._thread = threading.Thread(target=self._run, args=(where, list(names), make), name=f"pyint8 {device}")
+        self._thread.start()
+
+    def take(self, name: str) -> Made:
+        """What was made of `name`, once it is.
+
+        Raises:
+            SkipParameters: Its conversion failed.
+            Exception: Whatever else stopped the thread.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: name in self._made or self._error is not None)
+            made = self._made.pop(name, None)
+        if made is None:
+            assert self._error is not None
+            raise self._error
+        if isinstance(made, SkipParameters):
+            raise made
+        return made
+
+    def stop(self) -> None:
+        """Makes no more; what is under way ends with the stream, which is to be closed before `join`."""
+        self._stopped = True
+
+    def join(self) -> None:
+        """Waits for the thread to end."""
+        self._thread.join()
+
+    def _run(self, where: Any, names: list[str], make: Callable[[str], Made]) -> None:
+        try:
+            with where, torch.no_grad():
+                for name in names:
+                    if self._stopped:
+                        return
+                    self._note(name, self._one(name, make))
+        except BaseException as error:  # for whoever asks next
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _one(self, name: str, make: Callable[[str], Made]) -> Made | SkipParameters:
+        try:
+            return make(name)
+        except SkipParameters as error:  # transformers has noted why, and goes on
+            return error
+
+    def _note(self, name: str, made: Made | SkipParameters) -> None:
+        with self._changed:
+            self._made[name] = made
+            self._changed.notify_all()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyint8.checkpoint import Checkpoint, open_checkpoint
 from pyint8.config import Int8Config, StreamOptions
-from pyint8.errors import CheckpointNotFoundError, ModelNotSupportedError, OptionError
+from pyint8.errors import CheckpointNotFoundError, ModelNotSupportedError, OptionError, Pyint8Error
 from pyint8.progress import ByteProgress
 from pyint8.report import LoadReport
 
@@ -33,9 +33,6 @@ _REPLACED_ARGUMENTS = {
     "torch_dtype": "it is named dtype",
     "disable_mmap": "pyint8 maps no files",
 }
-
-# Of from_pretrained's arguments, those that say where in a folder the checkpoint is.
-_WHERE = ("subfolder", "variant", "use_safetensors")
 
 
 def load(
@@ -91,14 +88,11 @@ def load(
     options = StreamOptions.from_environment() if options is None else options
     report = LoadReport()
     with ExitStack() as begun:
-        # Before anything heavy is imported: a folder is checked, and the disk has something to do. A hub id is resolved
-        # by transformers.
-        checkpoint = read_ahead = None
-        if os.path.exists(path):
-            _refuse_adapter(os.path.join(path, hub_and_model_kwargs.get("subfolder") or ""))
-            where = {name: hub_and_model_kwargs[name] for name in _WHERE if hub_and_model_kwargs.get(name) is not None}
-            with report.phase("read headers"):
-                checkpoint = open_checkpoint(path, **where)
+        # Before anything heavy is imported: a folder is checked, and the disk has something to do.
+        read_ahead = None
+        with report.phase("read headers"):
+            checkpoint = _find_checkpoint(path, hub_and_model_kwargs)
+        if checkpoint is not None:
             read_ahead = begun.enter_context(_reading_ahead(checkpoint, options))
 
         from pyint8 import arguments
@@ -133,6 +127,26 @@ class _Request:
     offload_folder: str | os.PathLike[str] | None
     strict: bool
     options: StreamOptions
+
+
+def _find_checkpoint(path: str, kwargs: Mapping[str, Any]) -> Checkpoint | None:
+    """A folder's (or a file's) checkpoint; of a hub id what the local cache has, if anything.
+
+    transformers decides later whether that is up to date, and downloads what is missing.
+    """
+    where = {name: kwargs[name] for name in ("subfolder", "variant", "use_safetensors") if kwargs.get(name) is not None}
+    if os.path.exists(path):
+        _refuse_adapter(os.path.join(path, kwargs.get("subfolder") or ""))
+        return open_checkpoint(path, **where)
+
+    from huggingface_hub import try_to_load_from_cache
+
+    hub = {name: kwargs[name] for name in ("cache_dir", "revision") if kwargs.get(name) is not None}
+    try:
+        config = try_to_load_from_cache(path, "config.json", **hub)
+        return open_checkpoint(os.path.dirname(config), **where) if isinstance(config, str) else None
+    except (Pyint8Error, ValueError):  # whoever needs it will say what is wrong
+        return None
 
 
 def _reading_ahead(checkpoint: Checkpoint, options: StreamOptions) -> closing[ReadAhead]:

@@ -25,6 +25,7 @@ _WORTHWHILE_BYTES = 1 << 20
 class EarlyTensor:
     """A tensor that was asked for before anybody knew what it is for."""
 
+    entry: Entry
     lane: Lane
     memory: torch.Tensor  # uint8
     ticket: int
@@ -113,7 +114,7 @@ class HeadStart:
                 return
             memory = torch.empty(entry.nbytes, dtype=torch.uint8, device=lane.device)
             ticket = self._transport.submit(lane, [Read(entry.path, entry.offset, entry.nbytes, memory)])
-            self._early[entry.name] = EarlyTensor(lane, memory, ticket)
+            self._early[entry.name] = EarlyTensor(entry, lane, memory, ticket)
 
 
 def _reserve(device: torch.device, nbytes: int) -> bool:

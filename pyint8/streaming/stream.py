@@ -192,7 +192,7 @@ class TensorStream:
         """The whole entry as one chunk, if it is on its way to the right place already."""
         entry = delivery.entry
         tensor = early.get(entry.name)
-        if tensor is None or tensor.lane is not self._lane(delivery.device):
+        if tensor is None or tensor.entry != entry or tensor.lane is not self._lane(delivery.device):
             return []
         del early[entry.name]
         rows = entry.torch_shape[0] if entry.torch_shape else 1

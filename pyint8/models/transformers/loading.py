@@ -13,7 +13,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from safetensors import SafetensorError
 
 from pyint8.config import Int8Config
-from pyint8.errors import CheckpointError, ModelNotSupportedError, OptionError
+from pyint8.errors import CheckpointError, CheckpointNotFoundError, ModelNotSupportedError, OptionError
 from pyint8.models.transformers.quantizer import METHOD
 from pyint8.models.transformers.session import LoadSession
 
@@ -84,6 +84,12 @@ def _read_config(config_class: Any, path: str, hub: dict[str, Any]) -> Any:
     try:
         return config_class.from_pretrained(path, **hub)
     except OSError as error:
+        if not os.path.isdir(path):
+            raise CheckpointNotFoundError(
+                f"the configuration of the hub id {path} cannot be had ({str(error).splitlines()[0]}); check the id, "
+                f"the network and the token, or download it first: `hf download {path}`",
+                path=path,
+            ) from error
         if not os.path.exists(os.path.join(path, hub.get("subfolder") or "", "config.json")):
             raise
         raise ModelNotSupportedError(f"the configuration in {path} cannot be read: {error}") from error

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from pyint8.checkpoint import Checkpoint, open_checkpoint
 from pyint8.config import Int8Config, StreamOptions
-from pyint8.errors import CheckpointNotFoundError, ModelNotSupportedError, OptionError, Pyint8Error
+from pyint8.errors import (
+    CheckpointNotFoundError,
+    MissingDependencyError,
+    ModelNotSupportedError,
+    OptionError,
+    Pyint8Error,
+)
 from pyint8.progress import ByteProgress
 from pyint8.report import LoadReport
 
@@ -55,7 +63,8 @@ def load(
     The result is byte for byte what transformers gives with `load_in_8bit=True` and the same dtype and device map.
 
     Args:
-        path: A folder with a checkpoint (safetensors, or PyTorch's .bin), or a hub id.
+        path: A folder with a checkpoint (safetensors, or PyTorch's .bin), a hub id, or a folder with a PEFT adapter,
+            which is attached to its base model.
         device_map: Where modules go, as transformers and accelerate have it: "auto", "balanced", "balanced_low_0",
             "sequential", a device, a dict of modules to devices, or None for the current device.
         dtype: Of what is not quantized, and on the way to int8: a torch.dtype or its name, "auto" for the
@@ -83,8 +92,11 @@ def load(
         if name in hub_and_model_kwargs:
             raise OptionError(f"{name} is not an argument of pyint8.load: {instead}")
     path = os.fspath(path)
-    _check_path(path, is_plain=model is not None and not isinstance(model, type))
+    is_plain = model is not None and not isinstance(model, type)
+    _check_path(path, is_plain=is_plain)
     _check_types(config=(config, Int8Config), options=(options, StreamOptions))
+    base = None if is_plain else _base_of_adapter(path, hub_and_model_kwargs)
+    adapter, path = (None, path) if base is None else (path, base)
     options = StreamOptions.from_environment() if options is None else options
     report = LoadReport()
     with ExitStack() as begun:
@@ -110,6 +122,8 @@ def load(
             result = _load_transformers(request, model, report, bar, hub_and_model_kwargs)
         else:
             result = _load_plain(request, model, report, bar, hub_and_model_kwargs)
+        if adapter is not None:
+            result.load_adapter(adapter)
     return (result, report) if return_report else result
 
 
@@ -136,7 +150,6 @@ def _find_checkpoint(path: str, kwargs: Mapping[str, Any]) -> Checkpoint | None:
     """
     where = {name: kwargs[name] for name in ("subfolder", "variant", "use_safetensors") if kwargs.get(name) is not None}
     if os.path.exists(path):
-        _refuse_adapter(os.path.join(path, kwargs.get("subfolder") or ""))
         return open_checkpoint(path, **where)
 
     from huggingface_hub import try_to_load_from_cache
@@ -242,14 +255,22 @@ def _check_path(path: str, *, is_plain: bool) -> None:
         raise CheckpointNotFoundError("there is no such folder, and it cannot be a hub id; check the path", path=path)
 
 
-def _refuse_adapter(folder: str) -> None:
-    """A PEFT adapter is no model."""
-    if os.path.exists(os.path.join(folder, "adapter_config.json")) and not os.path.exists(
-        os.path.join(folder, "config.json")
-    ):
+def _base_of_adapter(path: str, kwargs: Mapping[str, Any]) -> str | None:
+    """The base model that a folder with nothing but a PEFT adapter names; None for other folders."""
+    folder = os.path.join(path, kwargs.get("subfolder") or "")
+    description = os.path.join(folder, "adapter_config.json")
+    if not os.path.exists(description) or os.path.exists(os.path.join(folder, "config.json")):
+        return None
+    if find_spec("peft") is None:
+        raise MissingDependencyError(f"{folder} holds a PEFT adapter, which needs peft: `pip install peft`")
+    try:
+        with open(description, encoding="utf-8") as file:
+            base = json.load(file)["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ModelNotSupportedError(
-            f"{folder} holds an adapter; load its base model with pyint8, then model.load_adapter({folder!r})"
-        )
+            f"{description} names no base model; load that with pyint8, then model.load_adapter({folder!r})"
+        ) from error
+    return str(base)
 
 
 def _check_types(**arguments: tuple[object, type]) -> None:

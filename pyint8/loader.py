@@ -150,7 +150,8 @@ def _find_checkpoint(path: str, kwargs: Mapping[str, Any]) -> Checkpoint | None:
     """
     where = {name: kwargs[name] for name in ("subfolder", "variant", "use_safetensors") if kwargs.get(name) is not None}
     if os.path.exists(path):
-        return open_checkpoint(path, **where)
+        named = _weights_named_in_config(os.path.join(path, kwargs.get("subfolder") or ""))
+        return open_checkpoint(path, **where) if named is None else open_checkpoint(named)
 
     from huggingface_hub import try_to_load_from_cache
 
@@ -160,6 +161,18 @@ def _find_checkpoint(path: str, kwargs: Mapping[str, Any]) -> Checkpoint | None:
         return open_checkpoint(os.path.dirname(config), **where) if isinstance(config, str) else None
     except (Pyint8Error, ValueError):  # whoever needs it will say what is wrong
         return None
+
+
+def _weights_named_in_config(folder: str) -> str | None:
+    """The file, or index, that the configuration's `transformers_weights` puts in place of the usual ones."""
+    try:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+            name = json.load(file)["transformers_weights"]
+        path = os.path.normpath(os.path.join(folder, name))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    is_inside = os.path.commonpath([os.path.abspath(folder), os.path.abspath(path)]) == os.path.abspath(folder)
+    return path if is_inside else None  # transformers refuses it
 
 
 def _reading_ahead(checkpoint: Checkpoint, options: StreamOptions) -> closing[ReadAhead]:

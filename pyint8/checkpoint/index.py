@@ -97,7 +97,7 @@ def open_checkpoint(
 
     Args:
         path: A folder with `model.safetensors` or, failing that, `model.safetensors.index.json` and the shards it
-            names or, failing that, `pytorch_model.bin` or its index; or one file of these formats.
+            names or, failing that, `pytorch_model.bin` or its index; or one file of these formats, or an index.
         subfolder: Where in the folder to look.
         variant: "fp16" makes that `model.fp16.safetensors` and `model.safetensors.index.fp16.json`.
         use_safetensors: True looks for safetensors alone, False for the other format alone.
@@ -113,6 +113,8 @@ def open_checkpoint(
     if _is_file(path):
         if subfolder or variant is not None:
             raise OptionError(f"subfolder and variant are for a folder, and {path} is a file; give the file alone")
+        if path.endswith(".index.json"):
+            return _open_sharded(os.path.dirname(path), path)
         return Checkpoint([_read_file(path)])
     folder = os.path.join(path, subfolder) if subfolder else path
     formats = {None: (_SAFETENSORS, _PICKLED), True: (_SAFETENSORS,), False: (_PICKLED,)}[use_safetensors]

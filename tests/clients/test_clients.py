@@ -79,7 +79,7 @@ def test_lora_is_trained_saved_reloaded_and_merged(ours: Any, tokenizer: Any, sm
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert all(torch.equal(p, codes[name]) for name, p in model.named_parameters() if name in codes)
     model.save_pretrained(tmp_path)
@@ -232,7 +232,7 @@ def test_accelerate_dispatches_and_prepares(ours: Any, theirs: Any, tokenizer: A
 
 
 def serve(folder: Path, port: int) -> list[str]:
-    """`transformers serve`, unmodified, as a program that pyint8 runs."""
+    """`transformers serve`, unmodified, as a program that pyint8 runs (outside the source tree)."""
     command = [sys.executable, "-m", "pyint8.run", "-m", "transformers.cli.transformers", "serve", str(folder)]
     return [*command, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--quantization", "bnb-8bit"]
 
@@ -240,7 +240,7 @@ def serve(folder: Path, port: int) -> list[str]:
 def test_a_server_loads_through_pyint8(smollm2: Path) -> None:
     """As is seen by its refusing an option of pyint8's."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYINT8_THREADS": "many"}
-    done = subprocess.run(serve(smollm2, 0), env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(serve(smollm2, 0), env=environment, cwd="/", capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert "environment variable PYINT8_THREADS is 'many'; it must be an integer" in done.stderr
 
@@ -251,7 +251,7 @@ def serving(folder: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = subprocess.Popen(serve(folder, port), env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    server = subprocess.Popen(serve(folder, port), env={**os.environ, "HF_HUB_OFFLINE": "1"}, cwd="/")
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(240):

@@ -150,7 +150,7 @@ def _load_transformers(
     with ExitStack() as begun:
         head_start = None
         if request.checkpoint is not None:
-            head_start = begin(request.checkpoint, request.device_map, request.options)
+            head_start = begin(request.checkpoint, request.device_map, request.max_memory, request.options)
         if head_start is not None:
             begun.enter_context(closing(head_start))
         return _load_session(request, model_class, report, bar, kwargs, head_start)

@@ -40,12 +40,13 @@ class HeadStart:
         nbytes: How much memory of the device they may take.
         reserved: How much memory the load will need at least: torch's allocator is given that much at once, for the
             first tensors and what is made of them.
+        if_free: Asks for tensors only if so much memory of the device is free.
         options: How to move bytes.
         gpus: How many GPUs tensors may land on.
         opener: Makes the lane of a device (another one for tests).
 
     Attributes:
-        reserves: Whether it sees to the device's memory.
+        reserves: Whether it saw to the device's memory; known once it is taken.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class HeadStart:
         options: StreamOptions,
         *,
         reserved: int = 0,
+        if_free: int = 0,
         gpus: int = 1,
         opener: LaneOpener = open_lane,
     ) -> None:
@@ -64,10 +66,11 @@ class HeadStart:
         self._early: dict[str, EarlyTensor] = {}
         self._transport = Transport(options, opener, gpus)
         self._taken = False
-        self.reserves = reserved > 0
+        self.reserves = False
+        self._reserved, self._if_free = reserved, if_free
         # A thread begins on the default stream; the caller may be on another.
         self._stream = torch.cuda.current_stream(device) if torch.cuda.is_initialized() else None
-        self._thread = threading.Thread(target=self._run, args=(entries, nbytes, reserved), name="pyint8 head start")
+        self._thread = threading.Thread(target=self._run, args=(entries, nbytes), name="pyint8 head start")
         self._thread.start()
 
     def take(self) -> tuple[Transport, dict[str, EarlyTensor]]:
@@ -93,14 +96,15 @@ class HeadStart:
         self._transport.close()
         self._early.clear()
 
-    def _run(self, entries: Sequence[Entry], nbytes: int, reserved: int) -> None:
+    def _run(self, entries: Sequence[Entry], nbytes: int) -> None:
         try:
             where: Any = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
             with where:
                 lane = self._transport.lane(self._device)
                 if lane.device == self._device:
                     self._transport.engine.prepare(lane.index)
-                    if _reserve(lane.device, reserved):
+                    if entries and self._has_room(lane.device):
+                        self.reserves = self._reserved > 0
                         self._ask(lane, entries, nbytes)
         except BaseException as error:  # for whoever takes it
             self._error = error
@@ -112,23 +116,28 @@ class HeadStart:
             nbytes -= entry.nbytes
             if nbytes < 0:
                 return
-            memory = torch.empty(entry.nbytes, dtype=torch.uint8, device=lane.device)
+            try:
+                memory = torch.empty(entry.nbytes, dtype=torch.uint8, device=lane.device)
+            except torch.OutOfMemoryError:  # the load itself may need less at a time
+                return
             ticket = self._transport.submit(lane, [Read(entry.path, entry.offset, entry.nbytes, memory)])
             self._early[entry.name] = EarlyTensor(entry, lane, memory, ticket)
 
+    def _has_room(self, device: torch.device) -> bool:
+        """Whether the device's memory is enough, and torch's allocator has, or was given, what is to be reserved.
 
-def _reserve(device: torch.device, nbytes: int) -> bool:
-    """Whether torch's allocator has, or was given, room for `nbytes`.
-
-    In one piece: many small ones take longer to get, and stay apart. What it holds from an earlier load is used again.
-    """
-    if device.type != "cuda":
+        In one piece: many small ones take longer to get, and stay apart. What it holds from an earlier load is used
+        again.
+        """
+        if device.type != "cuda":
+            return True
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if torch.cuda.mem_get_info(device)[0] + held < self._if_free:
+            return False
+        if held >= self._reserved // 2:
+            return True
+        try:
+            torch.empty(self._reserved, dtype=torch.uint8, device=device)
+        except torch.OutOfMemoryError:  # let the load find out, which may need less at a time
+            return False
         return True
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if held >= nbytes // 2:
-        return True
-    try:
-        torch.empty(nbytes, dtype=torch.uint8, device=device)
-    except torch.OutOfMemoryError:  # let the load find out, which may need less at a time
-        return False
-    return True

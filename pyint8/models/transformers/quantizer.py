@@ -103,7 +103,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
     def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
         """Bytes for an element, in plans of memory. The last is transformers' own reservation before loading: where
         tensors have begun to land, it would come on top of them."""
-        if self.session.is_planned and self.session.reserves_memory:
+        if self.session.reserves_memory:
             return 0
         return super().param_element_size(model, param_name, param)  # type: ignore[no-any-return]
 

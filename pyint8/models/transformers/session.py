@@ -81,8 +81,8 @@ class LoadSession:
 
     @property
     def reserves_memory(self) -> bool:
-        """Whether the memory of the GPU was seen to, and tensors may lie in it already."""
-        return self._head_start is not None and self._head_start.reserves
+        """Whether the memory of the GPU was seen to, and tensors lie in it already: once the stream has started."""
+        return self._maker is not None and self._head_start is not None and self._head_start.reserves
 
     @staticmethod
     def active() -> LoadSession | None:

@@ -1,0 +1,77 @@
+"""With which tensors a load begins, where the GPU is one of the mind: only the decision is looked at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pyint8 import StreamOptions
+from pyint8.checkpoint import Checkpoint, open_checkpoint
+from pyint8.streaming import early
+
+TENSORS = ["h.10.weight", "h.9.weight", "a.weight", "h.9.bias"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Checkpoint:
+    save_file({name: torch.zeros(100, 10, dtype=torch.bfloat16) for name in TENSORS}, tmp_path / "x.safetensors")
+    return open_checkpoint(tmp_path / "x.safetensors")
+
+
+@pytest.fixture
+def begun(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Calls `begin` on a machine of so many GPUs; returns what the head start was given, or None."""
+
+    def begin(device_map: Any, gpus: int = 1, max_memory: Any = None) -> dict[str, Any] | None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+
+        def head_start(device: torch.device, entries: Any, nbytes: int, _: Any, **more: int) -> dict[str, Any]:
+            return {"device": str(device), "names": [entry.name for entry in entries], "nbytes": nbytes, **more}
+
+        monkeypatch.setattr(early, "HeadStart", head_start)
+        return early.begin(checkpoint, device_map, max_memory, StreamOptions())  # type: ignore[return-value]
+
+    return begin
+
+
+IN_ORDER = ["a.weight", "h.9.bias", "h.9.weight", "h.10.weight"]
+ALL = {"names": IN_ORDER, "nbytes": 2000, "reserved": 4000}  # 4000 elements: at least as many bytes in the model
+NOTHING: dict[str, Any] = {"names": [], "nbytes": 0}
+
+
+@pytest.mark.parametrize(
+    "device_map", [0, "cuda", "cuda:0", torch.device("cuda"), {"": 0}, {"": "cuda:0"}, None], ids=str
+)
+def test_one_gpu_that_takes_all_gets_the_first_tensors(begun: Any, device_map: Any) -> None:
+    assert begun(device_map) == {"device": "cuda:0", **ALL}
+    assert begun(device_map, gpus=2) == {"device": "cuda:0", **ALL}
+
+
+def test_another_gpu_than_the_first(begun: Any) -> None:
+    assert begun({"": 1}, gpus=2)["device"] == "cuda:1"
+    assert begun({"a": "cuda:1", "h": 1}, gpus=2) == {"device": "cuda:1", **NOTHING, "gpus": 2}
+
+
+@pytest.mark.parametrize("device_map", ["auto", "balanced", "balanced_low_0", "sequential"])
+def test_a_planned_map_gets_them_if_there_is_plenty_of_room(begun: Any, device_map: str) -> None:
+    # Twice the checkpoint's 8000 bytes and the first tensors' 2000 must fit in 0.8 of what is free.
+    assert begun(device_map) == {"device": "cuda:0", **ALL, "if_free": 22500}
+    assert begun(device_map, max_memory={0: 10**9}) == {"device": "cuda:0", **NOTHING, "gpus": 1}
+    assert begun(device_map, gpus=4) == {"device": "cuda:0", **NOTHING, "gpus": 4}
+
+
+@pytest.mark.parametrize("device_map", [{"a": 0, "h": "cpu"}, {"a": 0, "h": "disk"}, {"a": 0, "h": 1}], ids=str)
+def test_a_map_of_several_devices_gets_none(begun: Any, device_map: Any) -> None:
+    assert begun(device_map, gpus=2) == {"device": "cuda:0", **NOTHING, "gpus": 2}
+
+
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, {"a": "cpu", "h": "disk"}, "meta"], ids=str)
+def test_no_gpu_no_head_start(begun: Any, device_map: Any) -> None:
+    assert begun(device_map) is None
+    assert begun("auto", gpus=0) is None

@@ -25,7 +25,7 @@ from benchmarks.contenders import CONTENDERS, ON_GPU, shards
 
 _GB = 1e9
 _ON_GPU = ("llama-8b", "gpt2-xl", "llama-8b-int8", "qwen3-moe", "llama-70b-layers")
-_ON_CPU = ("llama-small", "gpt2-small")
+_ON_CPU = ("llama-1b", "gpt2-xl")
 _COLD = ("pyint8", "pyint8-direct", "transformers-int8", "safetensors", "instanttensor")
 _START = ("imports", "pyint8")
 

@@ -67,6 +67,10 @@ class Lane:
             self._turned = torch.empty(rows * columns, dtype=torch.float16, device=self.device)
         return self._turned[: rows * columns].view(rows, columns)
 
+    def release(self) -> None:
+        """Gives the scratch memory back, once the engine is closed; whoever still uses a part of it keeps it."""
+        self._buffer = self._turned = None
+
 
 LaneOpener = Callable[[_core.Engine, torch.device, "StreamOptions"], Lane]
 

@@ -115,7 +115,7 @@ class TensorStream:
         self.close()
 
     def close(self) -> None:
-        """Stop reading, join the workers, wait for the copies under way, give back the pinned memory."""
+        """Stop reading, join the workers, wait for the copies under way, give back pinned memory and scratch."""
         self._transport.close()
         self._chunks.clear()
         self._pending = []

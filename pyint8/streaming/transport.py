@@ -41,6 +41,7 @@ class Transport:
         self._options = options
         self._opener = opener
         self._lanes: dict[torch.device, Lane] = {}
+        self._opened: list[Lane] = []
         self._files: dict[str, int] = {}
         self.engine = _core.Engine(
             threads=options.worker_threads(gpus),
@@ -61,7 +62,9 @@ class Transport:
 
     def open_lane(self, device: torch.device) -> Lane:
         """Another lane of a device, with memory of its own."""
-        return self._opener(self.engine, device, self._options)
+        lane = self._opener(self.engine, device, self._options)
+        self._opened.append(lane)
+        return lane
 
     def submit(self, lane: Lane, reads: list[Read], *, first: bool = False) -> int:
         """Asks for `reads` in that order, `first` ahead of all that waits; the ticket of the first, the others follow.
@@ -74,8 +77,10 @@ class Transport:
         return self.engine.submit(lane.index, wanted, lane.stream, first)
 
     def close(self) -> None:
-        """Stop reading, join the workers, wait for the copies under way, give back the pinned memory."""
+        """Stop reading, join the workers, wait for the copies under way, give back pinned memory and scratch."""
         self.engine.close()
+        for lane in self._opened:
+            lane.release()
 
     def _file(self, path: str) -> int:
         number = self._files.get(path)

@@ -50,6 +50,9 @@ def test_memory_is_the_model_and_the_scratch(wide_llama: Path, scratch: int) -> 
     peak = torch.cuda.max_memory_allocated() - before
     assert peak <= final + scratch + 16 * MIB
     assert _core.pinned_bytes_in_use() == 0
+    tensors = [*model.parameters(), *model.buffers()]
+    scales = [tensor.SCB for tensor in tensors if getattr(tensor, "SCB", None) is not None]
+    assert final <= sum(tensor.nbytes + 512 for tensor in (*tensors, *scales))  # as the allocator rounds
     del model
 
 

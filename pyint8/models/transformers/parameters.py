@@ -122,6 +122,8 @@ class ParameterMaker:
             maker.join()
         for stream in self._streams.values():
             stream.close()
+        self._makers.clear()
+        self._streams.clear()  # they know this object
 
     def make(self, name: str, loading_info: Any) -> dict[str, torch.Tensor]:
         """The parameters of one target, by name; asked for in the order of the plan."""

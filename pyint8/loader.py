@@ -9,6 +9,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pyint8 import collector
 from pyint8.checkpoint import Checkpoint
 from pyint8.checkpoint.find import base_of_adapter, check_path, find_checkpoint
 from pyint8.config import Int8Config, StreamOptions
@@ -93,6 +94,7 @@ def load(
     options = StreamOptions.from_environment() if options is None else options
     report = LoadReport()
     with ExitStack() as begun:
+        begun.enter_context(collector.held_off())
         # Before anything heavy is imported: a folder is checked, and the disk has something to do.
         read_ahead = None
         with report.phase("read headers"):

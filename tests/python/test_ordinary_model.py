@@ -5,6 +5,7 @@ import gc
 import io
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ from oracle import (
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
 from zoo import PREQUANTIZED, ZOO
+
+from pyint8.models.transformers import LoadSession
+from pyint8.quantizer import Int8Quantizer
+from pyint8.streaming import TensorStream
+from pyint8.streaming.lane import Lane
 
 SERIALIZABLE = "modules//attributes/is_8bit_serializable"
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -154,3 +160,40 @@ def test_resize_and_modes(load: Load) -> None:
     model.resize_token_embeddings(140, mean_resizing=False)
     assert model(torch.tensor([[139, 5]])).logits.shape[-1] == 140
     assert isinstance(model.model.layers[0].mlp.up_proj, bnb.nn.Linear8bitLt)
+
+
+def test_what_a_load_needed_goes_without_the_garbage_collector(load: Load) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        models = [load(name) for name in ("llama", "gpt2", "mixtral")]
+        left = [value for value in gc.get_objects() if type(value) in (LoadSession, TensorStream, Lane)]
+    finally:
+        gc.enable()
+    assert len(models) == 3
+    assert left == []
+
+
+@pytest.mark.parametrize("was_on", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_nothing_is_collected_while_a_model_is_made(
+    was_on: bool, fails: bool, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    preprocess = Int8Quantizer.preprocess_model
+
+    def note(*args: Any, **kwargs: Any) -> None:
+        seen.append(gc.isenabled())
+        if fails:
+            raise RuntimeError("in between")
+        preprocess(*args, **kwargs)
+
+    monkeypatch.setattr(Int8Quantizer, "preprocess_model", note)
+    (gc.enable if was_on else gc.disable)()
+    try:
+        with pytest.raises(RuntimeError, match="in between") if fails else nullcontext():
+            load()
+        assert gc.isenabled() == was_on
+    finally:
+        gc.enable()
+    assert seen == [False]

@@ -27,6 +27,7 @@ _GB = 1e9
 _ON_GPU = ("llama-8b", "gpt2-xl", "llama-8b-int8", "qwen3-moe", "llama-70b-layers")
 _ON_CPU = ("llama-1b", "gpt2-xl")
 _COLD = ("pyint8", "pyint8-direct", "transformers-int8", "safetensors", "instanttensor")
+_MEASURES = ("transformers-int8", "free-lifecycle", "safetensors-prefetch-int8")
 _START = ("imports", "pyint8")
 
 
@@ -42,7 +43,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--folder", type=Path, default=Path("/tmp/pyint8-benchmarks"), help="for the checkpoints")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--peer-runs", type=int, help="for the other loaders; default: as many as --runs")
+    parser.add_argument("--peer-runs", type=int, help="for those that pyint8 is not measured by; default: as many")
     parser.add_argument("--loads", type=int, default=2, help="loads in each process; all but the first are 'later'")
     parser.add_argument("--json", type=Path, help="where to write the results")
     parser.add_argument("--smoke", action="store_true", help="the smallest checkpoint, one run, all it can do")
@@ -73,7 +74,11 @@ def cases(parsed: argparse.Namespace) -> list[suite.Case]:
 
 
 def run(parsed: argparse.Namespace) -> dict[str, Any]:
-    results: dict[str, Any] = {"machine": machine.describe(parsed.folder), "arguments": sys.argv[1:], "checkpoints": {}}
+    results: dict[str, Any] = {
+        "machine": machine.describe(parsed.folder),
+        "arguments": _arguments(parsed),
+        "checkpoints": {},
+    }
     for name in parsed.checkpoint:
         folder = make(name, parsed.folder / f"{name}-{parsed.dtype}", getattr(torch, parsed.dtype))
         files = shards(folder)
@@ -100,9 +105,13 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
+def _arguments(parsed: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(parsed).items() if not isinstance(value, Path)}
+
+
 def _runs(parsed: argparse.Namespace, case: suite.Case) -> int:
-    """pyint8's own, and what its targets are measured by, run more often than peers that take long."""
-    is_peer = case.contender not in ("pyint8", "pyint8-direct", "raw-engine", "free-lifecycle", "imports")
+    """pyint8's own, and what it is measured by, run more often than the other peers."""
+    is_peer = not case.contender.startswith(("pyint8", "raw-engine", "imports", *_MEASURES))
     return int(parsed.peer_runs if is_peer and parsed.peer_runs else parsed.runs)
 
 

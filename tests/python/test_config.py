@@ -88,7 +88,7 @@ def test_stream_options_have_types(name: str, value: Any) -> None:
 
 def test_threads_default_to_three_quarters_of_the_usable_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert StreamOptions(threads=700).worker_threads() == 700
-    for usable, workers in ((1, 1), (2, 2), (3, 2), (8, 6), (16, 12), (22, 12), (200, 12)):
+    for usable, workers in ((1, 1), (2, 2), (3, 3), (4, 4), (5, 4), (8, 6), (16, 12), (22, 12), (200, 12)):
         monkeypatch.setattr("pyint8.config.usable_cpus", lambda usable=usable: usable)
         assert StreamOptions().worker_threads() == workers
         assert StreamOptions().worker_threads(gpus=0) == workers

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.contenders import CONTENDERS
+
 _OURS, _PEER = "#1b7837", "#9aa5b1"
 
 
@@ -26,12 +28,12 @@ def draw(results: dict[str, Any], checkpoint: str, path: Path) -> None:
         and line["contender"] != "free-lifecycle"  # moves no bytes
     ]
     good.sort(key=lambda line: line["summary"]["first_gb_per_second"])
-    names = [line["contender"] for line in good]
-    colors = [_OURS if name in ("pyint8", "raw-engine") else _PEER for name in names]
+    names = [f"{line['contender']} ({CONTENDERS[line['contender']].gives})" for line in good]
+    colors = [_OURS if line["contender"] in ("pyint8", "raw-engine") else _PEER for line in good]
     rates = [line["summary"]["first_gb_per_second"] for line in good]
     gpu = "gpu_final" in str(good[-1]["summary"])
-    field = "first_gpu_peak_allocated" if gpu else "first_host_resident_peak"
-    memory = [line["summary"].get(field, 0) / 1e9 for line in good]
+    fields = ("first_gpu_peak_allocated", "first_gpu_taken") if gpu else ("first_host_resident_peak",)
+    memory = [max(line["summary"].get(field, 0) for field in fields) / 1e9 for line in good]
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 0.45 * len(good) + 1.6), sharey=True)
     left.barh(names, rates, color=colors)

@@ -76,6 +76,7 @@ def _timed_load(contender: Any, folder: Path) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
     before = torch.cuda.memory_allocated() if on_gpu else 0
+    free_before = torch.cuda.mem_get_info()[0] if on_gpu else 0
     host = HostMemory()
     with host.watched():
         start = time.perf_counter()
@@ -89,6 +90,7 @@ def _timed_load(contender: Any, folder: Path) -> dict[str, Any]:
             "gpu_peak_allocated": torch.cuda.max_memory_allocated() - before,
             "gpu_peak_reserved": torch.cuda.max_memory_reserved(),
             "gpu_final": torch.cuda.memory_allocated() - before,
+            "gpu_taken": free_before - torch.cuda.mem_get_info()[0],  # by other allocators than torch's too
         }
     del loaded
     gc.collect()

@@ -21,6 +21,7 @@ _MEMORY = (
     "gpu_peak_allocated",
     "gpu_peak_reserved",
     "gpu_final",
+    "gpu_taken",
     "host_anonymous_peak",
     "host_shared_peak",
     "host_resident_peak",
@@ -70,7 +71,8 @@ def run_case(case: Case, folder: Path, loads: int) -> dict[str, Any]:
         return {**record, "failed": f"took more than {_PROCESS_SECONDS} s"}
     if done.returncode != 0:
         reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        return {**record, "failed": reason[0][:500], "stderr": done.stderr[-2000:]}
+        stderr = done.stderr.replace(f"{Path(__file__).parents[1]}/", "")
+        return {**record, "failed": reason[0][:500], "stderr": stderr[-2000:]}
     record |= json.loads(done.stdout.strip().splitlines()[-1])
     if case.mode == "start":
         record["loads"] = [{"seconds": record.pop("ready_at") - started}]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.overrides import _get_current_function_mode
 from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import ZOO, CheckpointStore
 
 import pyint8
 from pyint8.models.transformers.initialization import NoInitializationOnMeta
+from pyint8.quantizer import Int8Quantizer
 
 
 class Operators(TorchDispatchMode):
@@ -65,3 +68,17 @@ def test_no_mode_outlives_a_load(checkpoints: CheckpointStore, tmp_path: Path, f
         pyint8.load(folder, "cpu")
     assert torch.overrides._get_current_function_mode_stack() == []
     assert _python_dispatch._get_current_dispatch_mode() is None
+
+
+def test_parameters_are_made_without_it(checkpoints: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[object] = []
+    create = Int8Quantizer.create_quantized_param
+
+    def note(*args: Any, **kwargs: Any) -> torch.Tensor:
+        modes.append(_get_current_function_mode())
+        return create(*args, **kwargs)
+
+    monkeypatch.setattr(Int8Quantizer, "create_quantized_param", note)
+    pyint8.load(checkpoints.folder(ZOO["gpt2"], "bf16"), device_map="cpu")
+    assert len(modes) > 1
+    assert set(modes) == {None}

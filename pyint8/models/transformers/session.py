@@ -125,6 +125,7 @@ class LoadSession:
             Pyint8Error: See `settle` for tensors that have no good place, `start` for the stream.
         """
         assert self._checkpoint is not None
+        self.model_is_built()  # and transformers has left the contexts in which it built it
         self._model, self._dtype = model, dtype
         parameters = model.state_dict()
         self.plan = make_plan(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 from torch import nn
 
 from pyint8.errors import OptionError, PlacementError
@@ -48,6 +49,28 @@ def check_max_memory(max_memory: Any) -> None:
     """Raises OptionError unless it is a dict of devices to sizes, or None."""
     if max_memory is not None and not isinstance(max_memory, Mapping):
         raise OptionError(f'max_memory is {max_memory!r}; it must be a dict such as {{0: "20GiB", "cpu": "64GiB"}}')
+
+
+def check_headroom(headroom: Any, device_map: Any) -> int | None:
+    """Bytes to leave free.
+
+    Raises:
+        OptionError: It is no size, or the device map is not planned.
+    """
+    if headroom is None:
+        return None
+    if not (isinstance(device_map, str) and device_map in PLANNED_MAPS):
+        raise OptionError(f"headroom is for planned device maps ({', '.join(PLANNED_MAPS)}), not for {device_map!r}")
+    wanted = f'headroom is {headroom!r}; it must be a number of bytes, or a size such as "2GiB"'
+    if isinstance(headroom, bool) or not isinstance(headroom, int | str):
+        raise OptionError(wanted)
+    try:
+        nbytes = int(convert_file_size_to_int(headroom))
+    except ValueError:
+        raise OptionError(wanted) from None
+    if nbytes < 0:
+        raise OptionError(wanted)
+    return nbytes
 
 
 def check_model(model: Any) -> None:

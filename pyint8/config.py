@@ -17,6 +17,8 @@ from pyint8.errors import OptionError
 _MIB = 1 << 20
 # 8 fill a PCIe 5 x16 bus where the page cache gives 6 GB/s a thread (Sapphire Rapids), 12 where it gives 4.
 _THREADS_FOR_A_GPU = 12
+# Beside the scratch, a load reserved 71 MiB on an H200 (the allocator's rounding), and its kernels took some 100 MiB.
+_DEVICE_EXTRA = 256 * _MIB
 _ENVIRONMENT_PREFIX = "PYINT8_"
 
 
@@ -128,6 +130,11 @@ class StreamOptions:
             raise OptionError(f"direct_io is {self.direct_io!r}; it must be True or False")
         if not isinstance(self.libcuda, str):
             raise OptionError(f"libcuda is {self.libcuda!r}; it must be the name or path of a library")
+
+    @property
+    def device_bytes(self) -> int:
+        """What a load takes on a GPU beside the model: scratch, and what the allocator and the kernels add to it."""
+        return self.device_scratch + _DEVICE_EXTRA
 
     def worker_threads(self, gpus: int = 1) -> int:
         """`threads`, or its default on this machine for a load onto so many GPUs."""

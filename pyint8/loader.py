@@ -43,6 +43,7 @@ def load(
     *,
     dtype: torch.dtype | str | None = None,
     max_memory: Mapping[Any, Any] | None = None,
+    headroom: int | str | None = None,
     config: Int8Config | None = None,
     model: nn.Module | type | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
@@ -64,6 +65,8 @@ def load(
         dtype: Of what is not quantized, and on the way to int8: a torch.dtype or its name, "auto" for the
             checkpoint's own, None for float16 (transformers 5 would take "auto").
         max_memory: Memory to use on each device, for the planned device maps.
+        headroom: Plan as tightly as that: leave so much of every GPU free (bytes, or a size such as "2GiB"), but what
+            the load needs itself in any case. None plans as transformers does, with 0.81 of one GPU's free memory.
         config: What to quantize; None for LLM.int8()'s defaults.
         model: A transformers class (Auto classes included) instead of the one that the configuration names, or any
             torch.nn.Module, on meta or not, whose state dict has the checkpoint's names, to be filled in place.
@@ -107,9 +110,24 @@ def load(
         arguments.check_model(model)
         arguments.check_device_map(device_map)
         arguments.check_max_memory(max_memory)
+        left_free = arguments.check_headroom(headroom, device_map)
+        if left_free is not None:
+            from pyint8.packing import budgets
+
+            max_memory = budgets(max_memory, left_free, options.device_bytes)
         dtype = arguments.check_dtype(dtype)
         request = _Request(
-            path, checkpoint, read_ahead, device_map, dtype, max_memory, config, offload_folder, strict, options
+            path=path,
+            checkpoint=checkpoint,
+            read_ahead=read_ahead,
+            device_map=device_map,
+            dtype=dtype,
+            max_memory=max_memory,
+            tightly=left_free is not None,
+            config=config,
+            offload_folder=offload_folder,
+            strict=strict,
+            options=options,
         )
         begun.enter_context(_measured_memory(report))
         bar = begun.enter_context(ByteProgress(progress))
@@ -132,6 +150,7 @@ class _Request:
     device_map: Any
     dtype: torch.dtype | str | None
     max_memory: Mapping[Any, Any] | None
+    tightly: bool  # whether `max_memory` is what may be used, all of it
     config: Int8Config | None
     offload_folder: str | os.PathLike[str] | None
     strict: bool
@@ -177,6 +196,7 @@ def _load_session(
         checkpoint=request.checkpoint,
         read_ahead=request.read_ahead,
         head_start=head_start,
+        budgets=request.max_memory if request.tightly else None,
         report=report,
         on_bytes=bar.advance,
         on_total=bar.start,
@@ -213,6 +233,7 @@ def _load_plain(
         device_map=request.device_map,
         dtype=request.dtype,
         max_memory=request.max_memory,
+        tightly=request.tightly,
         config=request.config or Int8Config(),
         offload_folder=request.offload_folder,
         strict=request.strict,

@@ -10,11 +10,17 @@ from torch import nn
 
 from pyint8.arguments import PLANNED_MAPS
 from pyint8.errors import PlacementError
+from pyint8.packing import tight_memory
 from pyint8.quantizer import Int8Quantizer, device_of
 
 
 def plan_device_map(
-    model: nn.Module, device_map: Any, max_memory: Mapping[Any, Any] | None, quantizer: Int8Quantizer
+    model: nn.Module,
+    device_map: Any,
+    max_memory: Mapping[Any, Any] | None,
+    quantizer: Int8Quantizer,
+    *,
+    tightly: bool = False,
 ) -> dict[str, Any]:
     """A dict of modules to devices for what the user asked.
 
@@ -23,12 +29,13 @@ def plan_device_map(
         device_map: One of accelerate's words for a plan, a device, or a dict, which is checked for gaps.
         max_memory: Memory to use on each device, for a plan.
         quantizer: Knows what will be int8.
+        tightly: `max_memory` is meant as it is (see `pyint8.packing`): leave no more free.
 
     Raises:
         PlacementError: A dict that leaves parameters out.
     """
     if isinstance(device_map, str) and device_map in PLANNED_MAPS:
-        return _planned(model, device_map, max_memory, quantizer)
+        return _planned(model, device_map, max_memory, quantizer, tightly)
     if isinstance(device_map, Mapping):
         _require_complete(model, device_map)
         return dict(device_map)
@@ -36,7 +43,7 @@ def plan_device_map(
 
 
 def _planned(
-    model: nn.Module, plan: str, max_memory: Mapping[Any, Any] | None, quantizer: Int8Quantizer
+    model: nn.Module, plan: str, max_memory: Mapping[Any, Any] | None, quantizer: Int8Quantizer, tightly: bool
 ) -> dict[str, Any]:
     from accelerate.utils import get_balanced_memory, get_max_memory, infer_auto_device_map
 
@@ -49,8 +56,15 @@ def _planned(
     if plan == "sequential":
         memory = get_max_memory(max_memory)
     else:
-        memory = get_balanced_memory(model, max_memory=max_memory, low_zero=plan == "balanced_low_0", **rules)
-    found = infer_auto_device_map(model, max_memory=quantizer.adjust_max_memory(memory), **rules)
+        spread = None if max_memory is None else dict(max_memory)
+        memory = get_balanced_memory(model, max_memory=spread, low_zero=plan == "balanced_low_0", **rules)
+    if tightly and max_memory is not None:
+        memory = tight_memory(
+            model, max_memory, memory, quantizer, lambda some: infer_auto_device_map(model, max_memory=some, **rules)
+        )
+    else:
+        memory = quantizer.adjust_max_memory(memory)
+    found = infer_auto_device_map(model, max_memory=memory, **rules)
     quantizer.validate_environment(device_map=found)
     return dict(found)
 

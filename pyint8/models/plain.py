@@ -31,6 +31,7 @@ def fill_module(
     device_map: Any,
     dtype: torch.dtype | str | None,
     max_memory: Mapping[Any, Any] | None,
+    tightly: bool,
     config: Int8Config,
     offload_folder: Any,
     strict: bool,
@@ -40,6 +41,8 @@ def fill_module(
     on_total: Callable[[int], None],
 ) -> nn.Module:
     """Makes `module`'s linear layers int8 and fills it from the checkpoint; see `pyint8.load` for the arguments.
+
+    With `tightly`, `max_memory` is what a plan may use (see `pyint8.packing`).
 
     Parameters that the checkpoint lacks keep the values they have.
 
@@ -54,7 +57,7 @@ def fill_module(
             quantizer.validate_environment()
             dtype = quantizer.update_dtype(dtype)
             filler = _Filler(module, checkpoint, quantizer, None if isinstance(dtype, str) else dtype, report)
-            filler.replace_modules(quantizer.update_device_map(device_map), max_memory)
+            filler.replace_modules(quantizer.update_device_map(device_map), max_memory, tightly)
         with report.phase("stream"):
             filler.fill(options, on_bytes, on_total)
         with report.phase("finish"):
@@ -96,7 +99,7 @@ class _Filler:
         self._ties = _tied_names(module)
         self._loaded: set[str] = set()
 
-    def replace_modules(self, device_map: Any, max_memory: Mapping[Any, Any] | None) -> None:
+    def replace_modules(self, device_map: Any, max_memory: Mapping[Any, Any] | None, tightly: bool) -> None:
         """Puts int8 layers in place, refuses what cannot be filled, and decides where everything goes."""
         config = self._quantizer.config
         skip = modules_to_keep(self._module) if config.skip_modules is None else list(config.skip_modules)
@@ -106,7 +109,7 @@ class _Filler:
         for name, value in self._module.state_dict().items():
             if name in self._checkpoint:
                 self._check_tensor(name, self._checkpoint[name], tuple(value.shape))
-        self.device_map = plan_device_map(self._module, device_map, max_memory, self._quantizer)
+        self.device_map = plan_device_map(self._module, device_map, max_memory, self._quantizer, tightly=tightly)
 
     def _settle_modules(self) -> None:
         """Linear modules without a weight in the checkpoint, or with one that is not int8 there, stay ordinary."""

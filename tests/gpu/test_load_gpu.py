@@ -135,3 +135,18 @@ def test_the_first_use_of_a_device_in_a_process(checkpoints: CheckpointStore) ->
     done = subprocess.run([sys.executable, "-c", program, folder], cwd="/", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "cuda:0" in done.stdout
+
+
+def test_headroom_keeps_a_model_on_the_gpu(wide_llama: Path) -> None:
+    """Where the planned map would put a part of it on the CPU, which int8 refuses."""
+    model = pyint8.load(wide_llama, device_map={"": 0})
+    tensors = [*model.parameters(), *model.buffers()]
+    scales = [tensor.SCB for tensor in tensors if getattr(tensor, "SCB", None) is not None]
+    need = sum(tensor.nbytes for tensor in (*tensors, *scales))
+    del model, tensors, scales
+    memory = {0: need, "cpu": 64 << 30}
+    with pytest.raises((PlacementError, ValueError)):
+        pyint8.load(wide_llama, device_map="auto", max_memory=memory)
+    model = pyint8.load(wide_llama, device_map="auto", max_memory=memory, headroom="1GiB")
+    assert {parameter.device for parameter in model.parameters()} == {torch.device("cuda", 0)}
+    assert model(torch.tensor([[1, 2, 3]], device="cuda")).logits.isfinite().all()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig
+from transformers.integrations.accelerate import infer_auto_device_map
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -19,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from pyint8.config import Int8Config, StreamOptions
 from pyint8.models.transformers.conversion import PlannedConverter, PlannedRenaming
 from pyint8.models.transformers.session import LoadSession
+from pyint8.packing import tight_memory
 from pyint8.quantizer import Int8Quantizer
 
 METHOD = "pyint8"
@@ -95,7 +97,17 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         return self.int8.update_device_map(device_map)
 
     def adjust_max_memory(self, max_memory: dict[str, Any]) -> dict[str, Any]:
-        return self.int8.adjust_max_memory(max_memory)
+        budgets = self.session.budgets
+        if budgets is None:
+            return self.int8.adjust_max_memory(max_memory)
+        model = self._model
+        blocks = getattr(model, "_no_split_modules", None)
+
+        def plan(memory: dict[Any, float]) -> dict[str, Any]:
+            found: dict[str, Any] = infer_auto_device_map(model, memory, blocks, hf_quantizer=self)
+            return found
+
+        return tight_memory(model, budgets, max_memory, self.int8, plan)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return self.int8.check_quantized_param(param_name)

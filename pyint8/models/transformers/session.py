@@ -41,6 +41,7 @@ class LoadSession:
         on_total: Called once with the number of bytes that will be read.
         read_ahead: Closed when the stream starts, which reads by itself.
         head_start: What was begun before; the caller closes it if the load fails before it is taken over.
+        budgets: What a planned device map may use of each device (see `pyint8.packing`); None for transformers' rule.
         allow_mismatched_shapes: Leave tensors of a wrong shape to transformers, which reports or reinitializes them.
 
     Attributes:
@@ -61,10 +62,12 @@ class LoadSession:
         on_total: Callable[[int], None] = _ignore,
         read_ahead: ReadAhead | None = None,
         head_start: HeadStart | None = None,
+        budgets: Mapping[Any, int] | None = None,
         allow_mismatched_shapes: bool = True,
     ) -> None:
         self.strict = strict
         self.report = LoadReport() if report is None else report
+        self.budgets = budgets
         self.quantizer: Int8Quantizer
         self.device_map: Mapping[str, Any] | None = None
         self._read_ahead = read_ahead

@@ -94,6 +94,22 @@ def llava_inputs(model: tf.PreTrainedModel) -> Inputs:
     }
 
 
+def qwen2_vl_inputs(model: tf.PreTrainedModel) -> Inputs:
+    vision = model.config.vision_config
+    patches = torch.tensor([[1, 4, 4]] * 2)  # of each image: time, height, width
+    image = torch.full((2, 16 // vision.spatial_merge_size**2), IMAGE_TOKEN)
+    ids = torch.cat([_token_ids(3), image, _token_ids(4, seed=3)], dim=1)
+    values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    pixels = torch.randn(2 * 16, values, generator=torch.Generator().manual_seed(4))
+    return {
+        "input_ids": ids.to(model.device),
+        "attention_mask": torch.ones_like(ids).to(model.device),
+        "pixel_values": pixels.to(model.device, model.dtype),
+        "image_grid_thw": patches.to(model.device),
+        "mm_token_type_ids": (ids == IMAGE_TOKEN).int().to(model.device),
+    }
+
+
 SPECIAL: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 DECODER: dict[str, Any] = {
     "hidden_size": 64,
@@ -181,6 +197,23 @@ def _qwen2() -> tf.PreTrainedModel:
     return tf.Qwen2ForCausalLM(tf.Qwen2Config(**DECODER, tie_word_embeddings=True))
 
 
+def _gpt_oss() -> tf.PreTrainedModel:
+    sizes = {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}
+    return tf.GptOssForCausalLM(tf.GptOssConfig(**DECODER, **sizes))
+
+
+def _qwen2_vl() -> tf.PreTrainedModel:
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 4, "mlp_ratio": 2}
+    config = tf.Qwen2VLConfig(
+        vision_config={**vision, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2},
+        text_config={**DECODER, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}},
+        image_token_id=IMAGE_TOKEN,
+        vision_start_token_id=1,
+        tie_word_embeddings=False,
+    )
+    return tf.Qwen2VLForConditionalGeneration(config)
+
+
 def falcon_linears_are_plain() -> AbstractContextManager[Any]:
     """The peer converts `type(module) is nn.Linear` only; Falcon's subclass is one in all but name."""
     return mock.patch.object(modeling_falcon, "FalconLinear", torch.nn.Linear)
@@ -221,6 +254,14 @@ _MODELS = (
     ZooModel("whisper", _whisper, whisper_inputs, tf.WhisperForConditionalGeneration, f"k_proj lacks a bias. {MIXED}"),
     ZooModel("gemma", _gemma, text_inputs, tf.AutoModelForCausalLM, "Gemma 2, tied."),
     ZooModel("qwen2", _qwen2, text_inputs, tf.AutoModelForCausalLM, "Biases on q, k and v; tied."),
+    ZooModel(
+        "gpt_oss",
+        _gpt_oss,
+        text_inputs,
+        tf.AutoModelForCausalLM,
+        f"Experts stored fused; 16-bit. Attention sinks. {MIXED}",
+    ),
+    ZooModel("qwen2_vl", _qwen2_vl, qwen2_vl_inputs, tf.Qwen2VLForConditionalGeneration, f"Prefixes renamed. {MIXED}"),
 )
 ZOO = {model.name: model for model in _MODELS}
 

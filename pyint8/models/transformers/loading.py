@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import transformers
@@ -70,7 +70,11 @@ def load_pretrained(
         config, unused = config_class.from_pretrained(path, return_unused_kwargs=True, **arguments)
         config.quantization_config = _pre_quantized_fields(stored, int8_config, path)
         arguments = {**unused, **hub, "config": config}
-    with session.activate(), _without_progress_bar(path), session.report.phase("build"):
+    with ExitStack() as stack:
+        stack.enter_context(session.activate())
+        stack.enter_context(session.report.phase("build"))
+        # Downloads, which are over by then, have bars of their own.
+        session.on_files = lambda: stack.enter_context(_without_progress_bar())
         try:
             model, session.report.loading_info = model_class.from_pretrained(
                 path, output_loading_info=True, **placement, **arguments
@@ -144,14 +148,11 @@ def _pre_quantized_fields(stored: Any, asked: Int8Config | None, path: str) -> d
 
 
 @contextmanager
-def _without_progress_bar(path: str) -> Iterator[None]:
-    """transformers counts parameters in a bar of its own; ours, in bytes, is beside it.
-
-    Its switch is also the hub's, whose bars stay on where there may be something to download.
-    """
+def _without_progress_bar() -> Iterator[None]:
+    """transformers counts parameters in a bar; ours counts bytes. Its switch is also the hub's."""
     logging = transformers.utils.logging
     hub_shown = not are_progress_bars_disabled()
-    if not os.path.isdir(path) or not logging.is_progress_bar_enabled():
+    if not logging.is_progress_bar_enabled():
         yield
         return
     logging.disable_progress_bar()

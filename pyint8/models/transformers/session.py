@@ -29,6 +29,10 @@ def _ignore(nbytes: int) -> None:
     """Nobody watches the progress."""
 
 
+def _ignore_files() -> None:
+    """Nobody waits for them."""
+
+
 class LoadSession:
     """One load.
 
@@ -49,6 +53,7 @@ class LoadSession:
         device_map: Modules to devices, once transformers has decided.
         plan: What every tensor is for, once transformers has said how it renames.
         is_planned: Whether it has.
+        on_files: Called when transformers has all files, and begins to build.
     """
 
     def __init__(
@@ -74,6 +79,7 @@ class LoadSession:
         self._head_start = head_start
         self.plan: LoadPlan
         self.is_planned = False
+        self.on_files: Callable[[], object] = _ignore_files
         self._options = options
         self._checkpoint = checkpoint
         self._on_bytes = on_bytes
@@ -117,6 +123,7 @@ class LoadSession:
 
     def open_files(self, files: Sequence[str]) -> None:
         """The files that transformers resolved; read again only if they are others than those opened before."""
+        self.on_files()
         if self._checkpoint is None or set(self._checkpoint.files) != set(files):
             with self.report.phase("read headers"):
                 self._checkpoint = checkpoint_of_files(files)

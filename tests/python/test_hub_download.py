@@ -1,0 +1,87 @@
+"""Hub ids that have to be downloaded, from a hub on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_server import HubServer
+from zoo import ZOO, CheckpointStore
+
+REPO = "people/llama"
+_LOAD = """
+import json, sys
+import pyint8
+from pyint8.checkpoint import open_checkpoint
+try:
+    model, report = pyint8.load(sys.argv[1], "cpu", cache_dir=sys.argv[2], return_report=True)
+    total = sum(float(value.float().sum()) for value in model.state_dict().values() if hasattr(value, "float"))
+    print(json.dumps({"sum": total, "bytes": report.checkpoint_bytes}))
+except Exception as error:
+    print(json.dumps({"error": f"{type(error).__name__}: {error}"}))
+"""
+
+
+@pytest.fixture
+def folder(checkpoints: CheckpointStore) -> Path:
+    return checkpoints.folder(ZOO["llama_sharded"], "bf16")
+
+
+@pytest.fixture
+def hub(folder: Path) -> Iterator[HubServer]:
+    with HubServer(REPO, folder).running() as server:
+        yield server
+
+
+def load(path: object, cache: Path, hub: HubServer) -> tuple[dict[str, Any], str]:
+    """What became of a load in a process of its own, and what it wrote to the terminal."""
+    environment = dict(os.environ) | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "5",
+        "NO_PROXY": "127.0.0.1",
+    }
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        environment.pop(name, None)
+    command = [sys.executable, "-c", _LOAD, str(path), str(cache)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.strip().splitlines()[-1]), done.stderr
+
+
+def test_everything_is_downloaded_once(hub: HubServer, folder: Path, tmp_path: Path) -> None:
+    found, shown = load(REPO, tmp_path, hub)
+    assert found == load(folder, tmp_path, hub)[0]
+    assert Counter(hub.sent) == Counter(path.name for path in folder.iterdir() if path.name in hub.sent)
+    assert {path.name for path in folder.glob("*.safetensors")} <= set(hub.sent)
+    assert "Fetching" in shown  # the hub's bar
+    assert "Loading weights" not in shown
+    hub.sent.clear()
+    assert load(REPO, tmp_path, hub)[0] == found
+    assert hub.sent == []
+
+
+def test_what_is_missing_is_downloaded(hub: HubServer, folder: Path, tmp_path: Path) -> None:
+    found, _ = load(REPO, tmp_path, hub)
+    snapshot = next((tmp_path / "models--people--llama" / "snapshots").iterdir())
+    lost = sorted(snapshot.glob("*.safetensors"))[1]
+    lost.resolve().unlink()
+    lost.unlink()
+    hub.sent.clear()
+    assert load(REPO, tmp_path, hub)[0] == found
+    assert hub.sent == [lost.name]
+
+
+def test_a_download_that_breaks_off_can_be_repeated(hub: HubServer, folder: Path, tmp_path: Path) -> None:
+    shard = sorted(folder.glob("*.safetensors"))[-1].name
+    hub.cut.add(shard)
+    assert "error" in load(REPO, tmp_path, hub)[0]
+    hub.cut.clear()
+    assert load(REPO, tmp_path, hub)[0] == load(folder, tmp_path, hub)[0]

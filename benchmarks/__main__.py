@@ -28,6 +28,7 @@ _ON_GPU = ("llama-8b", "gpt2-xl", "llama-8b-int8", "qwen3-moe", "llama-70b-layer
 _ON_CPU = ("llama-1b", "gpt2-xl")
 _COLD = ("pyint8", "pyint8-direct", "transformers-int8", "safetensors", "instanttensor")
 _MEASURES = ("transformers-int8", "free-lifecycle", "safetensors-prefetch-int8")
+_SPREAD = ("pyint8", "raw-engine", "transformers-int8")
 _START = ("imports", "pyint8")
 
 
@@ -39,6 +40,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--contender", action="append", choices=sorted(CONTENDERS), help="default: all")
     parser.add_argument("--cache", action="append", choices=("hot", "half", "cold"), help="default: hot")
     parser.add_argument("--cpus", action="append", type=int, help="also with so many CPUs allowed, for pyint8")
+    parser.add_argument("--gpus", action="append", type=int, help="also spread over so many GPUs; default: one alone")
     parser.add_argument("--start", action="store_true", help="also from process start to model ready")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--folder", type=Path, default=Path("/tmp/pyint8-benchmarks"), help="for the checkpoints")
@@ -67,6 +69,8 @@ def cases(parsed: argparse.Namespace) -> list[suite.Case]:
         chosen += [suite.Case(name, cache=cache) for name in parsed.contender if name in _COLD]
     for cpus in parsed.cpus or []:
         chosen += [suite.Case(name, cpus=cpus) for name in ("pyint8", "raw-engine") if name in parsed.contender]
+    for gpus in parsed.gpus or []:
+        chosen += [suite.Case(name, gpus=gpus) for name in _SPREAD if name in parsed.contender]
     if parsed.start:
         chosen += [suite.Case(name, mode="start") for name in _START]
         chosen += [suite.Case("pyint8", mode="start", cache="cold")] if "cold" in parsed.cache else []

@@ -24,7 +24,7 @@ def draw(results: dict[str, Any], checkpoint: str, path: Path) -> None:
         line
         for line in entry["results"]
         if "failed" not in line["summary"]
-        and (line["cache"], line["mode"], line["cpus"]) == ("hot", "loads", None)
+        and (line["cache"], line["mode"], line["cpus"], line.get("gpus", 1)) == ("hot", "loads", None, 1)
         and line["contender"] != "free-lifecycle"  # moves no bytes
     ]
     good.sort(key=lambda line: line["summary"]["first_gb_per_second"])

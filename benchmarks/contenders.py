@@ -18,6 +18,7 @@ import torch
 DTYPE = torch.float16
 ON_GPU = torch.cuda.is_available()
 DEVICE: Any = 0 if ON_GPU else "cpu"
+DEVICE_MAP: Any = "balanced" if torch.cuda.device_count() > 1 else {"": DEVICE}
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def _pyint8(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
 
     model, report = pyint8.load(
         folder,
-        device_map={"": DEVICE},
+        device_map=DEVICE_MAP,
         dtype=DTYPE,
         return_report=True,
         progress=False,
@@ -75,26 +76,47 @@ def _pyint8(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _raw_engine(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """Every tensor of the checkpoint through the engine into a scratch buffer on the device; no model."""
+    """Every tensor of the checkpoint through the engine into a scratch buffer on the device; no model.
+
+    Of several GPUs each gets an equal part of the bytes, and a thread that waits for them.
+    """
     import time
+    from concurrent.futures import ThreadPoolExecutor
 
     from pyint8.checkpoint import open_checkpoint
     from pyint8.config import StreamOptions
-    from pyint8.streaming import Delivery, TensorStream
+    from pyint8.streaming import Delivery, TensorStream, Transport
 
     checkpoint = open_checkpoint(str(folder))
-    device = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
+    devices = [torch.device("cuda", gpu) for gpu in range(torch.cuda.device_count())] or [torch.device("cpu")]
     order = sorted(checkpoint.values(), key=lambda entry: (entry.path, entry.offset))
-    start = time.perf_counter()
-    with TensorStream([Delivery(entry, device, in_bands=True) for entry in order], StreamOptions()) as stream:
-        set_up = time.perf_counter() - start
-        for entry in order:
-            for _ in stream.bands(entry.name):
+    share = sum(entry.nbytes for entry in order) / len(devices)
+    parts: list[list[Delivery]] = [[] for _ in devices]
+    nbytes = 0
+    for entry in order:
+        part = min(int(nbytes / share), len(devices) - 1)
+        parts[part].append(Delivery(entry, devices[part], in_bands=True))
+        nbytes += entry.nbytes
+
+    def drain(stream: TensorStream, part: list[Delivery]) -> None:
+        for delivery in part:
+            for _ in stream.bands(delivery.entry.name):
                 pass
-        if ON_GPU:
-            torch.cuda.synchronize()
+
+    start = time.perf_counter()
+    transport = Transport(StreamOptions(), gpus=len(devices))
+    streams = [TensorStream(part, StreamOptions(), transport=transport) for part in parts]
+    set_up = time.perf_counter() - start
+    try:
+        with ThreadPoolExecutor(len(parts)) as threads:
+            list(threads.map(drain, streams, parts))
+        for device in devices if ON_GPU else ():
+            torch.cuda.synchronize(device)
         streamed = time.perf_counter() - start - set_up
-        engine = stream.stats()
+        engine = transport.engine.stats()
+    finally:
+        for stream in streams:
+            stream.close()
     return None, {"set_up_seconds": set_up, "stream_seconds": streamed, "engine": engine}
 
 
@@ -105,7 +127,7 @@ def _transformers_int8(folder: Path) -> tuple[Any, dict[str, Any]]:
     if not _is_quantized(folder):
         quantization["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, device_map={"": DEVICE}, dtype=DTYPE, **quantization
+        folder, device_map=DEVICE_MAP, dtype=DTYPE, **quantization
     )
     return model, {}
 
@@ -113,7 +135,7 @@ def _transformers_int8(folder: Path) -> tuple[Any, dict[str, Any]]:
 def _transformers_16bit(folder: Path) -> tuple[Any, dict[str, Any]]:
     import transformers
 
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, device_map={"": DEVICE}, dtype=DTYPE), {}
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, device_map=DEVICE_MAP, dtype=DTYPE), {}
 
 
 def _accelerate_int8(folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -127,7 +149,7 @@ def _accelerate_int8(folder: Path) -> tuple[Any, dict[str, Any]]:
     model.tie_weights()
     quantization = BnbQuantizationConfig(load_in_8bit=True, torch_dtype=DTYPE)
     model = load_and_quantize_model(
-        model, weights_location=str(folder), bnb_quantization_config=quantization, device_map={"": DEVICE}
+        model, weights_location=str(folder), bnb_quantization_config=quantization, device_map=DEVICE_MAP
     )
     return model, {}
 

@@ -72,25 +72,28 @@ def _timed_load(contender: Any, folder: Path) -> dict[str, Any]:
     import torch
 
     on_gpu = torch.cuda.is_available()
+    gpus = range(torch.cuda.device_count())
     if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-        torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated() if on_gpu else 0
-    free_before = torch.cuda.mem_get_info()[0] if on_gpu else 0
+        for gpu in gpus:
+            torch.cuda.reset_peak_memory_stats(gpu)
+            torch.cuda.synchronize(gpu)
+    before = sum(map(torch.cuda.memory_allocated, gpus))
+    free_before = sum(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus)
     host = HostMemory()
     with host.watched():
         start = time.perf_counter()
         loaded, details = contender.load(folder)
-        if on_gpu:
-            torch.cuda.synchronize()
+        for gpu in gpus:
+            torch.cuda.synchronize(gpu)
         seconds = time.perf_counter() - start
     record = {"seconds": seconds, **host.record(), **details}
     if on_gpu:
         record |= {
-            "gpu_peak_allocated": torch.cuda.max_memory_allocated() - before,
-            "gpu_peak_reserved": torch.cuda.max_memory_reserved(),
-            "gpu_final": torch.cuda.memory_allocated() - before,
-            "gpu_taken": free_before - torch.cuda.mem_get_info()[0],  # by other allocators than torch's too
+            "gpu_peak_allocated": sum(map(torch.cuda.max_memory_allocated, gpus)) - before,
+            "gpu_peak_reserved": sum(map(torch.cuda.max_memory_reserved, gpus)),
+            "gpu_final": sum(map(torch.cuda.memory_allocated, gpus)) - before,
+            "gpu_taken": free_before
+            - sum(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus),  # by other allocators than torch's too
         }
     del loaded
     gc.collect()
@@ -109,8 +112,8 @@ def run_loads(name: str, folder: Path, loads: int) -> dict[str, Any]:
     contender = CONTENDERS[name]
     contender.imports(folder)
     imported = time.perf_counter() - start
-    if torch.cuda.is_available():
-        torch.zeros(1, device="cuda")
+    for gpu in range(torch.cuda.device_count()):
+        torch.zeros(1, device=f"cuda:{gpu}")
     return {"import_seconds": imported, "loads": [_timed_load(contender, folder) for _ in range(loads)]}
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import page_cache
 from benchmarks.contenders import CONTENDERS, ON_GPU, shards
 
@@ -39,16 +41,19 @@ class Case:
         cache: "hot", "half" or "cold".
         mode: "loads" or "start" (see `benchmarks.process`).
         cpus: Allow the process so many CPUs; None for all.
+        gpus: How many GPUs it sees; with several, a model is spread over them ("balanced").
     """
 
     contender: str
     cache: str = "hot"
     mode: str = "loads"
     cpus: int | None = None
+    gpus: int = 1
 
     def __str__(self) -> str:
         notes = [self.cache] if self.cache != "hot" else []
         notes += [f"{self.cpus} CPUs"] if self.cpus else []
+        notes += [f"{self.gpus} GPUs"] if self.gpus > 1 else []
         notes += ["process start to ready"] if self.mode == "start" else []
         return f"{self.contender} ({', '.join(notes)})" if notes else self.contender
 
@@ -58,6 +63,8 @@ def run_case(case: Case, folder: Path, loads: int) -> dict[str, Any]:
     contender = CONTENDERS.get(case.contender)
     if contender is not None and contender.needs_gpu and not ON_GPU:
         return {"failed": "needs a GPU"}
+    if case.gpus > max(1, torch.cuda.device_count()):
+        return {"failed": f"there are {torch.cuda.device_count()} GPUs"}
     record: dict[str, Any] = {"residency_before": page_cache.prepare(shards(folder), case.cache)}
     command = [sys.executable, "-m", "benchmarks.process", case.contender, str(folder), "--mode", case.mode]
     command += ["--loads", str(loads if case.cache == "hot" else 1)]
@@ -66,7 +73,9 @@ def run_case(case: Case, folder: Path, loads: int) -> dict[str, Any]:
         command = ["taskset", "--cpu-list", cpus, *command]
     started = time.monotonic()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_PROCESS_SECONDS)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_PROCESS_SECONDS, env=_environment(case.gpus)
+        )
     except subprocess.TimeoutExpired:
         return {**record, "failed": f"took more than {_PROCESS_SECONDS} s"}
     if done.returncode != 0:
@@ -77,6 +86,13 @@ def run_case(case: Case, folder: Path, loads: int) -> dict[str, Any]:
     if case.mode == "start":
         record["loads"] = [{"seconds": record.pop("ready_at") - started}]
     return record
+
+
+def _environment(gpus: int) -> dict[str, str]:
+    """Shows the first so many of the GPUs that are visible here."""
+    numbers = ",".join(map(str, range(torch.cuda.device_count())))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", numbers).split(",")[:gpus]
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(visible)}
 
 
 Records = dict[Case, list[dict[str, Any]]]

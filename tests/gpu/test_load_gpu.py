@@ -111,6 +111,45 @@ def test_offload_is_as_transformers_does_it(checkpoints: CheckpointStore, tmp_pa
         assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
 
 
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_offload_takes_no_more_memory_than_its_parts(wide_llama: Path, tmp_path: Path, place: str) -> None:
+    device_map = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": place, "model.norm": 0, "lm_head": 0}
+    device_map["model.rotary_emb"] = 0
+    on_gpu = sum(
+        tensor.numel() * (1 if "proj" in name else 2)
+        for name, tensor in load_all(wide_llama).items()
+        if "layers.1." not in name
+    )
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model, report = pyint8.load(
+        wide_llama,
+        device_map=device_map,
+        config=Int8Config(fp32_cpu_offload=True),
+        offload_folder=tmp_path / "offload",
+        options=StreamOptions(device_scratch=16 * MIB),
+        return_report=True,
+    )
+    assert torch.cuda.max_memory_allocated() - before <= on_gpu + 32 * MIB
+    offloaded = sum(tensor.nbytes for name, tensor in load_all(wide_llama).items() if "layers.1." in name)
+    assert report.host_peak_bytes <= (2.2 * offloaded if place == "cpu" else 0) + 512 * MIB
+    assert not list((tmp_path / "offload").glob("*.dat"))  # the checkpoint itself is read again
+    with torch.no_grad():
+        assert model(torch.arange(2, 34)[None].to(0)).logits.isfinite().all()
+
+
+def load_all(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_a_compiled_forward(checkpoints: CheckpointStore) -> None:
+    model = pyint8.load(checkpoints.folder(ZOO["llama"], "bf16"), device_map={"": 0})
+    tokens = torch.arange(2, 34)[None].to(0)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        assert torch.equal(torch.compile(model, backend="aot_eager")(tokens).logits, expected)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 def test_two_devices_are_as_transformers_has_them(checkpoints: CheckpointStore, name: str) -> None:

@@ -129,3 +129,13 @@ def test_code_that_comes_with_the_checkpoint(tmp_path: Path) -> None:
     model = pyint8.load(tmp_path, "cpu", trust_remote_code=True)
     assert model.inner.weight.dtype == torch.int8
     assert model(torch.randn(2, 64, dtype=torch.float16)).isfinite().all()
+
+
+def test_a_fused_weight_becomes_two(tmp_path: Path) -> None:
+    """DINOv2's gate and up projections are stored as one."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16, "patch_size": 8}
+    tf.Dinov2Model(tf.Dinov2Config(**sizes, use_swiglu_ffn=True)).to(torch.bfloat16).save_pretrained(tmp_path)
+    assert "encoder.layer.0.mlp.weights_in.weight" in load_file(tmp_path / "model.safetensors")
+    assert not any(same_as_the_peer(tmp_path, tf.AutoModel).values())
+    model = pyint8.load(tmp_path, model=tf.AutoModel, **KWARGS)
+    assert model.encoder.layer[0].mlp.gate_proj.weight.dtype == torch.int8

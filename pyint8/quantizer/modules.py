@@ -123,14 +123,14 @@ def _int8_module(module: nn.Module, config: Int8Config, pre_quantized: bool) -> 
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
     out_features, in_features = reversed(weight.shape) if is_conv1d(type(module)) else weight.shape
-    with torch.device("meta"):
-        int8 = bitsandbytes.nn.Linear8bitLt(
-            in_features,
-            out_features,
-            module.bias is not None,
-            has_fp16_weights=config.has_fp16_weight,
-            threshold=config.threshold,
-        )
+    int8 = bitsandbytes.nn.Linear8bitLt(
+        in_features,
+        out_features,
+        module.bias is not None,
+        has_fp16_weights=config.has_fp16_weight,
+        threshold=config.threshold,
+        device="meta",
+    )
     if pre_quantized:
         int8.weight.data = int8.weight.data.to(torch.int8)
     int8.source_cls = type(module)

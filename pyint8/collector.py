@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,3 +23,17 @@ def held_off() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
+
+
+def make_room(nbytes: int) -> None:
+    """Collects once if memory is in use on a GPU that has less than `nbytes` free.
+
+    A model with accelerate's hooks is a cycle: deleted, it keeps its memory until it is found.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return
+    for gpu in range(torch.cuda.device_count()):
+        if torch.cuda.memory_allocated(gpu) and torch.cuda.mem_get_info(gpu)[0] < nbytes:
+            gc.collect()
+            return

@@ -65,8 +65,9 @@ def load(
         dtype: Of what is not quantized, and on the way to int8: a torch.dtype or its name, "auto" for the
             checkpoint's own, None for float16 (transformers 5 would take "auto").
         max_memory: Memory to use on each device, for the planned device maps.
-        headroom: Plan as tightly as that: leave so much of every GPU free (bytes, or a size such as "2GiB"), but what
-            the load needs itself in any case. None plans as transformers does, with 0.81 of one GPU's free memory.
+        headroom: Plan as tightly as that: leave so much of every GPU free (bytes, or a size such as "2GiB"), at least
+            what the load needs itself. None plans as transformers does, with 0.81 of one GPU's free memory, 0.9 of
+            several's.
         config: What to quantize; None for LLM.int8()'s defaults.
         model: A transformers class (Auto classes included) instead of the one that the configuration names, or any
             torch.nn.Module, on meta or not, whose state dict has the checkpoint's names, to be filled in place.
@@ -97,12 +98,13 @@ def load(
     options = StreamOptions.from_environment() if options is None else options
     report = LoadReport()
     with ExitStack() as begun:
-        begun.enter_context(collector.held_off())
         # Before anything heavy is imported: a folder is checked, and the disk has something to do.
         read_ahead = None
         with report.phase("read headers"):
             checkpoint = find_checkpoint(path, hub_and_model_kwargs)
-        if checkpoint is not None:
+        if checkpoint is not None:  # else there may be something to download, for as long as that takes
+            collector.make_room(checkpoint.most_bytes_loaded)
+            begun.enter_context(collector.held_off())
             read_ahead = begun.enter_context(_reading_ahead(checkpoint, options))
 
         from pyint8 import arguments

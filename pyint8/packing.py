@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from itertools import chain, product
 from typing import Any
 
@@ -20,7 +21,7 @@ _EVEN = 1.1  # of an even share: no need to look further
 
 
 def budgets(max_memory: Mapping[Any, Any] | None, headroom: int, load_bytes: int) -> dict[Any, int]:
-    """Bytes that a plan may use on each device, all of them.
+    """Bytes that a plan may use on each device, all of them; GPUs first, by number.
 
     Args:
         max_memory: At most so much on each device, and no other devices; None for what is free on all.
@@ -29,27 +30,39 @@ def budgets(max_memory: Mapping[Any, Any] | None, headroom: int, load_bytes: int
     """
     from accelerate.utils import convert_file_size_to_int, get_max_memory
 
-    free = get_max_memory()
-    for device in free:
-        if isinstance(device, int):
-            # What torch's allocator holds and nobody uses is free too.
-            on_gpu = torch.cuda.is_available()
-            held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) if on_gpu else 0
-            free[device] = max(0, free[device] + held - max(headroom, load_bytes))
-        else:
-            free[device] = int(free[device] * 0.9)  # as transformers plans with the host's
     if max_memory is None:
-        return dict(free)
-    asked = {device: convert_file_size_to_int(size) for device, size in max_memory.items()}
-    return {device: min(size, free.get(device, size)) for device, size in asked.items()}
+        asked = get_max_memory()
+        asked = {device: size if isinstance(device, int) else 0.9 * size for device, size in asked.items()}
+    else:
+        sizes = max_memory.items()
+        asked = {device: convert_file_size_to_int(s) if isinstance(s, str) else s for device, s in sizes}
+    found = {}
+    for device in sorted(asked, key=lambda device: (not isinstance(device, int), str(device).zfill(9))):
+        limit = asked[device]
+        if isinstance(device, int) and (free := _free_bytes(device)) is not None:
+            limit = free if max_memory is None else min(limit, free)
+            limit = min(limit, free - max(headroom, load_bytes))
+        found[device] = max(0, int(limit))
+    return found
+
+
+def _free_bytes(gpu: int) -> int | None:
+    """With what torch's allocator holds and nobody uses; None where there is no such GPU."""
+    for backend in (torch.cuda, torch.xpu):
+        if backend.is_available() and gpu < backend.device_count():
+            unused = backend.memory_reserved(gpu) - backend.memory_allocated(gpu)
+            return int(backend.mem_get_info(gpu)[0] + unused)
+    return None
 
 
 def tight_memory(
     model: nn.Module,
     budgets: Mapping[Any, int],
     spread: Mapping[Any, float],
-    quantizer: Int8Quantizer,
+    sizes: Mapping[str, int],
     plan: Callable[[dict[Any, float]], Mapping[str, Any]],
+    *,
+    uncounted: int = 0,
 ) -> dict[Any, float]:
     """What to tell the planner, so that a model that fits on the GPUs stays there.
 
@@ -61,11 +74,11 @@ def tight_memory(
         model: On meta, with its quantized modules in place.
         budgets: Bytes that may be used on each device.
         spread: The planner's own, for an even spread.
-        quantizer: Knows what will be int8.
+        sizes: Of the model's tensors (see `tensor_bytes`).
         plan: The planner: from bytes for each device to a device map.
+        uncounted: Bytes of the model that the planner does not know of.
     """
-    sizes = tensor_bytes(model, quantizer)
-    gpus = [device for device in budgets if device not in ("cpu", "disk")]
+    gpus = sorted(device for device in budgets if isinstance(device, int))
     kept_free = _largest_layer(model, sizes)
 
     def fullest(memory: dict[Any, float]) -> float:
@@ -79,13 +92,15 @@ def tight_memory(
             used[device] += size
         return max(used.values()) if all(used[gpu] <= budgets[gpu] for gpu in gpus) else math.inf
 
-    # Where not all fits, the planner decides, which does not know of scales.
-    scales = sum(sizes[name] - weight.numel() for name, weight in model.named_parameters() if _is_int8(quantizer, name))
-    found: dict[Any, float] = {device: size - scales if device in gpus else size for device, size in budgets.items()}
+    found: dict[Any, float] = {device: size - uncounted if device in gpus else size for device, size in budgets.items()}
     least = math.inf
-    for factor, part in product(_SHARES, _KEPT_FREE) if gpus else ():
-        memory = {**budgets, **{gpu: min(budgets[gpu], factor * spread.get(gpu, 0)) for gpu in gpus}}
+    tried = [found]
+    for share, part in product(_SHARES, _KEPT_FREE) if gpus else ():
+        memory = {**budgets, **{gpu: min(budgets[gpu], share * spread.get(gpu, 0)) for gpu in gpus}}
         memory[gpus[0]] += part * kept_free
+        if memory in tried[1:]:
+            continue
+        tried.append(memory)
         if (most := fullest(memory)) < least:
             found, least = memory, most
         if least <= _EVEN * sum(sizes.values()) / len(gpus):
@@ -93,29 +108,34 @@ def tight_memory(
     return found
 
 
-def tensor_bytes(model: nn.Module, quantizer: Int8Quantizer) -> dict[str, int]:
-    """What each parameter and buffer will take, tied ones once: int8 weights with their scales."""
+def tensor_bytes(model: nn.Module, quantizer: Int8Quantizer, dtypes: Mapping[str, torch.dtype]) -> dict[str, int]:
+    """What each parameter and buffer will take, tied ones once: int8 weights with their scales.
+
+    Args:
+        model: On meta, with its quantized modules in place.
+        quantizer: Knows what will be int8.
+        dtypes: What parameters will be, unless they are quantized; those that it lacks stay as they are.
+    """
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     sizes = {}
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if name in tied:
-            continue
-        sizes[name] = tensor.numel() * tensor.element_size()
-        if _is_int8(quantizer, name):
+        if quantizer.check_quantized_param(name) and not quantizer.config.has_fp16_weight:
             sizes[name] = tensor.numel() + len(tensor) * torch.float32.itemsize
+        elif name not in tied:
+            sizes[name] = tensor.numel() * dtypes.get(name, tensor.dtype).itemsize
     return sizes
-
-
-def _is_int8(quantizer: Int8Quantizer, name: str) -> bool:
-    return quantizer.check_quantized_param(name) and not quantizer.config.has_fp16_weight
 
 
 def _largest_layer(model: nn.Module, sizes: Mapping[str, int]) -> int:
     """Bytes of the largest module that is placed as one: it has no children, or its class says so."""
-    whole: Iterable[str] = getattr(model, "_no_split_modules", None) or ()
-    layers = [
-        f"{name}."
+    whole = getattr(model, "_no_split_modules", None) or ()
+    held: Counter[str] = Counter()
+    for name, size in sizes.items():
+        while name:
+            name = name.rpartition(".")[0]
+            held[name] += size
+    return max(
+        held[name]
         for name, module in model.named_modules()
         if type(module).__name__ in whole or not any(True for _ in module.children())
-    ]
-    return max((sum(size for name, size in sizes.items() if name.startswith(layer)) for layer in layers), default=0)
+    )

@@ -10,7 +10,7 @@ from torch import nn
 
 from pyint8.arguments import PLANNED_MAPS
 from pyint8.errors import PlacementError
-from pyint8.packing import tight_memory
+from pyint8.packing import tensor_bytes, tight_memory
 from pyint8.quantizer import Int8Quantizer, device_of
 
 
@@ -20,6 +20,7 @@ def plan_device_map(
     max_memory: Mapping[Any, Any] | None,
     quantizer: Int8Quantizer,
     *,
+    dtypes: Mapping[str, torch.dtype],
     tightly: bool = False,
 ) -> dict[str, Any]:
     """A dict of modules to devices for what the user asked.
@@ -29,13 +30,14 @@ def plan_device_map(
         device_map: One of accelerate's words for a plan, a device, or a dict, which is checked for gaps.
         max_memory: Memory to use on each device, for a plan.
         quantizer: Knows what will be int8.
+        dtypes: What parameters will be, unless they are quantized.
         tightly: `max_memory` is meant as it is (see `pyint8.packing`): leave no more free.
 
     Raises:
         PlacementError: A dict that leaves parameters out.
     """
     if isinstance(device_map, str) and device_map in PLANNED_MAPS:
-        return _planned(model, device_map, max_memory, quantizer, tightly)
+        return _planned(model, device_map, max_memory, quantizer, dtypes, tightly)
     if isinstance(device_map, Mapping):
         _require_complete(model, device_map)
         return dict(device_map)
@@ -43,7 +45,12 @@ def plan_device_map(
 
 
 def _planned(
-    model: nn.Module, plan: str, max_memory: Mapping[Any, Any] | None, quantizer: Int8Quantizer, tightly: bool
+    model: nn.Module,
+    plan: str,
+    max_memory: Mapping[Any, Any] | None,
+    quantizer: Int8Quantizer,
+    dtypes: Mapping[str, torch.dtype],
+    tightly: bool,
 ) -> dict[str, Any]:
     from accelerate.utils import get_balanced_memory, get_max_memory, infer_auto_device_map
 
@@ -52,6 +59,8 @@ def _planned(
         for name, parameter in model.named_parameters()
         if quantizer.check_quantized_param(name)
     }
+    if tightly:
+        special = {**dtypes, **({} if quantizer.config.has_fp16_weight else special)}
     rules = {"no_split_module_classes": getattr(model, "_no_split_modules", None), "special_dtypes": special}
     if plan == "sequential":
         memory = get_max_memory(max_memory)
@@ -59,8 +68,18 @@ def _planned(
         spread = None if max_memory is None else dict(max_memory)
         memory = get_balanced_memory(model, max_memory=spread, low_zero=plan == "balanced_low_0", **rules)
     if tightly and max_memory is not None:
+        sizes = tensor_bytes(model, quantizer, dtypes)
+        scales = sum(sizes.values()) - sum(
+            tensor.numel() * special.get(name, tensor.dtype).itemsize
+            for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        )
         memory = tight_memory(
-            model, max_memory, memory, quantizer, lambda some: infer_auto_device_map(model, max_memory=some, **rules)
+            model,
+            max_memory,
+            memory,
+            sizes,
+            lambda some: infer_auto_device_map(model, max_memory=some, **rules),
+            uncounted=scales,
         )
     else:
         memory = quantizer.adjust_max_memory(memory)

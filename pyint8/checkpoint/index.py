@@ -57,6 +57,11 @@ class Checkpoint(Mapping[str, Entry]):
         self.files = tuple(file.path for file in files)
         self.nbytes = sum(entry.nbytes for entry in entries.values())
 
+    @property
+    def most_bytes_loaded(self) -> int:
+        """What a model made of it takes at most: 16 bit loaded as 32."""
+        return 2 * self.nbytes
+
     def tensor_at(self, path: str, offset: int) -> str | None:
         """Say which tensor holds a byte.
 

@@ -109,7 +109,13 @@ class _Filler:
         for name, value in self._module.state_dict().items():
             if name in self._checkpoint:
                 self._check_tensor(name, self._checkpoint[name], tuple(value.shape))
-        self.device_map = plan_device_map(self._module, device_map, max_memory, self._quantizer, tightly=tightly)
+        dtypes = {
+            name: self._target_dtype(self._checkpoint[name].torch_dtype if name in self._checkpoint else tensor.dtype)
+            for name, tensor in self._module.named_parameters()
+        }
+        self.device_map = plan_device_map(
+            self._module, device_map, max_memory, self._quantizer, dtypes=dtypes, tightly=tightly
+        )
 
     def _settle_modules(self) -> None:
         """Linear modules without a weight in the checkpoint, or with one that is not int8 there, stay ordinary."""

@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 # How much of the model's own memory the first tensors may take before it is there: what arrives while a model of 8
 # billion parameters is built. All of it is used again for the model.
 _EARLY_PART = 0.5
-# A model takes at most so many times the bytes of its checkpoint (16 bit loaded as 32), and a planned map uses at least
-# so much of a GPU's free memory (transformers' 0.9 of it, and 0.9 of that for quantizing).
-_MOST_FOR_STORED = 2
+# A planned map uses at least so much of a GPU's free memory (transformers' 0.9 of it, and 0.9 of that for quantizing).
 _PLANNED_PART = 0.8
 
 
@@ -42,7 +40,7 @@ def begin(
     if takes_all:
         return HeadStart(gpu, entries, early, options, reserved=least)
     if torch.cuda.device_count() == 1 and max_memory is None and device_map in PLANNED_MAPS:
-        most = _MOST_FOR_STORED * checkpoint.nbytes + early
+        most = checkpoint.most_bytes_loaded + early
         return HeadStart(gpu, entries, early, options, reserved=least, if_free=int(most / _PLANNED_PART))
     return HeadStart(gpu, (), 0, options, gpus=torch.cuda.device_count())
 

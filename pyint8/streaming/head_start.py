@@ -81,9 +81,13 @@ class HeadStart:
             DeviceError: The driver refuses, or memory cannot be pinned.
         """
         self._thread.join()
-        if self._error is not None:
+        error, self._error = self._error, None
+        if error is not None:
             self._transport.close()
-            raise self._error
+            try:
+                raise error
+            finally:
+                del error  # it knows this frame
         self._taken = True
         early, self._early = self._early, {}
         return self._transport, early
@@ -91,6 +95,7 @@ class HeadStart:
     def close(self) -> None:
         """Drops everything, for a load that failed before it took it; nothing if it did. Idempotent."""
         self._thread.join()
+        self._error = None  # it knows this object
         if self._taken:
             return
         self._transport.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +12,13 @@ import torch
 import transformers
 from accelerate.utils import get_balanced_memory, infer_auto_device_map
 from torch import nn
+from zoo import PREQUANTIZED, ZOO
 
 import pyint8
 from pyint8 import Int8Config, StreamOptions, packing
 from pyint8.errors import OptionError
 from pyint8.models.transformers import LoadSession
+from pyint8.models.transformers.parameters import find_dtypes
 from pyint8.models.transformers.quantizer import StreamedInt8HfQuantizer
 from pyint8.packing import budgets, tensor_bytes, tight_memory
 from pyint8.quantizer import Int8Quantizer, device_of
@@ -31,15 +33,27 @@ def gpus_are_believed_in(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(where, dict)
 
 
-def llama(**fields: Any) -> tuple[Any, Int8Quantizer]:
+def llama(skip: Sequence[str] = ("lm_head",), **fields: Any) -> tuple[Any, Int8Quantizer]:
     """On meta, its linear layers int8: blocks of 0.2 MB, an embedding and a head of 2 MB each."""
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 8, "vocab_size": 8192}
     config = transformers.LlamaConfig(num_attention_heads=4, num_key_value_heads=4, **{**sizes, **fields})
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config).to(torch.float16)
     quantizer = Int8Quantizer(Int8Config())
-    quantizer.preprocess_model(model, skip=["lm_head"], device_map=None)
+    quantizer.preprocess_model(model, skip=list(skip), device_map=None)
     return model, quantizer
+
+
+def sizes_of(model: Any, quantizer: Int8Quantizer) -> dict[str, int]:
+    return tensor_bytes(model, quantizer, find_dtypes(model, torch.float16, quantizer))
+
+
+def tight(model: Any, budgets: dict[Any, int], spread: Any, quantizer: Int8Quantizer, plan: Any) -> dict[Any, float]:
+    """`plan` is accelerate's, which does not know of scales."""
+    sizes = sizes_of(model, quantizer)
+    int8 = [weight for name, weight in model.named_parameters() if quantizer.check_quantized_param(name)]
+    scales = sum(len(weight) * 4 for weight in int8)
+    return tight_memory(model, budgets, spread, sizes, lambda some: plan(max_memory=some), uncounted=scales)
 
 
 def plan_of(model: Any, quantizer: Int8Quantizer) -> tuple[Any, Any]:
@@ -51,7 +65,7 @@ def plan_of(model: Any, quantizer: Int8Quantizer) -> tuple[Any, Any]:
 
 def used(model: Any, quantizer: Int8Quantizer, device_map: Mapping[str, Any]) -> dict[Any, int]:
     found: dict[Any, int] = {}
-    for name, size in tensor_bytes(model, quantizer).items():
+    for name, size in sizes_of(model, quantizer).items():
         device = device_of(name, device_map)
         found[device] = found.get(device, 0) + size
     return found
@@ -59,29 +73,55 @@ def used(model: Any, quantizer: Int8Quantizer, device_map: Mapping[str, Any]) ->
 
 def test_sizes_are_those_of_the_loaded_model() -> None:
     model, quantizer = llama()
-    sizes = tensor_bytes(model, quantizer)
+    sizes = sizes_of(model, quantizer)
     assert sizes["model.layers.0.mlp.down_proj.weight"] == 128 * 256 + 128 * 4
     assert sizes["model.layers.0.input_layernorm.weight"] == 128 * 2
     assert sizes["lm_head.weight"] == sizes["model.embed_tokens.weight"] == 8192 * 128 * 2
     assert set(sizes) == {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
 
 
+@pytest.mark.parametrize("checkpoint", ["bf16", PREQUANTIZED])
+@pytest.mark.parametrize("name", ["llama_tied", "gpt2", "t5", "qwen3_moe", "bert_mlm"])
+def test_no_byte_is_forgotten(name: str, checkpoint: str, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """T5 keeps some weights in float32, experts are merged, heads are tied."""
+    planned: list[dict[str, int]] = []
+    start = LoadSession.start
+
+    def note(self: LoadSession) -> None:
+        dtypes = find_dtypes(self._model, self._dtype, self.quantizer)
+        planned.append(tensor_bytes(self._model, self.quantizer, dtypes))
+        start(self)
+
+    monkeypatch.setattr(LoadSession, "start", note)
+    model = load(name, checkpoint, model=ZOO[name].cls)
+    taken = {}
+    for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+        scales = getattr(tensor, "SCB", None)
+        taken[key] = tensor.nbytes + (0 if scales is None else scales.nbytes)
+    assert planned == [taken]
+
+
+def test_what_is_tied_and_converted_counts() -> None:
+    model, quantizer = llama(skip=["nothing"], tie_word_embeddings=True)
+    assert sizes_of(model, quantizer)["lm_head.weight"] == 8192 * 128 + 8192 * 4
+
+
 def test_tied_weights_count_once() -> None:
     model, quantizer = llama(tie_word_embeddings=True)
-    assert ("lm_head.weight" in tensor_bytes(model, quantizer)) is False
+    assert "lm_head.weight" not in sizes_of(model, quantizer)
 
 
 def test_what_fits_on_one_gpu_stays_there() -> None:
     model, quantizer = llama()
     plan, balance = plan_of(model, quantizer)
-    need = sum(tensor_bytes(model, quantizer).values())
+    need = sum(sizes_of(model, quantizer).values())
     enough = {0: need, "cpu": 10 * need}
     spread = balance(max_memory=dict(enough))
     assert set(plan(max_memory=quantizer.adjust_max_memory(spread)).values()) == {0, "cpu"}  # as transformers plans
-    memory = tight_memory(model, enough, spread, quantizer, lambda some: plan(max_memory=some))
+    memory = tight(model, enough, spread, quantizer, plan)
     assert plan(max_memory=memory) == {"": 0}
     less = {**enough, 0: need - 1}
-    memory = tight_memory(model, less, spread, quantizer, lambda some: plan(max_memory=some))
+    memory = tight(model, less, spread, quantizer, plan)
     device_map = plan(max_memory=memory)
     assert set(device_map.values()) == {0, "cpu"}
     assert used(model, quantizer, device_map)[0] < need
@@ -92,13 +132,13 @@ def test_what_fits_on_one_gpu_stays_there() -> None:
 def test_what_fits_on_several_gpus_stays_there(gpus: int, slack: float) -> None:
     model, quantizer = llama()
     plan, balance = plan_of(model, quantizer)
-    sizes = tensor_bytes(model, quantizer)
+    sizes = sizes_of(model, quantizer)
     block = sum(size for name, size in sizes.items() if name.startswith("model.layers.0."))
     largest = max(sizes.values())
     enough = {gpu: int(slack * (sum(sizes.values()) / gpus + max(block, largest))) for gpu in range(gpus)}
     all_of_it: dict[Any, int] = {**enough, "cpu": 1 << 40}
     spread = balance(max_memory=dict(all_of_it))
-    memory = tight_memory(model, all_of_it, spread, quantizer, lambda some: plan(max_memory=some))
+    memory = tight(model, all_of_it, spread, quantizer, plan)
     taken = used(model, quantizer, plan(max_memory=dict(memory)))
     assert "cpu" not in taken
     assert all(taken[gpu] <= enough[gpu] for gpu in taken)
@@ -110,11 +150,11 @@ def test_a_head_larger_than_an_even_share() -> None:
     """transformers #46823: every GPU but the last is skipped for good, and the rest spills."""
     model, quantizer = llama(vocab_size=65536, num_hidden_layers=4)
     plan, balance = plan_of(model, quantizer)
-    sizes = tensor_bytes(model, quantizer)
+    sizes = sizes_of(model, quantizer)
     roomy: dict[Any, int] = {**dict.fromkeys(range(4), int(1.3 * max(sizes.values()))), "cpu": 1 << 40}
     spread = balance(max_memory=dict(roomy))
     assert "cpu" in plan(max_memory=quantizer.adjust_max_memory(spread)).values()
-    memory = tight_memory(model, roomy, spread, quantizer, lambda some: plan(max_memory=some))
+    memory = tight(model, roomy, spread, quantizer, plan)
     taken = used(model, quantizer, plan(max_memory=dict(memory)))
     assert "cpu" not in taken
 
@@ -122,29 +162,47 @@ def test_a_head_larger_than_an_even_share() -> None:
 def test_without_a_gpu_nothing_is_tried() -> None:
     model, quantizer = llama()
     plan, _ = plan_of(model, quantizer)
-    assert tight_memory(model, {"cpu": 5}, {"cpu": 5}, quantizer, lambda some: plan(max_memory=some)) == {"cpu": 5}
+    assert tight(model, {"cpu": 5}, {"cpu": 5}, quantizer, plan) == {"cpu": 5}
 
 
-def test_transformers_asks_for_it() -> None:
+@pytest.mark.parametrize("converted", [0, 1])
+def test_transformers_asks_for_it(converted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LoadSession, "conversion_bytes", lambda self: converted)
     model, quantizer = llama()
-    enough: dict[Any, int] = {0: sum(tensor_bytes(model, quantizer).values()), "cpu": 1 << 40}
+    enough: dict[Any, int] = {0: sum(sizes_of(model, quantizer).values()), "cpu": 1 << 40}
     hf_quantizer = StreamedInt8HfQuantizer(Int8Config(), pre_quantized=False)
-    hf_quantizer.session.quantizer, hf_quantizer._model = quantizer, model
+    hf_quantizer.session.quantizer, hf_quantizer._model, hf_quantizer._dtype = quantizer, model, torch.float16
     assert hf_quantizer.adjust_max_memory(dict(enough)) == {device: 0.9 * size for device, size in enough.items()}
     hf_quantizer.session.budgets = enough
     memory = hf_quantizer.adjust_max_memory(dict(enough))
     device_map = transformers.integrations.accelerate.infer_auto_device_map(
         model, max_memory=memory, no_split_module_classes=model._no_split_modules, hf_quantizer=hf_quantizer
     )
-    assert device_map == {"": 0}
+    assert (device_map == {"": 0}) == (converted == 0)  # not a byte is left for a conversion
+
+
+def test_a_conversion_needs_memory_too(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int] = []
+    start = LoadSession.start
+    monkeypatch.setattr(LoadSession, "start", lambda self: (found.append(self.conversion_bytes()), start(self)))
+    load("llama")
+    model = load("qwen3_moe")
+    merged = model.model.layers[0].mlp.experts.gate_up_proj
+    assert found == [0, 2 * merged.nbytes]
 
 
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """With 1000 MiB free, of which torch holds and does not use 10 on the second; and 500 MiB in the host."""
     monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: {0: 1000 * MIB, 1: 990 * MIB, "cpu": 500 * MIB})
-    held = {0: 0, 1: 10 * MIB}
-    cuda = SimpleNamespace(is_available=lambda: True, memory_reserved=held.get, memory_allocated=lambda gpu: 0)
+    held, free = {0: 0, 1: 10 * MIB}, {0: 1000 * MIB, 1: 990 * MIB}
+    cuda = SimpleNamespace(
+        is_available=lambda: True,
+        device_count=lambda: 2,
+        memory_reserved=held.__getitem__,
+        memory_allocated=lambda gpu: 0,
+        mem_get_info=lambda gpu: (free[gpu], 1 << 40),
+    )
     monkeypatch.setattr(packing.torch, "cuda", cuda)
 
 
@@ -152,8 +210,10 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_budgets() -> None:
     assert budgets(None, 0, 600 * MIB) == {0: 400 * MIB, 1: 400 * MIB, "cpu": 450 * MIB}
     assert budgets(None, 700 * MIB, 600 * MIB) == {0: 300 * MIB, 1: 300 * MIB, "cpu": 450 * MIB}
-    assert budgets({1: "100MiB", "cpu": "1GiB"}, 700 * MIB, 0) == {1: 100 * MIB, "cpu": 450 * MIB}
+    assert budgets({1: "100MiB", "cpu": "1GiB"}, 700 * MIB, 0) == {1: 100 * MIB, "cpu": 1024 * MIB}
     assert budgets({0: "2GiB"}, 0, 2000 * MIB) == {0: 0}
+    unsorted = budgets({"cpu": 5, 1: 2e9, 0: 3e8, 7: "1GiB"}, 0, 0)  # there is no GPU 7
+    assert list(unsorted.items()) == [(0, 300000000), (1, 1000 * MIB), (7, 1 << 30), ("cpu", 5)]
 
 
 def test_a_load_with_headroom(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,8 +257,8 @@ def test_a_module_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) ->
     maps: list[Any] = []
     plan = placement.plan_device_map
 
-    def note(model: Any, device_map: Any, max_memory: Any, quantizer: Int8Quantizer, *, tightly: bool) -> Any:
-        maps.append(plan(model, device_map, {0: need, "cpu": 1 << 30}, quantizer, tightly=tightly))
+    def note(model: Any, device_map: Any, max_memory: Any, quantizer: Int8Quantizer, **rest: Any) -> Any:
+        maps.append(plan(model, device_map, {0: need, "cpu": 1 << 30}, quantizer, **rest))
         return {"": "cpu"}
 
     monkeypatch.setattr("pyint8.models.plain.plan_device_map", note)

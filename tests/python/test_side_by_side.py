@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -18,8 +19,10 @@ from zoo import PREQUANTIZED, ZOO, CheckpointStore
 import pyint8
 from pyint8 import errors
 from pyint8.models.transformers import parameters
+from pyint8.models.transformers.ahead import MadeAhead
 from pyint8.models.transformers.parameters import ParameterMaker
 from pyint8.progress import ByteProgress
+from pyint8.streaming import TensorStream
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "two_devices")
 
@@ -91,6 +94,24 @@ def test_an_error_on_a_thread_is_that_of_the_load(copy_of: Any, monkeypatch: pyt
     with pytest.raises(errors.TruncatedError) as caught:
         pyint8.load(folder, **KWARGS)
     assert caught.value.path == str(file)
+
+
+def test_a_failed_load_leaves_nothing_for_the_garbage_collector(copy_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = copy_of("llama_sharded", "bf16")
+    monkeypatch.setattr(ParameterMaker, "_quantized", fail)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(RuntimeError, match="in between"):
+            pyint8.load(folder, **KWARGS)
+        left = [type(value).__name__ for value in gc.get_objects() if type(value) in (MadeAhead, TensorStream)]
+    finally:
+        gc.enable()
+    assert left == []
+
+
+def fail(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError("in between")
 
 
 def test_an_interrupt_ends_all_threads(checkpoints: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:

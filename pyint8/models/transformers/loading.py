@@ -12,6 +12,7 @@ import transformers
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from safetensors import SafetensorError
 
+from pyint8 import collector
 from pyint8.config import Int8Config
 from pyint8.errors import CheckpointError, CheckpointNotFoundError, ModelNotSupportedError, OptionError
 from pyint8.models.transformers.quantizer import METHOD
@@ -73,8 +74,12 @@ def load_pretrained(
     with ExitStack() as stack:
         stack.enter_context(session.activate())
         stack.enter_context(session.report.phase("build"))
-        # Downloads, which are over by then, have bars of their own.
-        session.on_files = lambda: stack.enter_context(_without_progress_bar())
+
+        def on_files() -> None:  # downloads are over
+            stack.enter_context(_without_progress_bar())
+            stack.enter_context(collector.held_off())
+
+        session.on_files = on_files
         try:
             model, session.report.loading_info = model_class.from_pretrained(
                 path, output_loading_info=True, **placement, **arguments

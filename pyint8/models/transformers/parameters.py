@@ -37,23 +37,27 @@ class Place:
 def find_places(
     plan: LoadPlan, model: Any, dtype: torch.dtype, device_map: Mapping[str, Any] | None, quantizer: Int8Quantizer
 ) -> dict[str, Place]:
-    """Devices by transformers' own expansion of the map; dtypes by the rule of its loading loop."""
-    parameters = model.state_dict()
-    names = [name for target in plan.targets.values() for name in target.makes() if name in parameters]
-    devices = expand_device_map(device_map, names)
+    """Devices by transformers' own expansion of the map, and dtypes."""
+    dtypes = find_dtypes(model, dtype, quantizer)
+    names = [name for target in plan.targets.values() for name in target.makes() if name in dtypes]
+    return {
+        name: Place(torch.device("cpu" if device == "disk" else device), dtypes[name], device == "disk")
+        for name, device in expand_device_map(device_map, names).items()
+    }
+
+
+def find_dtypes(model: Any, dtype: torch.dtype, quantizer: Int8Quantizer) -> dict[str, torch.dtype]:
+    """What each parameter is loaded as, or quantized from: by the rule of transformers' loading loop."""
     fixed = model._get_dtype_plan(dtype)
     pattern, group_names, _ = build_glob_alternation(list(fixed)) if fixed else (None, {}, None)
 
-    def dtype_of(name: str) -> torch.dtype:
+    def dtype_of(name: str, parameter: torch.Tensor) -> torch.dtype:
         match = pattern.search(name) if pattern is not None else None
         if match is not None:
             return fixed[group_names[match.lastgroup]]  # type: ignore[no-any-return]
-        return dtype if quantizer.check_quantized_param(name) else parameters[name].dtype
+        return dtype if quantizer.check_quantized_param(name) else parameter.dtype
 
-    return {
-        name: Place(torch.device("cpu" if device == "disk" else device), dtype_of(name), device == "disk")
-        for name, device in devices.items()
-    }
+    return {name: dtype_of(name, parameter) for name, parameter in model.state_dict().items()}
 
 
 class ParameterMaker:

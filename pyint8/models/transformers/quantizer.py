@@ -7,6 +7,7 @@ its own quantizer in our place: a loaded model carries nothing of pyint8.
 from __future__ import annotations
 
 import copy
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pyint8.config import Int8Config, StreamOptions
 from pyint8.models.transformers.conversion import PlannedConverter, PlannedRenaming
+from pyint8.models.transformers.parameters import find_dtypes
 from pyint8.models.transformers.session import LoadSession
-from pyint8.packing import tight_memory
+from pyint8.packing import tensor_bytes, tight_memory
 from pyint8.quantizer import Int8Quantizer
 
 METHOD = "pyint8"
@@ -97,17 +99,24 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         return self.int8.update_device_map(device_map)
 
     def adjust_max_memory(self, max_memory: dict[str, Any]) -> dict[str, Any]:
-        budgets = self.session.budgets
-        if budgets is None:
+        if self.session.budgets is None:
             return self.int8.adjust_max_memory(max_memory)
-        model = self._model
-        blocks = getattr(model, "_no_split_modules", None)
+        blocks = getattr(self._model, "_no_split_modules", None)
 
         def plan(memory: dict[Any, float]) -> dict[str, Any]:
-            found: dict[str, Any] = infer_auto_device_map(model, memory, blocks, hf_quantizer=self)
+            found: dict[str, Any] = infer_auto_device_map(self._model, memory, blocks, hf_quantizer=self)
             return found
 
-        return tight_memory(model, budgets, max_memory, self.int8, plan)
+        converted = self.session.conversion_bytes()
+        budgets = {
+            device: max(0, size - converted) if isinstance(device, int) else size
+            for device, size in self.session.budgets.items()
+        }
+        return tight_memory(self._model, budgets, max_memory, self._tensor_bytes, plan)
+
+    @cached_property
+    def _tensor_bytes(self) -> dict[str, int]:
+        return tensor_bytes(self._model, self.int8, find_dtypes(self._model, self._dtype, self.int8))
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return self.int8.check_quantized_param(param_name)
@@ -117,6 +126,8 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         tensors have begun to land, it would come on top of them."""
         if self.session.reserves_memory:
             return 0
+        if self.session.budgets is not None and param_name in self._tensor_bytes:
+            return self._tensor_bytes[param_name] / max(1, param.numel())
         return super().param_element_size(model, param_name, param)  # type: ignore[no-any-return]
 
     def get_quantize_ops(self) -> None:

@@ -159,6 +159,17 @@ class LoadSession:
         if self.is_planned and self._maker is None:
             self.start()
 
+    def conversion_bytes(self) -> int:
+        """What the largest conversion (a merge of experts) may take on a GPU beside what it makes, while it lasts."""
+        assert self._checkpoint is not None
+        sources = (
+            sum(self._checkpoint[name].numel for name, _ in target.sources)
+            for target in self.plan.targets.values()
+            if target.converter is not None and not getattr(target.converter, "force_cpu", False)
+        )
+        # The sources, and once more as much on the way, where they are first stacked, then concatenated.
+        return 2 * self._dtype.itemsize * max(sources, default=0)
+
     def locate(self, name: str) -> dict[str, Any]:
         """Where a parameter's (or a checkpoint's) tensor lies, for errors: "tensor", "path" and "offset"."""
         assert self._checkpoint is not None

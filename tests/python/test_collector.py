@@ -1,0 +1,49 @@
+"""When memory is made room for, and that the collector comes back as it was."""
+
+from __future__ import annotations
+
+import gc
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pyint8 import collector
+
+
+@pytest.mark.parametrize(
+    ("initialized", "used", "free", "collects"),
+    [
+        (False, [5, 5], [10, 10], False),
+        (True, [0, 0], [10, 10], False),
+        (True, [0, 5], [10, 100], False),
+        (True, [5, 0], [100, 10], False),
+        (True, [0, 5], [100, 99], True),
+        (True, [5, 5], [10, 10], True),
+    ],
+)
+def test_it_collects_where_memory_is_short_and_used(
+    initialized: bool, used: list[int], free: list[int], collects: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = SimpleNamespace(
+        is_initialized=lambda: initialized,
+        device_count=lambda: 2,
+        memory_allocated=used.__getitem__,
+        mem_get_info=lambda gpu: (free[gpu], 1000),
+    )
+    monkeypatch.setattr(torch, "cuda", cuda)
+    collected: list[int] = []
+    monkeypatch.setattr(gc, "collect", lambda: collected.append(1))
+    collector.make_room(100)
+    assert len(collected) == collects
+
+
+@pytest.mark.parametrize("was_on", [True, False])
+def test_it_is_as_before_afterwards(was_on: bool) -> None:
+    (gc.enable if was_on else gc.disable)()
+    try:
+        with collector.held_off(), collector.held_off():
+            assert not gc.isenabled()
+        assert gc.isenabled() == was_on
+    finally:
+        gc.enable()

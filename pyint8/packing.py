@@ -39,9 +39,13 @@ def budgets(max_memory: Mapping[Any, Any] | None, headroom: int, load_bytes: int
     found = {}
     for device in sorted(asked, key=lambda device: (not isinstance(device, int), str(device).zfill(9))):
         limit = asked[device]
-        if isinstance(device, int) and (free := _free_bytes(device)) is not None:
-            limit = free if max_memory is None else min(limit, free)
-            limit = min(limit, free - max(headroom, load_bytes))
+        if isinstance(device, int):
+            free = _free_bytes(device)
+            if free is None and max_memory is None:
+                free = limit  # as accelerate found it
+            if free is not None:
+                left = free - max(headroom, load_bytes)
+                limit = left if max_memory is None else min(limit, left)
         found[device] = max(0, int(limit))
     return found
 

@@ -207,6 +207,12 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("two_gpus")
+def test_budgets_of_a_device_that_only_accelerate_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: {2: 800 * MIB})
+    assert budgets(None, 600 * MIB, 0) == {2: 200 * MIB}
+
+
+@pytest.mark.usefixtures("two_gpus")
 def test_budgets() -> None:
     assert budgets(None, 0, 600 * MIB) == {0: 400 * MIB, 1: 400 * MIB, "cpu": 450 * MIB}
     assert budgets(None, 700 * MIB, 600 * MIB) == {0: 300 * MIB, 1: 300 * MIB, "cpu": 450 * MIB}

@@ -100,11 +100,11 @@ def load(
     with ExitStack() as begun:
         # Before anything heavy is imported: a folder is checked, and the disk has something to do.
         read_ahead = None
-        with report.phase("read headers"):
+        with collector.held_off(), report.phase("read headers"):
             checkpoint = find_checkpoint(path, hub_and_model_kwargs)
-        if checkpoint is not None:  # else there may be something to download, for as long as that takes
+        if checkpoint is not None:
             collector.make_room(checkpoint.most_bytes_loaded)
-            begun.enter_context(collector.held_off())
+            begun.enter_context(collector.held_off())  # not for as long as a download takes
             read_ahead = begun.enter_context(_reading_ahead(checkpoint, options))
 
         from pyint8 import arguments
@@ -207,7 +207,7 @@ def _load_session(
     placement = {
         "device_map": request.device_map,
         "dtype": int8.update_dtype(request.dtype),
-        "max_memory": request.max_memory,
+        "max_memory": None if request.max_memory is None else dict(request.max_memory),  # accelerate writes into it
         "offload_folder": request.offload_folder,
     }
     return load_pretrained(

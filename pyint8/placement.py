@@ -62,11 +62,11 @@ def _planned(
     if tightly:
         special = {**dtypes, **({} if quantizer.config.has_fp16_weight else special)}
     rules = {"no_split_module_classes": getattr(model, "_no_split_modules", None), "special_dtypes": special}
+    allowed = None if max_memory is None else dict(max_memory)  # accelerate writes into it
     if plan == "sequential":
-        memory = get_max_memory(max_memory)
+        memory = get_max_memory(allowed)
     else:
-        spread = None if max_memory is None else dict(max_memory)
-        memory = get_balanced_memory(model, max_memory=spread, low_zero=plan == "balanced_low_0", **rules)
+        memory = get_balanced_memory(model, max_memory=allowed, low_zero=plan == "balanced_low_0", **rules)
     if tightly and max_memory is not None:
         sizes = tensor_bytes(model, quantizer, dtypes)
         scales = sum(sizes.values()) - sum(

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as tf
 from oracle import compare_models, compare_outputs, describe_tensor, differences, show
+from safetensors.torch import save_file
 from tqdm import tqdm
 from zoo import PREQUANTIZED, ZOO, CheckpointStore
 
@@ -120,6 +121,21 @@ def test_a_planned_map_is_the_peers(checkpoints: CheckpointStore, tmp_path: Path
 
 def companions(model: torch.nn.Module) -> list[str]:
     return [name for name in model.state_dict() if name.endswith((".SCB", ".weight_format"))]
+
+
+@pytest.mark.parametrize("plan", ["auto", "sequential"])
+@pytest.mark.parametrize("own", [True, False])
+def test_the_callers_max_memory_is_left_alone(
+    plan: str, own: bool, checkpoints: CheckpointStore, tmp_path: Path
+) -> None:
+    memory = {"cpu": "1GiB"}
+    if own:
+        module = torch.nn.Sequential(torch.nn.Linear(16, 16))
+        save_file(module.state_dict(), tmp_path / "model.safetensors")
+        pyint8.load(tmp_path, plan, max_memory=memory, model=module)
+    else:
+        pyint8.load(checkpoints.folder(ZOO["llama"], "bf16"), plan, max_memory=memory)
+    assert memory == {"cpu": "1GiB"}
 
 
 @pytest.mark.parametrize("off", ["model.layers.1", "lm_head"])

@@ -18,6 +18,7 @@ from pyint8.quantizer import Int8Quantizer, device_of
 _SHARES = (1.0, 1.25, 1.5, 2.0, 4.0, 1e9)
 _KEPT_FREE = (0.0, 0.5, 1.0)
 _EVEN = 1.1  # of an even share: no need to look further
+_ROUNDING = 4096  # bytes: the planner adds up floats
 
 
 def budgets(max_memory: Mapping[Any, Any] | None, headroom: int, load_bytes: int) -> dict[Any, int]:
@@ -100,7 +101,8 @@ def tight_memory(
     least = math.inf
     tried = [found]
     for share, part in product(_SHARES, _KEPT_FREE) if gpus else ():
-        memory = {**budgets, **{gpu: min(budgets[gpu], share * spread.get(gpu, 0)) for gpu in gpus}}
+        offered = {gpu: min(budgets[gpu], share * spread.get(gpu, 0)) + _ROUNDING for gpu in gpus}
+        memory = {**budgets, **offered}
         memory[gpus[0]] += part * kept_free
         if memory in tried[1:]:
             continue

@@ -20,11 +20,13 @@ class HubServer:
         url: For HF_ENDPOINT.
         sent: Names of the files whose contents were asked for, in order.
         cut: Names of files that the connection does not live to the end of.
+        token: Who does not send it is told that there is nothing; None for everybody.
     """
 
     def __init__(self, name: str, folder: Path) -> None:
         self.sent: list[str] = []
         self.cut: set[str] = set()
+        self.token: str | None = None
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -40,7 +42,9 @@ class HubServer:
                 path = self.path.partition("?")[0]
                 prefix = f"/{name}/resolve/"
                 file = folder / path.removeprefix(prefix).partition("/")[2]
-                if path.startswith(prefix) and file.is_file():
+                if hub.token is not None and self.headers.get("Authorization") != f"Bearer {hub.token}":
+                    self._say(401, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"}, with_body)
+                elif path.startswith(prefix) and file.is_file():
                     self._file(file, with_body=with_body)
                 elif f"{name}/tree/" in path:
                     files = [

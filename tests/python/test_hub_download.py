@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import HubServer
+from hub_server import COMMIT, HubServer
 from zoo import ZOO, CheckpointStore
 
 REPO = "people/llama"
@@ -21,7 +21,8 @@ import json, sys
 import pyint8
 from pyint8.checkpoint import open_checkpoint
 try:
-    model, report = pyint8.load(sys.argv[1], "cpu", cache_dir=sys.argv[2], return_report=True)
+    kwargs = json.loads(sys.argv[3])
+    model, report = pyint8.load(sys.argv[1], "cpu", cache_dir=sys.argv[2], return_report=True, **kwargs)
     total = sum(float(value.float().sum()) for value in model.state_dict().values() if hasattr(value, "float"))
     print(json.dumps({"sum": total, "bytes": report.checkpoint_bytes}))
 except Exception as error:
@@ -40,7 +41,7 @@ def hub(folder: Path) -> Iterator[HubServer]:
         yield server
 
 
-def load(path: object, cache: Path, hub: HubServer) -> tuple[dict[str, Any], str]:
+def load(path: object, cache: Path, hub: HubServer, **kwargs: Any) -> tuple[dict[str, Any], str]:
     """What became of a load in a process of its own, and what it wrote to the terminal."""
     environment = dict(os.environ) | {
         "HF_ENDPOINT": hub.url,
@@ -51,7 +52,7 @@ def load(path: object, cache: Path, hub: HubServer) -> tuple[dict[str, Any], str
     }
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS"):
         environment.pop(name, None)
-    command = [sys.executable, "-c", _LOAD, str(path), str(cache)]
+    command = [sys.executable, "-c", _LOAD, str(path), str(cache), json.dumps(kwargs)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.strip().splitlines()[-1]), done.stderr
@@ -89,3 +90,22 @@ def test_a_download_that_breaks_off_can_be_repeated(hub: HubServer, folder: Path
     found, _ = load(REPO, tmp_path, hub)
     assert found["bytes"] > 0
     assert found == load(folder, tmp_path, hub)[0]
+
+
+def test_a_repository_that_asks_for_a_token(hub: HubServer, folder: Path, tmp_path: Path) -> None:
+    hub.token = "hf_secret"
+    refused = load(REPO, tmp_path, hub)[0]["error"]
+    assert "CheckpointNotFoundError" in refused
+    assert "token" in refused
+    found, _ = load(REPO, tmp_path, hub, token=hub.token)
+    assert found["bytes"] > 0
+    assert found == load(folder, tmp_path, hub)[0]
+
+
+def test_a_commit_and_a_subfolder(hub: HubServer, folder: Path, tmp_path: Path) -> None:
+    found, _ = load(REPO, tmp_path, hub, revision=COMMIT)
+    assert found["bytes"] > 0
+    assert [path.name for path in (tmp_path / "models--people--llama" / "snapshots").iterdir()] == [COMMIT]
+    error = load(REPO, tmp_path, hub, subfolder="nowhere")[0]["error"]
+    assert "CheckpointNotFoundError" in error
+    assert "no config.json in its folder nowhere" in error

@@ -27,6 +27,7 @@ _GB = 1e9
 _ON_GPU = ("llama-8b", "gpt2-xl", "llama-8b-int8", "qwen3-moe", "llama-70b-layers")
 _ON_CPU = ("llama-1b", "gpt2-xl")
 _COLD = ("pyint8", "pyint8-direct", "transformers-int8", "safetensors", "instanttensor")
+_OURS = ("pyint8", "pyint8-direct", "raw-engine", "imports")
 _MEASURES = ("transformers-int8", "free-lifecycle", "safetensors-prefetch-int8")
 _SPREAD = ("pyint8", "raw-engine", "transformers-int8")
 _START = ("imports", "pyint8")
@@ -115,7 +116,7 @@ def _arguments(parsed: argparse.Namespace) -> dict[str, Any]:
 
 def _runs(parsed: argparse.Namespace, case: suite.Case) -> int:
     """pyint8's own, and what it is measured by, run more often than the other peers."""
-    is_peer = not case.contender.startswith(("pyint8", "raw-engine", "imports", *_MEASURES))
+    is_peer = case.contender not in (*_OURS, *_MEASURES)
     return int(parsed.peer_runs if is_peer and parsed.peer_runs else parsed.runs)
 
 

@@ -99,12 +99,12 @@ def tight_memory(
 
     found: dict[Any, float] = {device: size - uncounted if device in gpus else size for device, size in budgets.items()}
     least = math.inf
-    tried = [found]
+    tried: list[dict[Any, float]] = []
     for share, part in product(_SHARES, _KEPT_FREE) if gpus else ():
         offered = {gpu: min(budgets[gpu], share * spread.get(gpu, 0)) + _ROUNDING for gpu in gpus}
         memory = {**budgets, **offered}
         memory[gpus[0]] += part * kept_free
-        if memory in tried[1:]:
+        if memory in tried:
             continue
         tried.append(memory)
         if (most := fullest(memory)) < least:

@@ -55,14 +55,24 @@ def find_checkpoint(path: str, kwargs: Mapping[str, Any]) -> Checkpoint | None:
         named = _weights_named_in_config(os.path.join(path, kwargs.get("subfolder") or ""))
         return open_checkpoint(path, **where) if named is None else open_checkpoint(named)
 
-    from huggingface_hub import try_to_load_from_cache
-
-    hub = {name: kwargs[name] for name in ("cache_dir", "revision") if kwargs.get(name) is not None}
     try:
-        config = try_to_load_from_cache(path, "config.json", **hub)
-        return open_checkpoint(os.path.dirname(config), **where) if isinstance(config, str) else None
+        config = cached_file(path, "config.json", kwargs)
+        return None if config is None else open_checkpoint(os.path.dirname(config), **where)
     except (Pyint8Error, ValueError):  # whoever needs it will say what is wrong
         return None
+
+
+def cached_file(hub_id: str, file: str, kwargs: Mapping[str, Any]) -> str | None:
+    """The path of a repository's file in the local cache; None if it is not there.
+
+    Raises:
+        ValueError: `hub_id` can be none.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    where = {name: kwargs[name] for name in ("cache_dir", "revision") if kwargs.get(name) is not None}
+    found = try_to_load_from_cache(hub_id, file, **where)
+    return found if isinstance(found, str) else None
 
 
 def _weights_named_in_config(folder: str) -> str | None:

@@ -81,13 +81,9 @@ class HeadStart:
             DeviceError: The driver refuses, or memory cannot be pinned.
         """
         self._thread.join()
-        error, self._error = self._error, None
-        if error is not None:
+        if self._error is not None:
             self._transport.close()
-            try:
-                raise error
-            finally:
-                del error  # it knows this frame
+            raise self._error
         self._taken = True
         early, self._early = self._early, {}
         return self._transport, early

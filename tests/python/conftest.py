@@ -39,6 +39,21 @@ def copy_of(checkpoints: CheckpointStore, tmp_path: Path) -> Callable[..., Path]
 
 
 @pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C, when bytes land for the fifth time."""
+    from pyint8.progress import ByteProgress
+
+    seen: list[int] = []
+
+    def interrupt(_: object, nbytes: int) -> None:
+        seen.append(nbytes)
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ByteProgress, "advance", interrupt)
+
+
+@pytest.fixture
 def load(checkpoints: CheckpointStore) -> Callable[..., Any]:
     """Loads a model of the zoo in float16 on the CPU: load(name="llama", checkpoint="bf16", **for_pyint8_load)."""
     import torch

@@ -272,13 +272,8 @@ def test_a_file_cut_while_it_is_streamed(copy_of: Copy, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_an_interrupt_between_tensors(name: str, checkpoints: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(_: object, nbytes: int, seen: list[int] = []) -> None:  # noqa: B006
-        seen.append(nbytes)
-        if len(seen) == 5:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(ByteProgress, "advance", interrupt)
+@pytest.mark.usefixtures("interrupted")
+def test_an_interrupt_between_tensors(name: str, checkpoints: CheckpointStore) -> None:
     with pytest.raises(KeyboardInterrupt):
         pyint8.load(checkpoints.folder(ZOO[name], "bf16"), "cpu")
 

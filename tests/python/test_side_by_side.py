@@ -21,7 +21,6 @@ from pyint8 import errors
 from pyint8.models.transformers import parameters
 from pyint8.models.transformers.ahead import MadeAhead
 from pyint8.models.transformers.parameters import ParameterMaker
-from pyint8.progress import ByteProgress
 from pyint8.streaming import TensorStream
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "two_devices")
@@ -114,12 +113,7 @@ def fail(*args: Any, **kwargs: Any) -> None:
     raise RuntimeError("in between")
 
 
-def test_an_interrupt_ends_all_threads(checkpoints: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(_: object, nbytes: int, seen: list[int] = []) -> None:  # noqa: B006
-        seen.append(nbytes)
-        if len(seen) == 5:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(ByteProgress, "advance", interrupt)
+@pytest.mark.usefixtures("interrupted")
+def test_an_interrupt_ends_all_threads(checkpoints: CheckpointStore) -> None:
     with pytest.raises(KeyboardInterrupt):
         pyint8.load(checkpoints.folder(ZOO["llama"], "bf16"), **KWARGS)

@@ -25,7 +25,6 @@ class MadeAhead:
     def __init__(self, device: torch.device, names: Iterable[str], make: Callable[[str], Made]) -> None:
         self._made: dict[str, Made | SkipParameters] = {}
         self._error: BaseException | None = None
-        self._failed = False
         self._changed = threading.Condition()
         self._stopped = False
         where: Any = nullcontext()
@@ -42,15 +41,11 @@ class MadeAhead:
             Exception: Whatever else stopped the thread.
         """
         with self._changed:
-            self._changed.wait_for(lambda: name in self._made or self._failed)
+            self._changed.wait_for(lambda: name in self._made or self._error is not None)
             made = self._made.pop(name, None)
         if made is None:
-            error, self._error = self._error, None
-            assert error is not None, "nothing is made after a failure"
-            try:
-                raise error
-            finally:
-                del error  # it knows this frame, which would keep all that was made
+            assert self._error is not None
+            raise self._error
         if isinstance(made, SkipParameters):
             raise made
         return made
@@ -63,7 +58,7 @@ class MadeAhead:
         """Waits for the thread to end, and drops what nobody took."""
         self._thread.join()
         self._made.clear()
-        self._error = None  # which knows this object
+        self._error = None  # it knows this object
 
     def _run(self, where: Any, names: list[str], make: Callable[[str], Made]) -> None:
         try:
@@ -74,7 +69,7 @@ class MadeAhead:
                     self._note(name, self._one(name, make))
         except BaseException as error:  # for whoever asks next
             with self._changed:
-                self._error, self._failed = error, True
+                self._error = error
                 self._changed.notify_all()
 
     def _one(self, name: str, make: Callable[[str], Made]) -> Made | SkipParameters:

@@ -9,11 +9,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import transformers
-from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from safetensors import SafetensorError
 
 from pyint8 import collector
+from pyint8.checkpoint.find import cached_file
 from pyint8.config import Int8Config
 from pyint8.errors import CheckpointError, CheckpointNotFoundError, ModelNotSupportedError, OptionError
 from pyint8.models.transformers.quantizer import METHOD
@@ -105,7 +105,7 @@ def _read_config(config_class: Any, path: str, hub: dict[str, Any]) -> Any:
         raise ModelNotSupportedError(f"the configuration in {path} cannot be read: {error}") from error
     except (ValueError, KeyError) as error:
         subfolder = hub.get("subfolder")
-        if subfolder and not os.path.isdir(path) and not _is_cached(path, f"{subfolder}/config.json", hub):
+        if subfolder and not os.path.isdir(path) and cached_file(path, f"{subfolder}/config.json", hub) is None:
             raise CheckpointNotFoundError(
                 f"the hub id {path} has no config.json in its folder {subfolder}; check `subfolder`", path=path
             ) from error
@@ -113,11 +113,6 @@ def _read_config(config_class: Any, path: str, hub: dict[str, Any]) -> Any:
             f"transformers {transformers.__version__} does not know the configuration in {path}: {error}. Install a "
             "release that does, or fill a module of your own: pyint8.load(path, model=module)"
         ) from error
-
-
-def _is_cached(path: str, file: str, hub: dict[str, Any]) -> bool:
-    where = {name: hub[name] for name in ("cache_dir", "revision") if hub.get(name) is not None}
-    return isinstance(try_to_load_from_cache(path, file, **where), str)
 
 
 def class_of(config: Any, path: str) -> Any:

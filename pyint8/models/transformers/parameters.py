@@ -101,7 +101,7 @@ class ParameterMaker:
         self._counting = threading.Lock()
         self._buffers = {name for name, _ in model.named_buffers()}
         self._makers: dict[torch.device, MadeAhead] = {}
-        self._groups = self._grouped(plan.targets.values())
+        self._groups = self._grouped()
         wanted = {device: [d for t in group for d in self._deliveries(t)] for device, group in self._groups.items()}
         on_total(sum(delivery.entry.nbytes for deliveries in wanted.values() for delivery in deliveries))
         early: dict[str, EarlyTensor] = {}
@@ -131,24 +131,23 @@ class ParameterMaker:
 
     def make(self, name: str, loading_info: Any) -> dict[str, torch.Tensor]:
         """The parameters of one target, by name; asked for in the order of the plan."""
-        device = self._landing_device(self._plan.targets[name])
         if len(self._groups) == 1:
             return self._make(name, next(iter(self._streams.values())), loading_info)
         if not self._makers:
             for gpu, group in self._groups.items():
                 make = partial(self._make, stream=self._streams[gpu], loading_info=loading_info)
                 self._makers[gpu] = MadeAhead(gpu, [target.name for target in group], make)
-        return self._makers[device].take(name)
+        return self._makers[self._landing_device(self._plan.targets[name])].take(name)
 
-    def _grouped(self, targets: Iterable[Target]) -> dict[torch.device, list[Target]]:
+    def _grouped(self) -> dict[torch.device, list[Target]]:
         """Targets by where they land, in order; all in one group unless there are several GPUs."""
+        targets = list(self._plan.targets.values())
         groups: dict[torch.device, list[Target]] = {}
         for target in targets:
             groups.setdefault(self._landing_device(target), []).append(target)
         if _are_fed_side_by_side(groups):
             return groups
-        everything = list(self._plan.targets.values())
-        return {next((device for device in groups if device.type == "cuda"), torch.device("cpu")): everything}
+        return {next((device for device in groups if device.type == "cuda"), torch.device("cpu")): targets}
 
     def _make(self, name: str, stream: TensorStream, loading_info: Any) -> dict[str, torch.Tensor]:
         target = self._plan.targets[name]

@@ -29,10 +29,6 @@ def _ignore(nbytes: int) -> None:
     """Nobody watches the progress."""
 
 
-def _ignore_files() -> None:
-    """Nobody waits for them."""
-
-
 class LoadSession:
     """One load.
 
@@ -79,7 +75,7 @@ class LoadSession:
         self._head_start = head_start
         self.plan: LoadPlan
         self.is_planned = False
-        self.on_files: Callable[[], object] = _ignore_files
+        self.on_files: Callable[[], object] = lambda: None
         self._options = options
         self._checkpoint = checkpoint
         self._on_bytes = on_bytes

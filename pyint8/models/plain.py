@@ -175,7 +175,7 @@ class _Filler:
             self._checkpoint,
             entry,
             name,
-            self._quantizer.expected_shape(self._module, name),
+            self._quantizer.expected_shape(name, shape),
             scales=None if scales is None else scales.name,
             pre_quantized=self._quantizer.pre_quantized,
         )

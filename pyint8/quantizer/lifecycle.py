@@ -155,10 +155,9 @@ class Int8Quantizer:
                 ", ".join(names),
             )
 
-    def expected_shape(self, model: nn.Module, parameter_name: str) -> tuple[int, ...]:
-        """The shape in which the checkpoint must hold a quantized weight."""
-        shape = tuple(model.get_parameter(parameter_name).shape)
-        return tuple(reversed(shape)) if self._is_turned(parameter_name) else shape
+    def expected_shape(self, parameter_name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape in which the checkpoint must hold a quantized weight that has `shape` in the model."""
+        return tuple(reversed(shape)) if self._is_turned(parameter_name) else tuple(shape)
 
     @property
     def reads_bands(self) -> bool:

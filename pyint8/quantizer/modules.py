@@ -6,6 +6,7 @@ import copy
 import re
 import sys
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -104,6 +105,7 @@ def replace_with_int8(
     replaced: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
     uncalled = _used_by_fast_paths(model)
+    made: dict[tuple[Any, ...], nn.Module] = {}
     for name, module in list(model.named_modules()):
         if not (isinstance(module, nn.Linear) or is_conv1d(type(module))) or name == "":
             continue
@@ -114,14 +116,20 @@ def replace_with_int8(
         elif (reason := why_not_linear(module)) is not None:
             skipped[name] = reason
         else:
-            model.set_submodule(name, _int8_module(module, config, pre_quantized))
+            model.set_submodule(name, _int8_module(module, config, pre_quantized, made))
             replaced[name] = module
     return replaced, skipped
 
 
-def _int8_module(module: nn.Module, config: Int8Config, pre_quantized: bool) -> nn.Module:
+def _int8_module(
+    module: nn.Module, config: Int8Config, pre_quantized: bool, made: dict[tuple[Any, ...], nn.Module]
+) -> nn.Module:
+    """A `Linear8bitLt` for `module`; one like it may have been `made`, which is copied in a third of the time."""
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
+    kind = (type(module), tuple(weight.shape), module.bias is not None, module.training)
+    if kind in made:
+        return _another(made[kind])
     out_features, in_features = reversed(weight.shape) if is_conv1d(type(module)) else weight.shape
     int8 = bitsandbytes.nn.Linear8bitLt(
         in_features,
@@ -136,4 +144,18 @@ def _int8_module(module: nn.Module, config: Int8Config, pre_quantized: bool) -> 
     int8.source_cls = type(module)
     int8.requires_grad_(False)
     int8.train(module.training)
+    made[kind] = int8
     return int8  # type: ignore[no-any-return]
+
+
+def _another(module: Any) -> nn.Module:
+    """A copy of a `Linear8bitLt` on meta that shares nothing with it that anybody changes."""
+    other: Any = copy.copy(module)
+    own = {name: value.copy() for name, value in vars(module).items() if isinstance(value, (dict, set))}
+    vars(other).update(own, state=copy.copy(module.state))
+    weight, bias = module.weight, module.bias
+    other.weight = bitsandbytes.nn.Int8Params(
+        weight.data, requires_grad=False, has_fp16_weights=weight.has_fp16_weights
+    )
+    other.bias = None if bias is None else nn.Parameter(bias.data, requires_grad=False)
+    return other  # type: ignore[no-any-return]

@@ -27,8 +27,13 @@ class EarlyTensor:
 
     entry: Entry
     lane: Lane
-    memory: torch.Tensor  # uint8
+    storage: torch.UntypedStorage
     ticket: int
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """The storage as uint8."""
+        return torch.empty(0, dtype=torch.uint8, device=self.lane.device).set_(self.storage)
 
 
 class HeadStart:
@@ -111,18 +116,23 @@ class HeadStart:
             self._error = error
 
     def _ask(self, lane: Lane, entries: Sequence[Entry], nbytes: int) -> None:
+        """Asks for all at once, by storages: a tensor lets go of the interpreter's lock while it gets its memory, and
+        the thread that builds the model would have it each time."""
+        wanted: list[tuple[Entry, torch.UntypedStorage]] = []
         for entry in entries:
             if entry.nbytes < _WORTHWHILE_BYTES or entry.value is not None:
                 continue
             nbytes -= entry.nbytes
             if nbytes < 0:
-                return
+                break
             try:
-                memory = torch.empty(entry.nbytes, dtype=torch.uint8, device=lane.device)
+                wanted.append((entry, torch.UntypedStorage(entry.nbytes, device=lane.device)))
             except torch.OutOfMemoryError:  # the load itself may need less at a time
-                return
-            ticket = self._transport.submit(lane, [Read(entry.path, entry.offset, entry.nbytes, memory)])
-            self._early[entry.name] = EarlyTensor(entry, lane, memory, ticket)
+                break
+        reads = [Read(entry.path, entry.offset, entry.nbytes, storage) for entry, storage in wanted]
+        first = self._transport.submit(lane, reads) if reads else 0
+        for ticket, (entry, storage) in enumerate(wanted, first):
+            self._early[entry.name] = EarlyTensor(entry, lane, storage, ticket)
 
     def _has_room(self, device: torch.device) -> bool:
         """Whether the device's memory is enough, and torch's allocator has, or was given, what is to be reserved.

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A range of a file, in bytes, and the memory (uint8, on a lane's device) that it fills."""
+    """A range of a file, in bytes, and the memory (a tensor of uint8, or a storage, on a lane's device) it fills."""
 
     path: str
     offset: int
     nbytes: int
-    memory: torch.Tensor
+    memory: torch.Tensor | torch.UntypedStorage
 
 
 class Transport:

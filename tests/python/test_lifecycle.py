@@ -244,6 +244,39 @@ def test_a_skip_list_is_matched_as_transformers_does(skip: list[str], converted:
     assert quantizer.skipped.keys() == (INT8_LAYERS | {"lm_head"}) - converted
 
 
+@pytest.mark.parametrize("has_fp16_weight", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_modules_of_one_shape_share_nothing(bias: bool, has_fp16_weight: bool) -> None:
+    """The second is a copy of the first, and what its own constructor would have made."""
+    model = nn.Sequential(*(nn.Linear(16, 40, bias=bias) for _ in range(3)))
+    preprocessed(model, skip=[], has_fp16_weight=has_fp16_weight)
+    with torch.device("meta"):
+        fresh = bnb.nn.Linear8bitLt(16, 40, bias, has_fp16_weights=has_fp16_weight, threshold=6.0)
+    assert len(dict(model.named_parameters())) == 3 * (1 + bias)
+    for module in model:
+        assert type(module) is bnb.nn.Linear8bitLt
+        assert vars(module).keys() == {*vars(fresh), "source_cls"}
+        assert vars(module.state) == vars(fresh.state)
+        for name, parameter in fresh.named_parameters():
+            own = module.get_parameter(name)
+            assert (type(own), own.shape, own.dtype, own.device.type, own.requires_grad, vars(own)) == (
+                type(parameter),
+                parameter.shape,
+                parameter.dtype,
+                "meta",
+                False,
+                vars(parameter),
+            )
+    for name, value in vars(model[0]).items():
+        others = [vars(module)[name] for module in model[1:]]
+        if isinstance(value, (dict, set)) or name == "state":
+            assert all(value is not other for other in others)
+            assert [type(other) for other in others] == [type(value)] * 2
+    model[1].register_forward_hook(lambda *_: None)
+    assert not model[0]._forward_hooks
+    assert not model[2]._forward_hooks
+
+
 def test_nothing_to_convert_is_said(caplog: pytest.LogCaptureFixture) -> None:
     preprocessed(nn.Sequential(nn.Embedding(3, 3), nn.LayerNorm(3)))
     assert "nothing in this Sequential is quantized" in caplog.text

@@ -123,7 +123,8 @@ def converted(*, pre_quantized: bool = False, **fields: Any) -> Int8Quantizer:
     quantizer = Int8Quantizer(Int8Config(**fields), pre_quantized=pre_quantized)
     model = nn.ModuleDict({"linear": nn.Linear(12, 20), "conv": Conv1D(20, 12), "norm": nn.LayerNorm(20)})
     quantizer.preprocess_model(model, skip=[], device_map=None)
-    shapes = {name: quantizer.expected_shape(model, f"{name}.weight") for name in ("linear", "conv")}
+    weights = {name: f"{name}.weight" for name in ("linear", "conv")}
+    shapes = {key: quantizer.expected_shape(name, model.get_parameter(name).shape) for key, name in weights.items()}
     assert shapes == {"linear": (20, 12), "conv": (20, 12) if pre_quantized else (12, 20)}
     return quantizer
 

@@ -45,7 +45,7 @@ def llama(skip: Sequence[str] = ("lm_head",), **fields: Any) -> tuple[Any, Int8Q
 
 
 def sizes_of(model: Any, quantizer: Int8Quantizer) -> dict[str, int]:
-    return tensor_bytes(model, quantizer, find_dtypes(model, torch.float16, quantizer))
+    return tensor_bytes(model, quantizer, find_dtypes(model, model.state_dict(), torch.float16, quantizer))
 
 
 def tight(model: Any, budgets: dict[Any, int], spread: Any, quantizer: Int8Quantizer, plan: Any) -> dict[Any, float]:
@@ -88,7 +88,7 @@ def test_no_byte_is_forgotten(name: str, checkpoint: str, load: Any, monkeypatch
     start = LoadSession.start
 
     def note(self: LoadSession) -> None:
-        dtypes = find_dtypes(self._model, self._dtype, self.quantizer)
+        dtypes = find_dtypes(self._model, self._model.state_dict(), self._dtype, self.quantizer)
         planned.append(tensor_bytes(self._model, self.quantizer, dtypes))
         start(self)
 

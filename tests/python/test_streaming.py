@@ -21,7 +21,7 @@ from pyint8 import StreamOptions
 from pyint8.checkpoint import DTYPES, Checkpoint, Entry, open_checkpoint
 from pyint8.errors import CancelledError, CheckpointError, DeviceError, ReadError, TruncatedError
 from pyint8.extension import _core
-from pyint8.streaming import Delivery, HeadStart, Lane, StreamSource, TensorStream, open_lane
+from pyint8.streaming import Delivery, HeadStart, Lane, StreamSource, TensorStream, Transport, open_lane
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -354,6 +354,24 @@ def test_small_tensors_are_not_begun_early(tmp_path: Path) -> None:
     transport, early = start.take()
     assert set(early) == {"large"}
     transport.close()
+
+
+@pytest.mark.usefixtures("every_size_is_worthwhile")
+def test_a_head_start_asks_once(mixed: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time it would let go of the interpreter's lock, and the thread that builds the model would keep it."""
+    asked: list[int] = []
+    submit = Transport.submit
+
+    def counted(self: Transport, lane: Any, reads: list[Any], **more: Any) -> int:
+        asked.append(len(reads))
+        return submit(self, lane, reads, **more)
+
+    monkeypatch.setattr(Transport, "submit", counted)
+    start = HeadStart(CPU, list(mixed.values()), 1 << 30, TINY)
+    transport, early = start.take()
+    transport.close()
+    assert asked == [len(early)]
+    assert len(early) > 1
 
 
 @pytest.mark.usefixtures("every_size_is_worthwhile")

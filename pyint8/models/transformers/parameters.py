@@ -35,10 +35,9 @@ class Place:
 
 
 def find_places(
-    plan: LoadPlan, model: Any, dtype: torch.dtype, device_map: Mapping[str, Any] | None, quantizer: Int8Quantizer
+    plan: LoadPlan, dtypes: Mapping[str, torch.dtype], device_map: Mapping[str, Any] | None
 ) -> dict[str, Place]:
-    """Devices by transformers' own expansion of the map, and dtypes."""
-    dtypes = find_dtypes(model, dtype, quantizer)
+    """Devices by transformers' own expansion of the map."""
     names = [name for target in plan.targets.values() for name in target.makes() if name in dtypes]
     return {
         name: Place(torch.device("cpu" if device == "disk" else device), dtypes[name], device == "disk")
@@ -46,8 +45,10 @@ def find_places(
     }
 
 
-def find_dtypes(model: Any, dtype: torch.dtype, quantizer: Int8Quantizer) -> dict[str, torch.dtype]:
-    """What each parameter is loaded as, or quantized from: by the rule of transformers' loading loop."""
+def find_dtypes(
+    model: Any, parameters: Mapping[str, torch.Tensor], dtype: torch.dtype, quantizer: Int8Quantizer
+) -> dict[str, torch.dtype]:
+    """What each of `model`'s parameters is loaded as, or quantized from: by the rule of transformers' loading loop."""
     fixed = model._get_dtype_plan(dtype)
     pattern, group_names, _ = build_glob_alternation(list(fixed)) if fixed else (None, {}, None)
 
@@ -57,7 +58,7 @@ def find_dtypes(model: Any, dtype: torch.dtype, quantizer: Int8Quantizer) -> dic
             return fixed[group_names[match.lastgroup]]  # type: ignore[no-any-return]
         return dtype if quantizer.check_quantized_param(name) else parameter.dtype
 
-    return {name: dtype_of(name, parameter) for name, parameter in model.state_dict().items()}
+    return {name: dtype_of(name, parameter) for name, parameter in parameters.items()}
 
 
 class ParameterMaker:

@@ -116,7 +116,8 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
 
     @cached_property
     def _tensor_bytes(self) -> dict[str, int]:
-        return tensor_bytes(self._model, self.int8, find_dtypes(self._model, self._dtype, self.int8))
+        dtypes = find_dtypes(self._model, self._model.state_dict(), self._dtype, self.int8)
+        return tensor_bytes(self._model, self.int8, dtypes)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return self.int8.check_quantized_param(param_name)

@@ -14,7 +14,7 @@ from transformers.core_model_loading import SkipParameters
 from pyint8.checkpoint import Checkpoint, checkpoint_of_files
 from pyint8.config import StreamOptions
 from pyint8.models.transformers.initialization import NoInitializationOnMeta
-from pyint8.models.transformers.parameters import ParameterMaker, find_places
+from pyint8.models.transformers.parameters import ParameterMaker, find_dtypes, find_places
 from pyint8.models.transformers.plan import LoadPlan, make_plan
 from pyint8.models.transformers.settle import check_tensors, settle_modules
 from pyint8.quantizer import Int8Quantizer
@@ -142,8 +142,12 @@ class LoadSession:
             pre_quantized=self.quantizer.pre_quantized,
         )
         allow = self._allow_mismatched_shapes
-        settle_modules(self.plan, model, self._checkpoint, self.quantizer, allow_mismatched_shapes=allow)
-        check_tensors(self.plan, model, self._checkpoint, self.quantizer, allow_mismatched_shapes=allow)
+        if settle_modules(
+            self.plan, model, parameters, self._checkpoint, self.quantizer, allow_mismatched_shapes=allow
+        ):
+            parameters = model.state_dict()
+        check_tensors(self.plan, parameters, self._checkpoint, self.quantizer, allow_mismatched_shapes=allow)
+        self._dtypes = find_dtypes(model, parameters, dtype, self.quantizer)
         self.is_planned = True
         if self.device_map is not None:
             self.start()
@@ -200,7 +204,7 @@ class LoadSession:
             self.plan,
             self._model,
             self._checkpoint,
-            find_places(self.plan, self._model, self._dtype, self.device_map, self.quantizer),
+            find_places(self.plan, self._dtypes, self.device_map),
             self.quantizer,
             self.report,
             self._options,

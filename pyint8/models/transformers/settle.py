@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from transformers.core_model_loading import MergeModulelist
 
 from pyint8.checkpoint import Checkpoint
@@ -16,9 +18,27 @@ _ABSENT = "its weight is not in the checkpoint"
 
 
 def settle_modules(
-    plan: LoadPlan, model: Any, checkpoint: Checkpoint, quantizer: Int8Quantizer, *, allow_mismatched_shapes: bool
-) -> None:
-    """Puts back the replaced modules whose weight is absent, tied, misshapen, or a float in an int8 checkpoint."""
+    plan: LoadPlan,
+    model: Any,
+    parameters: Mapping[str, torch.Tensor],
+    checkpoint: Checkpoint,
+    quantizer: Int8Quantizer,
+    *,
+    allow_mismatched_shapes: bool,
+) -> bool:
+    """Puts back the replaced modules whose weight is absent, tied, misshapen, or a float in an int8 checkpoint.
+
+    Args:
+        plan: Every tensor's place.
+        model: Changed in place.
+        parameters: Its state dict, on meta.
+        checkpoint: What there is.
+        quantizer: Told of what is put back.
+        allow_mismatched_shapes: Whether a wrong shape is a reason; else `check_tensors` refuses it.
+
+    Returns:
+        Whether there were any, so that the model has another state dict now.
+    """
 
     def why_ordinary(target: Target | None, name: str) -> str | None:
         if target is None:
@@ -28,13 +48,14 @@ def settle_modules(
             return None
         if quantizer.pre_quantized and target.scales is None and entry.is_floating:
             return "it is not quantized in the checkpoint"
-        if allow_mismatched_shapes and entry.torch_shape != quantizer.expected_shape(model, name):
+        if allow_mismatched_shapes and entry.torch_shape != quantizer.expected_shape(name, parameters[name].shape):
             return "its weight in the checkpoint has another shape"
         return None
 
     made_by = plan.made_by()
+    replaced = list(quantizer.converted)
     absent = []
-    for name in list(quantizer.converted):
+    for name in replaced:
         weight = f"{name}.weight"
         reason = why_ordinary(made_by.get(weight), weight)
         if reason is not None:
@@ -42,19 +63,24 @@ def settle_modules(
         if reason == _ABSENT:
             absent.append(name)
     quantizer.name_absent(absent)
+    return len(quantizer.converted) < len(replaced)
 
 
 def check_tensors(
-    plan: LoadPlan, model: Any, checkpoint: Checkpoint, quantizer: Int8Quantizer, *, allow_mismatched_shapes: bool
+    plan: LoadPlan,
+    parameters: Mapping[str, torch.Tensor],
+    checkpoint: Checkpoint,
+    quantizer: Int8Quantizer,
+    *,
+    allow_mismatched_shapes: bool,
 ) -> None:
-    """Refuses tensors that cannot become their parameters.
+    """Refuses tensors that cannot become their parameters, which are those of the model's state dict.
 
     Raises:
         ShapeMismatchError: A tensor's shape is not its parameter's (left to transformers if that is allowed).
         QuantizationStateError: int8 codes for a module that is not quantized here, or without sound scales.
         CheckpointError: A weight to be quantized is not of a floating dtype.
     """
-    parameters = model.state_dict()
     for name, target in plan.targets.items():
         quantized = quantizer.check_quantized_param(name)
         entry = entry_of(target, checkpoint)
@@ -69,7 +95,7 @@ def check_tensors(
                 checks.refuse_codes(entry, name, quantizer.skipped.get(module, "it is no linear module"))
             checks.require_shape(entry, name, tuple(parameters[name].shape))
             continue
-        expected = quantizer.expected_shape(model, name)
+        expected = quantizer.expected_shape(name, parameters[name].shape)
         checks.require_int8_weight(
             checkpoint, entry, name, expected, scales=target.scales, pre_quantized=quantizer.pre_quantized
         )

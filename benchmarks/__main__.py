@@ -90,7 +90,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         nbytes = sum(path.stat().st_size for path in files)
         page_cache.prepare(files, "hot")
         if "ceilings" not in results:
-            results["ceilings"] = ceilings.measure(files, cold="cold" in parsed.cache)
+            results["ceilings"] = ceilings.measure(files, cold="cold" in parsed.cache, few_cpus=parsed.cpus or ())
             for what, rate in results["ceilings"].items():
                 print(f"{what:<44}{f'{rate:.1f} GB/s' if rate else 'not to be had here':>20}")
         ceiling = results["ceilings"]["pinned host to GPU"] or results["ceilings"]["memory copy"]

@@ -6,12 +6,13 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from benchmarks import page_cache
+from benchmarks import machine, page_cache
 
 _GB = 1e9
 _PIECE = 2 << 20
@@ -105,8 +106,19 @@ def cold_read(files: list[Path], threads: int, *, direct: bool) -> float | None:
         return None
 
 
-def measure(files: list[Path], *, cold: bool) -> dict[str, float | None]:
-    """All of them, in GB/s."""
+@contextmanager
+def _allowed(cpus: int) -> Iterator[None]:
+    """Threads that begin in the block have the same CPUs as a contender that is allowed so many."""
+    all_of_them = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, machine.first_cpus(cpus))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, all_of_them)
+
+
+def measure(files: list[Path], *, cold: bool, few_cpus: Iterable[int] = ()) -> dict[str, float | None]:
+    """All of them, in GB/s; reading also with only so many CPUs allowed, and as many threads."""
     cpus = len(os.sched_getaffinity(0))
     page_cache.prepare(files, "hot")
     ceilings: dict[str, float | None] = {
@@ -116,6 +128,10 @@ def measure(files: list[Path], *, cold: bool) -> dict[str, float | None]:
     }
     for threads in sorted({1, 4, 8, cpus} & set(range(1, cpus + 1))):
         ceilings[f"page cache to memory, {threads} threads"] = max(read_by_threads(files, threads) for _ in range(3))
+    for few in sorted(set(few_cpus)):
+        with _allowed(few):
+            rate = max(read_by_threads(files, few) for _ in range(3))
+        ceilings[f"page cache to memory, {few} threads, {few} CPUs"] = rate
     if cold:
         ceilings["cold disk, O_DIRECT"] = cold_read(files, cpus, direct=True)
         ceilings["cold disk, buffered"] = cold_read(files, cpus, direct=False)

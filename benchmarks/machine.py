@@ -38,6 +38,11 @@ def describe(folder: Path) -> dict[str, Any]:
     }
 
 
+def first_cpus(count: int) -> list[int]:
+    """The first so many of the CPUs that this process may use."""
+    return sorted(os.sched_getaffinity(0))[:count]
+
+
 def _cpu() -> str | None:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import page_cache
+from benchmarks import machine, page_cache
 from benchmarks.contenders import CONTENDERS, ON_GPU, shards
 
 _GB = 1e9
@@ -69,7 +69,7 @@ def run_case(case: Case, folder: Path, loads: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.process", case.contender, str(folder), "--mode", case.mode]
     command += ["--loads", str(loads if case.cache == "hot" else 1)]
     if case.cpus:
-        cpus = ",".join(map(str, sorted(os.sched_getaffinity(0))[: case.cpus]))
+        cpus = ",".join(map(str, machine.first_cpus(case.cpus)))
         command = ["taskset", "--cpu-list", cpus, *command]
     started = time.monotonic()
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -47,3 +48,32 @@ def test_it_is_as_before_afterwards(was_on: bool) -> None:
         assert gc.isenabled() == was_on
     finally:
         gc.enable()
+
+
+@pytest.fixture
+def nothing_frozen() -> Iterator[None]:
+    gc.unfreeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("nothing_frozen")
+def test_what_came_is_not_looked_through_afterwards() -> None:
+    class Kept:
+        """To be found again."""
+
+    gc.collect()
+    with collector.held_off():
+        kept = [Kept() for _ in range(5000)]
+    oldest = {id(value) for value in gc.get_objects(generation=2)}
+    assert all(id(value) in oldest for value in kept)
+    assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.usefixtures("nothing_frozen")
+def test_what_somebody_froze_stays_frozen() -> None:
+    gc.freeze()
+    frozen = gc.get_freeze_count()
+    with collector.held_off():
+        pass
+    assert gc.get_freeze_count() >= frozen - 100  # some of it goes by its reference counts

@@ -171,7 +171,8 @@ def test_transformers_asks_for_it(converted: int, monkeypatch: pytest.MonkeyPatc
     model, quantizer = llama()
     enough: dict[Any, int] = {0: sum(sizes_of(model, quantizer).values()), "cpu": 1 << 40}
     hf_quantizer = StreamedInt8HfQuantizer(Int8Config(), pre_quantized=False)
-    hf_quantizer.session.quantizer, hf_quantizer._model, hf_quantizer._dtype = quantizer, model, torch.float16
+    hf_quantizer.session.quantizer, hf_quantizer._model = quantizer, model
+    hf_quantizer.session.dtypes = find_dtypes(model, model.state_dict(), torch.float16, quantizer)
     assert hf_quantizer.adjust_max_memory(dict(enough)) == {device: 0.9 * size for device, size in enough.items()}
     hf_quantizer.session.budgets = enough
     memory = hf_quantizer.adjust_max_memory(dict(enough))

@@ -20,7 +20,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pyint8.config import Int8Config, StreamOptions
 from pyint8.models.transformers.conversion import PlannedConverter, PlannedRenaming
-from pyint8.models.transformers.parameters import find_dtypes
 from pyint8.models.transformers.session import LoadSession
 from pyint8.packing import tensor_bytes, tight_memory
 from pyint8.quantizer import Int8Quantizer
@@ -116,8 +115,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
 
     @cached_property
     def _tensor_bytes(self) -> dict[str, int]:
-        dtypes = find_dtypes(self._model, self._model.state_dict(), self._dtype, self.int8)
-        return tensor_bytes(self._model, self.int8, dtypes)
+        return tensor_bytes(self._model, self.int8, self.session.dtypes)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return self.int8.check_quantized_param(param_name)

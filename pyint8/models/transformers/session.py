@@ -48,6 +48,7 @@ class LoadSession:
         quantizer: Set when transformers constructs its quantizer.
         device_map: Modules to devices, once transformers has decided.
         plan: What every tensor is for, once transformers has said how it renames.
+        dtypes: What each parameter is loaded as, or quantized from; from then on too.
         is_planned: Whether it has.
         on_files: Called when transformers has all files, and begins to build.
     """
@@ -74,6 +75,7 @@ class LoadSession:
         self._read_ahead = read_ahead
         self._head_start = head_start
         self.plan: LoadPlan
+        self.dtypes: dict[str, torch.dtype]
         self.is_planned = False
         self.on_files: Callable[[], object] = lambda: None
         self._options = options
@@ -147,7 +149,7 @@ class LoadSession:
         ):
             parameters = model.state_dict()
         check_tensors(self.plan, parameters, self._checkpoint, self.quantizer, allow_mismatched_shapes=allow)
-        self._dtypes = find_dtypes(model, parameters, dtype, self.quantizer)
+        self.dtypes = find_dtypes(model, parameters, dtype, self.quantizer)
         self.is_planned = True
         if self.device_map is not None:
             self.start()
@@ -204,7 +206,7 @@ class LoadSession:
             self.plan,
             self._model,
             self._checkpoint,
-            find_places(self.plan, self._dtypes, self.device_map),
+            find_places(self.plan, self.dtypes, self.device_map),
             self.quantizer,
             self.report,
             self._options,

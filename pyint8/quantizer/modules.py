@@ -40,9 +40,9 @@ def why_not_linear(module: nn.Module) -> str | None:
     return "not a Linear"
 
 
-def _used_by_fast_paths(model: nn.Module) -> set[int]:
+def _used_by_fast_paths(modules: Iterable[nn.Module]) -> set[int]:
     """Ids of Linears in torch's own encoder layers, whose fast path in evaluation takes their weights only."""
-    layers = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    layers = [module for module in modules if isinstance(module, nn.TransformerEncoderLayer)]
     return {id(linear) for layer in layers for linear in (layer.linear1, layer.linear2)}
 
 
@@ -104,9 +104,10 @@ def replace_with_int8(
     """
     replaced: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
-    uncalled = _used_by_fast_paths(model)
+    modules = dict(model.named_modules())
+    uncalled = _used_by_fast_paths(modules.values())
     templates: dict[tuple[Any, ...], nn.Module] = {}  # copied in a third of the time a constructor takes
-    for name, module in list(model.named_modules()):
+    for name, module in modules.items():
         if not (isinstance(module, nn.Linear) or is_conv1d(type(module))) or name == "":
             continue
         if not wanted(name):
@@ -120,7 +121,8 @@ def replace_with_int8(
             kind = (type(module), module.weight.shape, module.bias is not None, module.training)
             if kind not in templates:
                 templates[kind] = _int8_module(module, config, pre_quantized)
-            model.set_submodule(name, _copy(templates[kind]))
+            parent, _, leaf = name.rpartition(".")
+            setattr(modules[parent], leaf, _copy(templates[kind]))
             replaced[name] = module
     return replaced, skipped
 
@@ -151,8 +153,9 @@ def _copy(module: Any) -> nn.Module:
     own = {name: value.copy() for name, value in vars(module).items() if isinstance(value, (dict, set))}
     vars(other).update(own, state=copy.copy(module.state))
     weight, bias = module.weight, module.bias
-    other.weight = bitsandbytes.nn.Int8Params(
+    other._parameters["weight"] = bitsandbytes.nn.Int8Params(
         weight.data, requires_grad=False, has_fp16_weights=weight.has_fp16_weights
     )
-    other.bias = None if bias is None else nn.Parameter(bias.data, requires_grad=False)
+    if bias is not None:
+        other._parameters["bias"] = nn.Parameter(bias.data, requires_grad=False)
     return other  # type: ignore[no-any-return]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -17,9 +18,14 @@ _FOREIGN_WEIGHTS = {"from_tf": "TensorFlow", "from_flax": "Flax"}
 def installed_version(package: str) -> Version | None:
     """The version of an installed distribution; None where it is absent."""
     try:
-        return Version(metadata.version(package))
+        return _version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+@cache  # of what is there: a load asks five times, and each time a file would be parsed, in 1 ms
+def _version(package: str) -> Version:
+    return Version(metadata.version(package))
 
 
 def require_packages() -> None:

@@ -108,10 +108,11 @@ def _half_rows(
 
 def _pieces(first: int, band: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
     """A band as it is on a GPU; on the CPU in pieces that stay in the cache."""
-    step = len(band)
-    if band.device.type == "cpu" and band.numel():
-        step = max(1, _CPU_PIECE_ELEMENTS // band[0].numel())
-    for row in range(0, len(band) or 1, step or 1):
+    if band.device.type != "cpu" or not band.numel():
+        yield first, band
+        return
+    step = max(1, _CPU_PIECE_ELEMENTS // band[0].numel())
+    for row in range(0, len(band), step):
         yield first + row, band[row : row + step]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 import threading
@@ -36,6 +37,25 @@ def copy_of(checkpoints: CheckpointStore, tmp_path: Path) -> Callable[..., Path]
         return Path(shutil.copytree(checkpoints.folder(ZOO[name], checkpoint), tmp_path / f"{name}-{checkpoint}"))
 
     return copy
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Pretends that packages have these versions; None for absent."""
+    from pyint8.quantizer import requirements
+
+    def pretend(**versions: str | None) -> None:
+        def version(package: str) -> str:
+            found = versions.get(package, "1.0.0")
+            if found is None:
+                raise importlib.metadata.PackageNotFoundError(package)
+            return found
+
+        monkeypatch.setattr(importlib.metadata, "version", version)
+        requirements._version.cache_clear()
+
+    yield pretend
+    requirements._version.cache_clear()
 
 
 @pytest.fixture

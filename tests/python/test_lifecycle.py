@@ -1,6 +1,5 @@
 """The verbs of the int8 lifecycle, each with its behaviour and its refusals."""
 
-import importlib.metadata
 import logging
 import subprocess
 import sys
@@ -54,22 +53,6 @@ def int8_modules(model: nn.Module) -> set[str]:
 # --- validate_environment ---------------------------------------------------------------------------------------------
 
 Versions = Callable[..., None]
-
-
-@pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> Versions:
-    """Pretends that packages have these versions; None for absent."""
-
-    def pretend(**versions: str | None) -> None:
-        def version(package: str) -> str:
-            found = versions.get(package, "1.0.0")
-            if found is None:
-                raise importlib.metadata.PackageNotFoundError(package)
-            return found
-
-        monkeypatch.setattr(importlib.metadata, "version", version)
-
-    return pretend
 
 
 def test_absent_packages_are_refused(installed: Versions) -> None:

@@ -1,7 +1,7 @@
 """The int8 lifecycle: which modules are linear, what becomes of a weight, and what a finished model says of itself."""
 
-import importlib.metadata
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -212,17 +212,17 @@ def test_scales_are_attached_and_not_unexpected(name: str, checkpoints: Checkpoi
 # --- postprocess_model, is_serializable, is_trainable -----------------------------------------------------------------
 
 
-def test_a_finished_model_says_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_model_says_what_it_is(installed: Callable[..., None]) -> None:
     for version, serializable in (("0.37.2", False), ("0.37.3", True), ("0.100.0", True)):
-        monkeypatch.setattr(importlib.metadata, "version", lambda _, version=version: version)
+        installed(bitsandbytes=version)
         model = nn.Sequential(nn.Linear(2, 2))
         Int8Quantizer(Int8Config()).postprocess_model(model)
         assert (model.is_loaded_in_8bit, model.is_8bit_serializable) == (True, serializable)
 
 
 @pytest.mark.parametrize(("version", "trainable"), [("0.36.9", False), ("0.37.0", True), ("0.100.0", True)])
-def test_is_trainable_by_version(version: str, trainable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
+def test_is_trainable_by_version(version: str, trainable: bool, installed: Callable[..., None]) -> None:
+    installed(bitsandbytes=version)
     assert Int8Quantizer(Int8Config()).is_trainable is trainable
 
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -100,7 +100,6 @@ class ParameterMaker:
         self._report = report
         self._on_bytes = on_bytes
         self._counting = threading.Lock()
-        self._buffers = {name for name, _ in model.named_buffers()}
         self._makers: dict[torch.device, MadeAhead] = {}
         self._groups = self._grouped()
         wanted = {device: [d for t in group for d in self._deliveries(t)] for device, group in self._groups.items()}
@@ -166,6 +165,10 @@ class ParameterMaker:
         self._count("as stored" if entry.torch_dtype == place.dtype else "cast")
         health = self._quantizer.health
         return {target.name: deliver_cast(stream, entry, target.name, place.dtype, place.device, health)}
+
+    @cached_property
+    def _buffers(self) -> set[str]:
+        return {name for name, _ in self._model.named_buffers()}
 
     def _count(self, kind: str) -> None:
         with self._counting:

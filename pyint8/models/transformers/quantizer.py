@@ -145,11 +145,15 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
     def _name_genuine_config(self, model: Any) -> None:
         """Some models (T5) copied their configuration, ours in it, while they were built."""
         for module in model.modules():
-            config = getattr(module, "config", None)
+            config = vars(module).get("config")
             if config is not None and isinstance(
                 getattr(config, "quantization_config", None), (StreamedInt8Config, Int8Config)
             ):
                 config.quantization_config = copy.deepcopy(self.quantization_config)
+
+    def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
+        if plan:  # else nothing would come of a walk through all parameters
+            super().update_parallel_plan(model, plan)
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **kwargs: Any) -> None:
         self._see_device_map(device_map)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -31,16 +31,19 @@ class Delivery:
         entry: What to read.
         device: Where the result is wanted. It lands there if that is a CUDA device or the CPU, else on the CPU.
         in_bands: Land in scratch, a band of rows at a time, instead of in a tensor of its own.
+        batch: Land in one piece of memory with those before and after that have the same `batch`, dtype and shape;
+            to be had by `TensorStream.batched` alone, and not in bands.
     """
 
     entry: Entry
     device: torch.device
     in_bands: bool = False
+    batch: str | None = None
 
 
 @dataclass(eq=False, slots=True)
 class _Chunk:
-    """What lands at once: a whole tensor, or a band of its rows."""
+    """What lands at once: a whole tensor, a band of its rows, or a batch of tensors."""
 
     delivery: Delivery
     lane: Lane
@@ -52,7 +55,12 @@ class _Chunk:
     early: bool = False  # there, or asked for, before the stream was, so in no budget
     memory: torch.Tensor | None = None  # uint8
     region: Region | None = None
-    ticket: int | None = None
+    ticket: int | None = None  # of the first entry; the others follow
+    entries: list[Entry] = field(default_factory=list)  # more than one in a batch
+    landed: dict[str, torch.Tensor] = field(default_factory=dict)  # those of a batch, until they are taken
+
+    def __post_init__(self) -> None:
+        self.entries.append(self.delivery.entry)
 
 
 class TensorStream:
@@ -99,7 +107,7 @@ class TensorStream:
                 name = delivery.entry.name
                 self._chunks[name] = self._take_over(delivery, early or {}) or self._cut(delivery)
             self._drop(early or {})
-            self._pending = [chunk for chunks in self._chunks.values() for chunk in chunks]
+            self._pending = self._gather_batches()
             self._cursor = 0
             self._ask_ahead()
         except BaseException:
@@ -123,6 +131,19 @@ class TensorStream:
     def stats(self) -> dict[str, float]:
         """What the engine did so far (see `LoadReport.engine`)."""
         return self._engine.stats()
+
+    def batched(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """The entry as a contiguous tensor of `dtype` (the same for all of its batch, whose memory it shares)."""
+        chunk = self._chunks[name][0]
+        if len(chunk.entries) == 1:
+            return self.whole(name).to(dtype)
+        if name not in chunk.landed:
+            tensors = _typed(self._land(chunk), chunk.entries[0], (len(chunk.entries), *chunk.entries[0].torch_shape))
+            names = (entry.name for entry in chunk.entries)
+            chunk.landed = dict(zip(names, tensors.to(dtype).unbind(), strict=True))
+            del tensors
+            self._release(chunk)
+        return chunk.landed.pop(name)
 
     def whole(self, name: str) -> torch.Tensor:
         """The entry as a tensor of its own, of its stored dtype and shape, contiguous."""
@@ -200,6 +221,18 @@ class TensorStream:
         chunk.memory, chunk.ticket = tensor.memory, tensor.ticket
         return [chunk]
 
+    def _gather_batches(self) -> list[_Chunk]:
+        """All chunks in order; those of a batch become one, of no more than a band's bytes."""
+        gathered: list[_Chunk] = []
+        for name, chunks in self._chunks.items():
+            if gathered and _go_together(gathered[-1], chunks[0]):
+                gathered[-1].entries.append(chunks[0].delivery.entry)
+                gathered[-1].nbytes += chunks[0].nbytes
+                self._chunks[name] = gathered[-1:]
+            else:
+                gathered.extend(chunks)
+        return gathered
+
     def _drop(self, early: dict[str, EarlyTensor]) -> None:
         """Gives memory back that nobody wants, once the bus is through with it."""
         for tensor in early.values():
@@ -242,12 +275,19 @@ class TensorStream:
     def _submit(self, chunks: list[_Chunk], *, first: bool = False) -> None:
         if not chunks:
             return
-        reads = []
+        reads: list[Read] = []
         for chunk in chunks:
             assert chunk.memory is not None
-            reads.append(Read(chunk.delivery.entry.path, chunk.offset, chunk.nbytes, chunk.memory))
-        for number, chunk in enumerate(chunks, self._transport.submit(chunks[0].lane, reads, first=first)):
-            chunk.ticket = number
+            if len(chunk.entries) == 1:
+                reads.append(Read(chunk.delivery.entry.path, chunk.offset, chunk.nbytes, chunk.memory))
+            else:
+                starts = range(0, chunk.nbytes, chunk.entries[0].nbytes)
+                for at, entry in zip(starts, chunk.entries, strict=True):
+                    reads.append(Read(entry.path, entry.offset, entry.nbytes, chunk.memory, at))
+        ticket = self._transport.submit(chunks[0].lane, reads, first=first)
+        for chunk in chunks:
+            chunk.ticket = ticket
+            ticket += len(chunk.entries)
 
     def _land(self, chunk: _Chunk) -> torch.Tensor:
         """Waits until the chunk's bytes are ordered before the caller's stream; its memory."""
@@ -264,7 +304,8 @@ class TensorStream:
         assert chunk.ticket is not None
         assert chunk.memory is not None
         try:
-            self._engine.wait(chunk.ticket, chunk.lane.stream)
+            for ticket in range(chunk.ticket, chunk.ticket + len(chunk.entries)):
+                self._engine.wait(ticket, chunk.lane.stream)
         except (ReadError, TruncatedError) as error:
             error.tensor = self._tensor_at(error.path, error.offset)
             raise
@@ -282,11 +323,26 @@ class TensorStream:
         self._ask_ahead()
 
     def _tensor_at(self, path: str | None, offset: int | None) -> str | None:
-        for name, chunks in self._chunks.items():
-            entry = chunks[0].delivery.entry
-            if offset is not None and entry.path == path and entry.offset <= offset < entry.offset + entry.nbytes:
-                return name
+        if offset is None:
+            return None
+        for chunks in self._chunks.values():
+            for entry in chunks[0].entries:
+                if entry.path == path and entry.offset <= offset < entry.offset + entry.nbytes:
+                    return entry.name
         return None
+
+
+def _go_together(batch: _Chunk, chunk: _Chunk) -> bool:
+    """Whether `chunk` may land behind what lands in `batch` already."""
+    first, entry = batch.delivery.entry, chunk.delivery.entry
+    return (
+        chunk.delivery.batch is not None
+        and chunk.delivery.batch == batch.delivery.batch
+        and chunk.lane is batch.lane
+        and not (batch.early or chunk.early)
+        and (entry.dtype, entry.shape, entry.stride) == (first.dtype, first.shape, None)
+        and 0 < batch.nbytes + chunk.nbytes <= chunk.lane.band_bytes
+    )
 
 
 def _bands_of(chunk: _Chunk, memory: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:

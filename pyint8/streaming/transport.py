@@ -17,12 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A range of a file, in bytes, and the memory (a tensor of uint8, or a storage, on a lane's device) it fills."""
+    """A range of a file, in bytes, and the memory (a tensor of uint8, or a storage, on a lane's device) it fills.
+
+    It begins at byte `at` of the memory.
+    """
 
     path: str
     offset: int
     nbytes: int
     memory: torch.Tensor | torch.UntypedStorage
+    at: int = 0
 
 
 class Transport:
@@ -73,7 +77,7 @@ class Transport:
             ReadError: A file cannot be opened.
             DeviceError: Memory cannot be pinned.
         """
-        wanted = [(self._file(read.path), read.offset, read.nbytes, read.memory.data_ptr()) for read in reads]
+        wanted = [(self._file(read.path), read.offset, read.nbytes, read.memory.data_ptr() + read.at) for read in reads]
         return self.engine.submit(lane.index, wanted, lane.stream, first)
 
     def close(self) -> None:

@@ -21,7 +21,8 @@ from pyint8 import StreamOptions
 from pyint8.checkpoint import DTYPES, Checkpoint, Entry, open_checkpoint
 from pyint8.errors import CancelledError, CheckpointError, DeviceError, ReadError, TruncatedError
 from pyint8.extension import _core
-from pyint8.streaming import Delivery, HeadStart, Lane, StreamSource, TensorStream, Transport, open_lane
+from pyint8.streaming import Delivery, EarlyTensor, HeadStart, Lane, StreamSource, TensorStream, Transport, open_lane
+from pyint8.streaming.transport import Read
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -295,6 +296,79 @@ def test_without_kernels_torch_turns_and_says_so_once(
     assert record.levelno == logging.WARNING
     assert record.getMessage() == ("Conv1D weights are turned by torch, more slowly: no kernel image is available")
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(without, with_kernels, strict=True))
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+EXPERTS: dict[str, Spec] = {
+    **{f"gate.{number}": ("BF16", (16, 64)) for number in range(100)},  # 2 KiB each; a batch has 128 KiB at most
+    **{f"up.{number}": ("BF16", (64, 16)) for number in range(3)},
+    "other": ("BF16", (64, 16)),
+    "alone": ("F32", (5,)),
+}
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return write(tmp_path_factory.mktemp("experts") / "model.safetensors", EXPERTS)
+
+
+def in_batches(experts: Checkpoint) -> list[Delivery]:
+    return [Delivery(entry, CPU, batch="b" if name == "other" else "a") for name, entry in experts.items()]
+
+
+def test_batches_land_together_and_are_cast_at_once(experts: Checkpoint) -> None:
+    memory: dict[int, list[str]] = {}
+    kept = []
+    with TensorStream(in_batches(experts), TINY) as stream:
+        for name, entry in experts.items():
+            tensor = stream.batched(name, torch.float64)
+            kept.append(tensor)
+            memory.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
+            expected = torch.frombuffer(bytearray(stored(entry)), dtype=entry.torch_dtype).view(entry.torch_shape)
+            assert tensor.is_contiguous()
+            assert torch.equal(tensor.nan_to_num(nan=0.5), expected.double().nan_to_num(nan=0.5))
+    names = list(EXPERTS)
+    assert list(memory.values()) == [names[:64], names[64:100], names[100:103], ["other"], ["alone"]]
+
+
+def test_a_batch_in_any_order(experts: Checkpoint) -> None:
+    names = list(EXPERTS)
+    random.Random(0).shuffle(names)
+    landed: list[int] = []
+    with TensorStream(in_batches(experts), TINY, on_bytes=landed.append) as stream:
+        for name in names:
+            assert content(stream.batched(name, experts[name].torch_dtype)) == stored(experts[name])
+        assert stream.stats()["bytes_delivered"] == experts.nbytes
+    assert sum(landed) == experts.nbytes
+
+
+def test_what_landed_early_is_in_no_batch(experts: Checkpoint) -> None:
+    start = HeadStart(CPU, (), 0, TINY)
+    transport, early = start.take()
+    lane = transport.lane(CPU)
+    entry = experts["gate.7"]
+    storage = torch.UntypedStorage(entry.nbytes)
+    ticket = transport.submit(lane, [Read(entry.path, entry.offset, entry.nbytes, storage)])
+    early[entry.name] = EarlyTensor(entry, lane, storage, ticket)
+    with TensorStream(in_batches(experts), TINY, transport=transport, early=early) as stream:
+        found = {name: stream.batched(name, experts[name].torch_dtype) for name in experts}
+        for name, tensor in found.items():
+            assert content(tensor) == stored(experts[name])
+        assert found["gate.7"].untyped_storage().nbytes() == entry.nbytes
+        assert found["gate.6"].untyped_storage().nbytes() == 7 * entry.nbytes
+
+
+def test_an_error_names_the_tensor_of_a_batch(tmp_path: Path) -> None:
+    checkpoint = write(tmp_path / "x", EXPERTS)
+    cut = checkpoint["gate.70"].offset + 1
+    os.truncate(checkpoint.files[0], cut)
+    with TensorStream(in_batches(checkpoint), StreamOptions(threads=1, slot_bytes=8192, host_scratch=MIB)) as stream:
+        for name in list(checkpoint)[:64]:
+            stream.batched(name, torch.float32)
+        with pytest.raises(TruncatedError) as caught:
+            stream.batched("gate.64", torch.float32)
+        assert (caught.value.tensor, caught.value.offset) == ("gate.70", cut)
 
 
 # --- a head start -----------------------------------------------------------------------------------------------------

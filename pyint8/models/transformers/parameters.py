@@ -19,7 +19,7 @@ from pyint8.errors import QuantizationStateError
 from pyint8.models import checks
 from pyint8.models.delivery import cast_in_bands, deliver_cast, find_overflow
 from pyint8.models.transformers.ahead import MadeAhead
-from pyint8.models.transformers.plan import LoadPlan, Target
+from pyint8.models.transformers.plan import LoadPlan, Target, stacks
 from pyint8.quantizer import Int8Quantizer, TensorSource
 from pyint8.report import LoadReport
 from pyint8.streaming import Delivery, EarlyTensor, HeadStart, StreamSource, TensorStream, Transport
@@ -192,6 +192,7 @@ class ParameterMaker:
         if self._stays_on_disk(target):
             return []
         deliveries = []
+        batch = target.name if stacks(target) else None
         for name in target.collected():
             entry, device, in_bands = self._checkpoint[name], self._landing_device(target), False
             if name == target.format:
@@ -200,7 +201,7 @@ class ParameterMaker:
                 quantized = self._quantizer.check_quantized_param(target.name)
                 dtype = self._places[target.name].dtype
                 in_bands = self._quantizer.reads_bands if quantized else cast_in_bands(entry, dtype)
-            deliveries.append(Delivery(entry, device, in_bands))
+            deliveries.append(Delivery(entry, device, in_bands, batch))
         return deliveries
 
     def _landing_device(self, target: Target) -> torch.device:
@@ -241,7 +242,7 @@ class ParameterMaker:
 
     def _read(self, stream: TensorStream, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """A source of a conversion, as transformers would hand it over: on its device, in the target's dtype."""
-        return stream.whole(name).to(device=device, dtype=dtype)
+        return stream.batched(name, dtype).to(device)
 
     def _finished(self, name: str, value: Any, sources: list[Entry]) -> torch.Tensor:
         """One result of a conversion, quantized where that is wanted, on its device."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers.core_model_loading import (
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     WeightTransform,
@@ -147,3 +148,9 @@ class _Renamer:
 def entry_of(target: Target, checkpoint: Checkpoint) -> Entry | None:
     """The entry that a target uses as it is."""
     return None if target.source is None else checkpoint[target.source]
+
+
+def stacks(target: Target) -> bool:
+    """Whether a conversion copies its sources into one tensor: a merge of experts."""
+    operations = getattr(target.converter, "operations", ())
+    return any(isinstance(operation, MergeModulelist) for operation in operations)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shutil
+import signal
 import threading
 import time
 from collections import Counter
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from zoo import CheckpointStore  # not before a test needs it: it takes seconds
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported; no test may look for a network
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background was started to ignore it
 
 
 @pytest.fixture(scope="session")

@@ -36,6 +36,7 @@ def require_packages() -> None:
     if version is None:
         raise MissingDependencyError("loading in int8 needs bitsandbytes: `pip install -U bitsandbytes`")
     if version < Version(MINIMUM_BITSANDBYTES):
+        _version.cache_clear()  # for who follows the advice, and tries again
         raise DependencyVersionError(
             f"bitsandbytes {version} is too old for int8 weights: at least {MINIMUM_BITSANDBYTES} is needed; "
             "`pip install -U bitsandbytes`"

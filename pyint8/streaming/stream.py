@@ -49,7 +49,7 @@ class _Chunk:
     lane: Lane
     row: int
     rows: int
-    offset: int
+    start: int  # of what lands, in bytes from the start of the entry
     nbytes: int
     passes: bool = False  # through scratch
     early: bool = False  # there, or asked for, before the stream was, so in no budget
@@ -185,7 +185,7 @@ class TensorStream:
         if entry.value is not None:
             return [_Chunk(delivery, lane, 0, rows, 0, entry.nbytes, early=True)]
         if not delivery.in_bands or not entry.torch_shape or entry.nbytes == 0 or entry.stride is not None:
-            return [_Chunk(delivery, lane, 0, rows, entry.offset, entry.nbytes)]
+            return [_Chunk(delivery, lane, 0, rows, 0, entry.nbytes)]
         row_bytes = entry.nbytes // rows
         step = _rows_in_band(entry, lane)
         return [
@@ -194,7 +194,7 @@ class TensorStream:
                 lane,
                 row,
                 min(step, rows - row),
-                entry.offset + row * row_bytes,
+                row * row_bytes,
                 min(step, rows - row) * row_bytes,
                 passes=row_bytes <= lane.ring.size,
             )
@@ -217,7 +217,7 @@ class TensorStream:
             return []
         del early[entry.name]
         rows = entry.torch_shape[0] if entry.torch_shape else 1
-        chunk = _Chunk(delivery, tensor.lane, 0, rows, entry.offset, entry.nbytes, early=True)
+        chunk = _Chunk(delivery, tensor.lane, 0, rows, 0, entry.nbytes, early=True)
         chunk.memory, chunk.ticket = tensor.memory, tensor.ticket
         return [chunk]
 
@@ -278,12 +278,9 @@ class TensorStream:
         reads: list[Read] = []
         for chunk in chunks:
             assert chunk.memory is not None
-            if len(chunk.entries) == 1:
-                reads.append(Read(chunk.delivery.entry.path, chunk.offset, chunk.nbytes, chunk.memory))
-            else:
-                starts = range(0, chunk.nbytes, chunk.entries[0].nbytes)
-                for at, entry in zip(starts, chunk.entries, strict=True):
-                    reads.append(Read(entry.path, entry.offset, entry.nbytes, chunk.memory, at))
+            share = chunk.nbytes // len(chunk.entries)
+            for number, entry in enumerate(chunk.entries):
+                reads.append(Read(entry.path, entry.offset + chunk.start, share, chunk.memory, number * share))
         ticket = self._transport.submit(chunks[0].lane, reads, first=first)
         for chunk in chunks:
             chunk.ticket = ticket
@@ -340,7 +337,8 @@ def _go_together(batch: _Chunk, chunk: _Chunk) -> bool:
         and chunk.delivery.batch == batch.delivery.batch
         and chunk.lane is batch.lane
         and not (batch.early or chunk.early)
-        and (entry.dtype, entry.shape, entry.stride) == (first.dtype, first.shape, None)
+        and (entry.dtype, entry.shape) == (first.dtype, first.shape)
+        and entry.stride is first.stride is None
         and 0 < batch.nbytes + chunk.nbytes <= chunk.lane.band_bytes
     )
 

@@ -1,5 +1,6 @@
 """The verbs of the int8 lifecycle, each with its behaviour and its refusals."""
 
+import importlib.metadata
 import logging
 import subprocess
 import sys
@@ -63,6 +64,16 @@ def test_absent_packages_are_refused(installed: Versions) -> None:
     installed(bitsandbytes=None)
     with pytest.raises(errors.MissingDependencyError, match="int8 needs bitsandbytes: `pip install -U bitsandbytes`"):
         quantizer.validate_environment()
+
+
+def test_an_upgrade_is_seen(installed: Versions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a notebook: what the message says to do, then the same load again."""
+    quantizer = Int8Quantizer(Int8Config())
+    installed(bitsandbytes="0.9.5")
+    with pytest.raises(errors.DependencyVersionError):
+        quantizer.validate_environment()
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "1.0.0")
+    quantizer.validate_environment()
 
 
 @pytest.mark.parametrize("version", ["0.37.1", "0.9.5", "0.37.2.dev0"])

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -341,6 +342,17 @@ def test_a_batch_in_any_order(experts: Checkpoint) -> None:
             assert content(stream.batched(name, experts[name].torch_dtype)) == stored(experts[name])
         assert stream.stats()["bytes_delivered"] == experts.nbytes
     assert sum(landed) == experts.nbytes
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_what_is_not_contiguous_is_in_no_batch(experts: Checkpoint, number: int) -> None:
+    entries = [experts[f"gate.{number}"] for number in range(3)]
+    entries[number] = replace(entries[number], stride=(1, 16))
+    with TensorStream([Delivery(entry, CPU, batch="a") for entry in entries], TINY) as stream:
+        found = [stream.batched(entry.name, torch.bfloat16) for entry in entries]
+    for entry, tensor in zip(entries, found, strict=True):
+        elements = torch.frombuffer(bytearray(stored(entry)), dtype=torch.bfloat16)
+        assert content(tensor) == content(entry.shaped(elements))
 
 
 def test_what_landed_early_is_in_no_batch(experts: Checkpoint) -> None:

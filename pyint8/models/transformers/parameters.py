@@ -19,7 +19,7 @@ from pyint8.errors import QuantizationStateError
 from pyint8.models import checks
 from pyint8.models.delivery import cast_in_bands, deliver_cast, find_overflow
 from pyint8.models.transformers.ahead import MadeAhead
-from pyint8.models.transformers.plan import LoadPlan, Target, stacks
+from pyint8.models.transformers.plan import LoadPlan, Target
 from pyint8.quantizer import Int8Quantizer, TensorSource
 from pyint8.report import LoadReport
 from pyint8.streaming import Delivery, EarlyTensor, HeadStart, StreamSource, TensorStream, Transport
@@ -192,7 +192,7 @@ class ParameterMaker:
         if self._stays_on_disk(target):
             return []
         deliveries = []
-        batch = target.name if stacks(target) else None
+        batch = target.name if target.stacks else None
         for name in target.collected():
             entry, device, in_bands = self._checkpoint[name], self._landing_device(target), False
             if name == target.format:

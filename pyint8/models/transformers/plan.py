@@ -42,6 +42,12 @@ class Target:
         """The one tensor that is used as it is; None where there is a converter, or only scales."""
         return self.sources[0][0] if self.converter is None and self.sources else None
 
+    @property
+    def stacks(self) -> bool:
+        """Whether its converter copies the sources into one tensor: a merge of experts."""
+        operations = () if self.converter is None else self.converter.operations
+        return any(isinstance(operation, MergeModulelist) for operation in operations)
+
     def makes(self) -> list[str]:
         """The names of all parameters it makes."""
         if self.converter is None:
@@ -148,9 +154,3 @@ class _Renamer:
 def entry_of(target: Target, checkpoint: Checkpoint) -> Entry | None:
     """The entry that a target uses as it is."""
     return None if target.source is None else checkpoint[target.source]
-
-
-def stacks(target: Target) -> bool:
-    """Whether a conversion copies its sources into one tensor: a merge of experts."""
-    operations = getattr(target.converter, "operations", ())
-    return any(isinstance(operation, MergeModulelist) for operation in operations)

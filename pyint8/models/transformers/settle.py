@@ -9,7 +9,7 @@ import torch
 
 from pyint8.checkpoint import Checkpoint
 from pyint8.models import checks
-from pyint8.models.transformers.plan import LoadPlan, Target, entry_of, stacks
+from pyint8.models.transformers.plan import LoadPlan, Target, entry_of
 from pyint8.quantizer import Int8Quantizer
 
 _TIED = "its weight is tied to another"
@@ -104,7 +104,7 @@ def _check_sources(target: Target, checkpoint: Checkpoint) -> None:
     companion = target.scales or target.format
     if companion is not None and not target.sources:
         checks.refuse_orphan(checkpoint[companion], target.name)
-    if not stacks(target):
+    if not target.stacks:
         return
     first: dict[str | None, tuple[int, ...]] = {}
     for name, pattern in target.sources:  # they are stacked: experts of one shape

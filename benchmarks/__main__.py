@@ -26,9 +26,10 @@ from benchmarks.contenders import CONTENDERS, ON_GPU, shards
 _GB = 1e9
 _ON_GPU = ("llama-8b", "gpt2-xl", "llama-8b-int8", "qwen3-moe", "llama-70b-layers")
 _ON_CPU = ("llama-1b", "gpt2-xl")
-_COLD = ("pyint8", "pyint8-direct", "transformers-int8", "safetensors", "instanttensor")
+_ONLY_COLD = ("pyint8-direct", "read-buffered", "read-direct")  # hot, they read the page cache as others do
+_COLD = ("pyint8", *_ONLY_COLD, "transformers-int8", "safetensors", "instanttensor")
 _OURS = ("pyint8", "pyint8-direct", "raw-engine", "imports")
-_MEASURES = ("transformers-int8", "free-lifecycle", "safetensors-prefetch-int8")
+_MEASURES = ("transformers-int8", "free-lifecycle", "safetensors-prefetch-int8", "read-buffered", "read-direct")
 _SPREAD = ("pyint8", "raw-engine", "transformers-int8")
 _START = ("imports", "pyint8")
 
@@ -64,7 +65,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def cases(parsed: argparse.Namespace) -> list[suite.Case]:
     """The lines of the table that were asked for; not every contender is worth waiting for a cold disk."""
-    hot = [name for name in parsed.contender if name != "pyint8-direct"]  # the page cache is read as ever
+    hot = [name for name in parsed.contender if name not in _ONLY_COLD]
     chosen = [suite.Case(name) for name in hot if "hot" in parsed.cache]
     for cache in [cache for cache in ("half", "cold") if cache in parsed.cache]:
         chosen += [suite.Case(name, cache=cache) for name in parsed.contender if name in _COLD]

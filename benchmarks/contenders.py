@@ -7,6 +7,7 @@ needs itself, so that one that is not installed fails alone, with the reason.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks.ceilings import read_by_threads
 
 DTYPE = torch.float16
 ON_GPU = torch.cuda.is_available()
@@ -26,7 +29,7 @@ class Contender:
     """One way to load.
 
     Attributes:
-        gives: "int8 model", "16-bit model", "tensors" or "uninitialized model".
+        gives: "int8 model", "16-bit model", "tensors", "uninitialized model" or "nothing".
         load: Returns what was loaded, and details for the record.
         needs_gpu: Whether it is left out on a machine without one.
         imports: What the time of `load` should not count; run before the clock starts.
@@ -118,6 +121,12 @@ def _raw_engine(folder: Path) -> tuple[Any, dict[str, Any]]:
         for stream in streams:
             stream.close()
     return None, {"set_up_seconds": set_up, "stream_seconds": streamed, "engine": engine}
+
+
+def _read(folder: Path, *, direct: bool) -> tuple[Any, dict[str, Any]]:
+    """What the disk gives a plain reader that keeps nothing."""
+    read_by_threads(shards(folder), len(os.sched_getaffinity(0)), direct=direct)
+    return None, {}
 
 
 def _transformers_int8(folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -221,6 +230,8 @@ CONTENDERS: dict[str, Contender] = {
     "pyint8": Contender("int8 model", _pyint8, imports=_import_pyint8),
     "pyint8-direct": Contender("int8 model", partial(_pyint8, direct_io=True), imports=_import_pyint8),
     "raw-engine": Contender("tensors", _raw_engine, imports=_import_pyint8),
+    "read-buffered": Contender("nothing", partial(_read, direct=False)),
+    "read-direct": Contender("nothing", partial(_read, direct=True)),
     "transformers-int8": Contender("int8 model", _transformers_int8, imports=_import_model_code),
     "accelerate-int8": Contender("int8 model", _accelerate_int8, needs_gpu=True, imports=_import_model_code),
     "transformers-16bit": Contender("16-bit model", _transformers_16bit, imports=_import_model_code),

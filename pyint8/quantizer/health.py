@@ -52,7 +52,7 @@ class _Values:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._full: list[torch.Tensor] = []
-        self._buffer = torch.empty(0, device=device)
+        self._buffer = torch.empty(0, dtype=torch.float32, device=device)  # whatever the default dtype is
         self._used = 0
         self.count = 0
 
@@ -60,7 +60,7 @@ class _Values:
         """Room for `count` of them."""
         if self._used + count > len(self._buffer):
             self._full.append(self._buffer[: self._used])
-            self._buffer = torch.empty(max(count, _VALUES_IN_BUFFER), device=self._device)
+            self._buffer = torch.empty(max(count, _VALUES_IN_BUFFER), dtype=torch.float32, device=self._device)
             self._used = 0
         self._used += count
         self.count += count
@@ -144,7 +144,7 @@ class WeightHealth:
                 _sum_rows(tensor.reshape(1, -1), self._room(cast.name, 0, tensor.device, 1, cast.find_overflow))
             else:  # many times faster there than a sum
                 room = self._room(cast.name, 0, tensor.device, 2, cast.find_overflow)
-                room.copy_(torch.stack(tensor.aminmax()))
+                room[0], room[1] = tensor.aminmax()  # not stacked, which autocast may refuse
         self._casts.clear()
 
     def _room(

@@ -11,6 +11,7 @@ import torch
 import transformers
 from oracle import compare_models, show
 from safetensors.torch import load_file, save_file
+from test_ambient_state import default_dtype
 from zoo import ZOO, CheckpointStore, checkpoint_store
 
 import pyint8
@@ -181,6 +182,16 @@ def test_two_devices_are_as_transformers_has_them(checkpoints: CheckpointStore, 
     tokens = torch.arange(2, 34)[None].to(0)
     with torch.no_grad():
         assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_default_dtype_makes_no_difference(checkpoints: CheckpointStore, name: str) -> None:
+    folder = checkpoints.folder(ZOO[name], "bf16")
+    expected = dict(pyint8.load(folder, 0).named_parameters())
+    with default_dtype(torch.bfloat16):
+        found = dict(pyint8.load(folder, 0).named_parameters())
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_the_first_use_of_a_device_in_a_process(checkpoints: CheckpointStore) -> None:

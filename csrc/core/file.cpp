@@ -14,12 +14,18 @@
 #include "plan.hpp"
 
 namespace pyint8 {
+namespace {
+
+const char* advice_for(int open_errno) {
+  if (open_errno == EMFILE || open_errno == ENFILE) return "cannot open the file (raise `ulimit -n`)";
+  return "cannot open the file (is it there, and readable by this user?)";
+}
+
+}  // namespace
 
 File::File(std::string path, bool direct) : path_(std::move(path)), direct_(-1) {
   buffered_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC);
-  if (buffered_ < 0)
-    throw Error::io("cannot open the file (is it there, and readable by this user?)", errno, path_,
-                    std::nullopt);
+  if (buffered_ < 0) throw Error::io(advice_for(errno), errno, path_, std::nullopt);
 #ifdef O_DIRECT
   if (direct) {
     twin_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);

@@ -1,3 +1,4 @@
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -190,6 +191,19 @@ TEST_CASE("descriptors are given back") {
   }
   CHECK_THROWS(File("/nowhere", true));
   CHECK(open_files() == before);
+}
+
+TEST_CASE("too many open files are told as that") {
+  const TempFile temporary(random_bytes(10, 1));
+  rlimit before{};
+  REQUIRE(::getrlimit(RLIMIT_NOFILE, &before) == 0);
+  const rlimit none{0, before.rlim_max};
+  REQUIRE(::setrlimit(RLIMIT_NOFILE, &none) == 0);
+  const Error error = error_of([&] { const File file(temporary.path(), false); });
+  REQUIRE(::setrlimit(RLIMIT_NOFILE, &before) == 0);
+  CHECK(error.system_errno() == EMFILE);
+  CHECK(error.path() == temporary.path());
+  CHECK(contains(error.message(), "ulimit -n"));
 }
 
 }  // namespace pyint8::testing

@@ -63,7 +63,7 @@ def fill_module(
         with report.phase("finish"):
             filler.place_the_rest()
             quantizer.postprocess_model(module, locate=filler.locate)
-            dispatch(module, filler.device_map, offload_folder)
+            dispatch(module, filler.device_map, offload_folder, filler.left_in_files)
     report.skipped = dict(quantizer.skipped)
     return module
 
@@ -96,6 +96,7 @@ class _Filler:
         self._dtype = dtype
         self._report = report
         self.device_map: dict[str, Any] = {}
+        self.left_in_files: dict[str, dict[str, str]] = {}  # see `placement.dispatch`
         self._ties = _tied_names(module)
         self._loaded: set[str] = set()
 
@@ -118,12 +119,16 @@ class _Filler:
         )
 
     def _settle_modules(self) -> None:
-        """Linear modules without a weight in the checkpoint, or with one that is not int8 there, stay ordinary."""
+        """Linear modules stay ordinary whose weight is not in the checkpoint, or not int8 there, and those that go by
+        several names, of which one was replaced."""
         absent = []
-        for name in list(self._quantizer.converted):
+        still_there = {id(module) for module in self._module.modules()}
+        for name, original in list(self._quantizer.converted.items()):
             weight = f"{name}.weight"
             entry = self._checkpoint.entries.get(weight)
-            if entry is None:
+            if id(original) in still_there:
+                self._quantizer.keep_unquantized(self._module, name, "the module has several names")
+            elif entry is None:
                 self._refuse_orphans(weight)
                 tied = weight in self._filled_by_ties()
                 reason = "its weight is tied to another" if tied else "its weight is not in the checkpoint"
@@ -152,12 +157,20 @@ class _Filler:
         self._report.loading_info = {"missing_keys": set(missing), "unexpected_keys": set(unexpected)}
         lost = [name for name in missing if own[name].is_meta]
         lost += [name for name, buffer in self._module.named_buffers() if buffer.is_meta and name not in own]
+        if own and len(missing) == len(own):
+            raise CheckpointError(
+                f"the checkpoint in {self._checkpoint.files[0]} has none of the module's names, such as {missing[0]}, "
+                f"but others, such as {next(iter(self._checkpoint), 'none')}; fill what they are of, not a wrapper"
+            )
         if lost:
             raise CheckpointError(
                 f"the checkpoint in {self._checkpoint.files[0]} has no such tensor, and the module holds no values for "
                 "it (it is on meta); are the names the module's own?",
                 tensor=lost[0],
             )
+        kept = [name for name in missing if name.rpartition(".")[0] not in self._quantizer.skipped]
+        if kept:
+            logger.warning("not in the checkpoint, so left as they are: %s", ", ".join(kept[:10]))
         if unexpected:
             logger.warning("the checkpoint's %s have no place in the module", ", ".join(unexpected[:10]))
 
@@ -183,6 +196,11 @@ class _Filler:
     def fill(self, options: StreamOptions, on_bytes: Callable[[int], None], on_total: Callable[[int], None]) -> None:
         own = self._module.state_dict()
         names = [name for name in self._checkpoint if name in own]  # by file and offset: read from front to back
+        parameters = {name for name, _ in self._module.named_parameters()}
+        for name in names:
+            if name in parameters and self._stays_on_disk(name):
+                self._leave(name)
+        names = [name for name in names if name not in self.left_in_files]
         deliveries = [delivery for name in names for delivery in self._deliveries(name)]
         on_total(sum(delivery.entry.nbytes for delivery in deliveries))
 
@@ -194,6 +212,23 @@ class _Filler:
             for name in names:
                 self._set(name, self._make(name, stream))
             self._report.engine = stream.stats()
+
+    def _stays_on_disk(self, name: str) -> bool:
+        """Whether accelerate can read it from the checkpoint itself, whenever a forward pass needs it."""
+        is_tied = any(name in group for group in self._ties)
+        in_safetensors = self._checkpoint[name].path.endswith(".safetensors")
+        return device_of(name, self.device_map) == "disk" and in_safetensors and not is_tied
+
+    def _leave(self, name: str) -> None:
+        entry = self._checkpoint[name]
+        dtype = self._target_dtype(entry.torch_dtype)
+        self._set(name, torch.empty(entry.torch_shape, dtype=dtype, device="meta"))
+        self._report.tensors["left on disk"] += 1
+        self.left_in_files[name] = {
+            "safetensors_file": entry.path,
+            "weight_name": name,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
 
     def place_the_rest(self) -> None:
         """Moves what the checkpoint did not hold (fresh heads, buffers) and ties again what was tied."""

@@ -143,6 +143,44 @@ def test_buffers_with_values_are_kept_and_those_stored_are_loaded(tmp_path: Path
     assert ours.calls == 7
 
 
+def test_what_the_checkpoint_lacks_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module = Net().eval()
+    before = module.norm.weight.detach().half()
+    ours, report = pyint8.load(
+        saved(tmp_path, drawn(Net()), "norm.weight", "calls"), "cpu", model=module, return_report=True
+    )
+    assert "not in the checkpoint, so left as they are: calls, norm.weight" in caplog.text
+    assert report.loading_info["missing_keys"] == {"calls", "norm.weight"}
+    assert torch.equal(ours.norm.weight, before)
+
+
+def test_a_wrapper_is_told_that_it_is_one(tmp_path: Path) -> None:
+    folder = saved(tmp_path, drawn(Net()))
+    with pytest.raises(CheckpointError, match=r"none of the module's names, such as _orig_mod\..* but others, such as"):
+        pyint8.load(folder, "cpu", model=torch.compile(Net()))
+
+
+def test_a_module_of_several_names_stays_one(tmp_path: Path) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(32, 32)
+            self.second = self.first
+            self.other = nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.other(self.second(self.first(x)))
+
+    source = drawn(Twice())
+    folder = saved(tmp_path, source)
+    ours, report = pyint8.load(folder, "cpu", model=Twice().eval(), config=ALL, dtype=torch.float32, return_report=True)
+    assert ours.first is ours.second
+    assert report.skipped == {"first": "the module has several names"}
+    assert torch.equal(ours.first.weight, source.first.weight)
+    assert ours.other.weight.dtype == torch.int8
+    assert ours(torch.ones(2, 32)).isfinite().all()
+
+
 def test_names_without_a_place_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = drawn(Net())
     source.register_buffer("ghost", torch.ones(1))

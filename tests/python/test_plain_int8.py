@@ -149,25 +149,53 @@ def test_what_is_refused_leaves_the_module_alone(wrong: dict[str, Any], tmp_path
     assert all(not after[name].is_meta and torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-def test_the_disk_needs_a_folder(tmp_path: Path) -> None:
-    folder = saved(tmp_path, drawn(Net()))
+def test_what_is_written_to_the_disk_needs_a_folder(tmp_path: Path) -> None:
+    folder = saved(tmp_path, drawn(Net()), "head.weight")
     offload = Int8Config(fp32_cpu_offload=True)
-    with pytest.raises(PlacementError, match=r'puts modules on "disk"; say where with offload_folder='):
+    with pytest.raises(PlacementError, match=r'puts head.weight on "disk"; say where with offload_folder='):
         pyint8.load(folder, {"": "cpu", "head": "disk"}, model=Net(), config=offload)
 
 
-def test_offloaded_modules_compute_what_they_would_in_place(tmp_path: Path) -> None:
+def in_pickles(tmp_path: Path, module: nn.Module) -> Path:
+    torch.save(module.state_dict(), tmp_path / "pytorch_model.bin")
+    return tmp_path
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "auto"], ids=str)
+@pytest.mark.parametrize("form", [saved, in_pickles])
+def test_offloaded_modules_compute_what_they_would_in_place(form: Any, dtype: Any, tmp_path: Path) -> None:
     source = drawn(Net())
-    folder = saved(tmp_path, source)
-    offload = Int8Config(fp32_cpu_offload=True)
-    ours = pyint8.load(
-        folder,
+    ours, report = pyint8.load(
+        form(tmp_path, source),
         {"": "cpu", "blocks.1": "disk"},
         model=Net().eval(),
+        dtype=dtype,
+        config=Int8Config(fp32_cpu_offload=True),
+        offload_folder=tmp_path / "offload",
+        return_report=True,
+    )
+    written = list((tmp_path / "offload").glob("*.dat"))
+    parameters = list(source.blocks[1].parameters())
+    if form is saved:  # safetensors are read where they are
+        assert not written
+        assert report.tensors["left on disk"] == len(parameters)
+        assert report.checkpoint_bytes == sum(t.nbytes for n, t in source.state_dict().items() if "blocks.1" not in n)
+    else:
+        assert len(written) == len(parameters)
+    reference = source if dtype == "auto" else source.to(dtype)
+    with torch.no_grad():
+        assert torch.equal(ours(IDS), reference(IDS))
+
+
+def test_tied_weights_go_to_the_disk_together(tmp_path: Path) -> None:
+    source = drawn(Net(tied=True))
+    ours = pyint8.load(
+        saved(tmp_path, source),
+        {"": "cpu", "head": "disk", "embed": "disk"},
+        model=Net(tied=True).eval(),
         dtype=torch.float32,
-        config=offload,
+        config=Int8Config(fp32_cpu_offload=True, skip_modules=["blocks", "head"]),
         offload_folder=tmp_path / "offload",
     )
-    assert any((tmp_path / "offload").iterdir())
     with torch.no_grad():
         assert torch.equal(ours(IDS), source(IDS))

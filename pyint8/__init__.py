@@ -22,8 +22,9 @@ def takeover() -> AbstractContextManager[None]:
 
     For programs whose calls cannot be changed: `from_pretrained(..., load_in_8bit)` in whatever form, and checkpoints
     that are int8 already. The models are the same, byte for byte, and keep nothing of pyint8; bad values are warned of,
-    not refused (`strict=False`); `PYINT8_*` environment variables are the options. transformers' registry of quantizers
-    has another entry until the block is left, for all threads. `python -m pyint8.run` runs a whole program like this.
+    not refused (`strict=False`); tensors that are in memory (`state_dict=`) are left to transformers; `PYINT8_*`
+    environment variables are the options. transformers' registry of quantizers has another entry until the block (of
+    several that overlap, the last) is left, for all threads. `python -m pyint8.run` runs a whole program like this.
     """
     from pyint8.models.transformers.takeover import takeover
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyint8.errors import OptionError
 
@@ -72,6 +72,11 @@ class Int8Config:
 
         return METHOD
 
+    if not TYPE_CHECKING:  # which knows the fields there are
+
+        def __getattr__(self, name: str) -> Any:
+            return bitsandbytes_field(self, name)
+
     def to_dict(self) -> dict[str, Any]:
         """The fields that bitsandbytes' configuration has for these, as transformers writes them down."""
         skip = self.skip_modules
@@ -84,6 +89,19 @@ class Int8Config:
             "llm_int8_enable_fp32_cpu_offload": self.fp32_cpu_offload,
             "llm_int8_has_fp16_weight": self.has_fp16_weight,
         }
+
+
+def bitsandbytes_field(config: Any, name: str) -> Any:
+    """A field by its name in `BitsAndBytesConfig`, for code of models that looks at `config.quantization_config`.
+
+    Raises:
+        AttributeError: There is no such field.
+    """
+    if name.startswith(("load_in_", "llm_int8_")):
+        fields = {"load_in_8bit": True, "load_in_4bit": False, **config.to_dict()}
+        if name in fields:
+            return fields[name]
+    raise AttributeError(f"{type(config).__name__!r} object has no attribute {name!r}")
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,11 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(_USAGE)
     sys.argv = program
     with takeover():
-        if is_module:
-            sys.path.insert(0, "")
+        if is_module:  # the current folder is first in sys.path already, for this module
             runpy.run_module(program[0], run_name="__main__", alter_sys=True)
         else:
-            sys.path.insert(0, str(Path(program[0]).resolve().parent))
+            if not getattr(sys.flags, "safe_path", False):
+                sys.path[0] = str(Path(program[0]).resolve().parent)
             runpy.run_path(program[0], run_name="__main__")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import stat
 from bisect import bisect_right
@@ -17,6 +18,8 @@ from .foreign import advice_for_file, advice_for_folder
 from .pickled import EXTENSIONS, PickledFile, read_pickled
 from .safetensors import SafetensorsFile, read_header
 
+logger = logging.getLogger("pyint8")
+
 CheckpointFile = SafetensorsFile | PickledFile
 
 # The single file and the index that transformers looks for, in each format.
@@ -26,6 +29,10 @@ _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 class Checkpoint(Mapping[str, Entry]):
     """Every tensor of one or more files, by name, in order of file and offset.
+
+    Args:
+        files: What each of them holds.
+        strict: Refuse a tensor that two of them hold; else the later one's is taken, as transformers does.
 
     Attributes:
         entries: The tensors by name.
@@ -37,20 +44,16 @@ class Checkpoint(Mapping[str, Entry]):
         CheckpointError: Two files hold a tensor of the same name.
     """
 
-    def __init__(self, files: Sequence[CheckpointFile]) -> None:
+    def __init__(self, files: Sequence[CheckpointFile], *, strict: bool = True) -> None:
         entries: dict[str, Entry] = {}
         self.metadata: dict[str, str] = {}
         self._nonempty: dict[str, list[Entry]] = {}
         for file in files:
-            for name, entry in file.entries.items():
-                if name in entries:
-                    raise CheckpointError(
-                        f"the tensor is in {entries[name].path} too; remove one of the two",
-                        path=file.path,
-                        tensor=name,
-                        offset=entry.offset,
-                    )
-                entries[name] = entry
+            for name in [name for name in file.entries if name in entries]:
+                problem = f"the tensor is in {entries[name].path} too; remove one of the two"
+                _refuse(CheckpointError(problem, path=file.path, tensor=name, offset=file.entries[name].offset), strict)
+                del entries[name]
+            entries |= file.entries
             self.metadata = {**file.metadata, **self.metadata}
             self._nonempty[file.path] = [entry for entry in file.entries.values() if entry.nbytes]
         self.entries: Mapping[str, Entry] = MappingProxyType(entries)
@@ -97,6 +100,7 @@ def open_checkpoint(
     subfolder: str = "",
     variant: str | None = None,
     use_safetensors: bool | None = None,
+    strict: bool = True,
 ) -> Checkpoint:
     """Find the checkpoint of a folder as transformers does, and read its headers.
 
@@ -106,6 +110,8 @@ def open_checkpoint(
         subfolder: Where in the folder to look.
         variant: "fp16" makes that `model.fp16.safetensors` and `model.safetensors.index.fp16.json`.
         use_safetensors: True looks for safetensors alone, False for the other format alone.
+        strict: Refuse shards that do not agree with their index, or of which two hold the same tensor; else warn, and
+            take all that the shards hold, as transformers does.
 
     Raises:
         CheckpointNotFoundError: There is no such path, no checkpoint in the folder, only one of another format, or a
@@ -119,7 +125,7 @@ def open_checkpoint(
         if subfolder or variant is not None:
             raise OptionError(f"subfolder and variant are for a folder, and {path} is a file; give the file alone")
         if path.endswith(".index.json"):
-            return _open_sharded(os.path.dirname(path), path)
+            return _open_sharded(os.path.dirname(path), path, strict)
         return Checkpoint([_read_file(path)])
     folder = os.path.join(path, subfolder) if subfolder else path
     formats = {None: (_SAFETENSORS, _PICKLED), True: (_SAFETENSORS,), False: (_PICKLED,)}[use_safetensors]
@@ -128,11 +134,11 @@ def open_checkpoint(
         if _is_file(os.path.join(folder, single)):
             return Checkpoint([_read_file(os.path.join(folder, single))])
         if _is_file(os.path.join(folder, index)):
-            return _open_sharded(folder, os.path.join(folder, index))
+            return _open_sharded(folder, os.path.join(folder, index), strict)
     raise _nothing_in(folder, looked_for)
 
 
-def checkpoint_of_files(files: Sequence[str]) -> Checkpoint:
+def checkpoint_of_files(files: Sequence[str], *, strict: bool = True) -> Checkpoint:
     """Read the headers of files that somebody else (transformers, the hub) has already resolved.
 
     Where a folder holds an index (`*.index.json`, or `*.index.<variant>.json`) that names exactly the given files of
@@ -140,6 +146,7 @@ def checkpoint_of_files(files: Sequence[str]) -> Checkpoint:
 
     Args:
         files: The files, in the order the checkpoint shall have.
+        strict: See `open_checkpoint`.
 
     Raises:
         CheckpointNotFoundError: A file is missing, or none was given.
@@ -148,7 +155,7 @@ def checkpoint_of_files(files: Sequence[str]) -> Checkpoint:
     """
     if not files:
         raise CheckpointNotFoundError("no checkpoint file was given; give at least one")
-    checkpoint = Checkpoint([_read_file(file) for file in files])
+    checkpoint = Checkpoint([_read_file(file) for file in files], strict=strict)
     by_folder: dict[str, dict[str, str]] = {}
     for file in checkpoint.files:
         folder, name = os.path.split(file)
@@ -157,7 +164,7 @@ def checkpoint_of_files(files: Sequence[str]) -> Checkpoint:
         for index, raw in _indexes_that_mention(folder, paths):
             weight_map = _weight_map(index, raw)
             if set(weight_map.values()) == paths.keys():
-                _check_agreement(checkpoint, index, weight_map, paths)
+                _check_agreement(checkpoint, index, weight_map, paths, strict)
     return checkpoint
 
 
@@ -201,11 +208,11 @@ def _read_bytes(path: str) -> bytes:
         return file.read()
 
 
-def _open_sharded(folder: str, index: str) -> Checkpoint:
+def _open_sharded(folder: str, index: str, strict: bool) -> Checkpoint:
     weight_map = _weight_map(index, _read_bytes(index))
     paths = {shard: os.path.join(folder, shard) for shard in sorted(set(weight_map.values()))}
-    checkpoint = Checkpoint([_read_shard(path, index, weight_map) for path in paths.values()])
-    _check_agreement(checkpoint, index, weight_map, paths)
+    checkpoint = Checkpoint([_read_shard(path, index, weight_map) for path in paths.values()], strict=strict)
+    _check_agreement(checkpoint, index, weight_map, paths, strict)
     return checkpoint
 
 
@@ -240,24 +247,40 @@ def _weight_map(path: str, raw: bytes) -> dict[str, str]:
     return weight_map
 
 
-def _check_agreement(checkpoint: Checkpoint, index: str, weight_map: dict[str, str], paths: Mapping[str, str]) -> None:
+def _check_agreement(
+    checkpoint: Checkpoint, index: str, weight_map: dict[str, str], paths: Mapping[str, str], strict: bool
+) -> None:
+    for error in _disagreements(checkpoint, index, weight_map, paths):
+        _refuse(error, strict)
+        return  # one is enough to say
+
+
+def _disagreements(
+    checkpoint: Checkpoint, index: str, weight_map: dict[str, str], paths: Mapping[str, str]
+) -> Iterator[CheckpointError]:
     advice = "the index and its shards are not of one checkpoint: download them again"
     for name, shard in weight_map.items():
         entry = checkpoint.entries.get(name)
         if entry is None or entry.path != paths[shard]:
             where = "no shard has it" if entry is None else f"it is in {entry.path}"
-            raise CheckpointError(
+            yield CheckpointError(
                 f"{index} says that the file holds this tensor, but {where}; {advice}", path=paths[shard], tensor=name
             )
     shards = set(paths.values())
     for name, entry in checkpoint.entries.items():
         if entry.path in shards and name not in weight_map:
-            raise CheckpointError(
+            yield CheckpointError(
                 f"{index} does not name this tensor, but the file holds it; {advice}",
                 path=entry.path,
                 tensor=name,
                 offset=entry.offset,
             )
+
+
+def _refuse(error: CheckpointError, strict: bool) -> None:
+    if strict:
+        raise error
+    logger.warning("%s (loaded all the same, as transformers does)", error)
 
 
 def _nothing_in(folder: str, looked_for: Sequence[str]) -> CheckpointNotFoundError:

@@ -188,6 +188,28 @@ def test_index_and_shards_must_agree(tmp_path, shards, weight_map, tensor, shard
         assert words == "the tensor is in " or os.path.join(folder, INDEX) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("shards", "weight_map", "words"),
+    [
+        (SHARDS, {**WEIGHT_MAP, "d": ONE}, "no shard has it"),
+        (SHARDS, {**WEIGHT_MAP, "b": TWO}, "but it is in "),
+        (SHARDS, {"a": ONE, "c": TWO}, "does not name this tensor"),
+        ({ONE: ["a", "b"], TWO: ["c", "b"]}, {**WEIGHT_MAP, "b": TWO}, "the tensor is in "),
+    ],
+)
+def test_disagreement_can_be_let_pass(tmp_path, shards, weight_map, words, caplog):
+    folder = sharded(tmp_path, shards, weight_map)
+    files = [os.path.join(folder, name) for name in SHARDS]
+    for opened in (open_checkpoint(folder, strict=False), checkpoint_of_files(files, strict=False)):
+        assert sorted(opened) == ["a", "b", "c"]
+        later = {name: shard for shard in (ONE, TWO) for name in shards[shard]}  # transformers takes the last
+        assert {name: os.path.basename(entry.path) for name, entry in opened.items()} == later
+        assert [entry.path for entry in opened.values()] == sorted(entry.path for entry in opened.values())
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert all(words in text and "loaded all the same" in text for text in said)
+
+
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     held=st.lists(st.sets(st.sampled_from("abcd"), min_size=1), min_size=1, max_size=3),

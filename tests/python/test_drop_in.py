@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import json
+import os
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +17,17 @@ import pytest
 import torch
 import transformers as tf
 from oracle import compare_loading_info, compare_models, compare_outputs, peer_load, remains, show
+from safetensors.torch import load_file, save_file
 from test_identity import SERIALIZABLE
+from transformers import core_model_loading
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from zoo import PREQUANTIZED, ZOO, CheckpointStore
 
 import pyint8
 from pyint8.checkpoint import open_checkpoint
-from pyint8.errors import NonFiniteWeightError
+from pyint8.errors import CheckpointError, NonFiniteWeightError
+from pyint8.models.transformers.quantizer import StreamedInt8HfQuantizer
 from pyint8.models.transformers.session import LoadSession
 
 CPU = {"": "cpu"}
@@ -35,21 +41,23 @@ def delivered(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     close = LoadSession.close
 
     def noting(session: LoadSession) -> None:
+        was_open = session._maker is not None
         close(session)
-        if session.report.engine:
+        if was_open:
             seen.append(int(session.report.engine["bytes_delivered"]))
-            session.report.engine = {}
 
     monkeypatch.setattr(LoadSession, "close", noting)
     return seen
 
 
-def load_by(way: str, folder: Path, cls: Any, config: pyint8.Int8Config, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+def load_by(
+    way: str, folder: Path | None, cls: Any, int8: pyint8.Int8Config, **kwargs: Any
+) -> tuple[Any, dict[str, Any]]:
     torch.manual_seed(0)
     if way == "config":
-        return cls.from_pretrained(folder, quantization_config=config, output_loading_info=True, **kwargs)
+        return cls.from_pretrained(folder, quantization_config=int8, output_loading_info=True, **kwargs)
     with pyint8.takeover():
-        genuine = tf.BitsAndBytesConfig(**{k: v for k, v in config.to_dict().items() if k != "quant_method"})
+        genuine = tf.BitsAndBytesConfig(**{k: v for k, v in int8.to_dict().items() if k != "quant_method"})
         return cls.from_pretrained(folder, quantization_config=genuine, output_loading_info=True, **kwargs)
 
 
@@ -137,6 +145,100 @@ def test_a_takeover_ends(fails: bool) -> None:
     assert AUTO_QUANTIZER_MAPPING["bitsandbytes_8bit"] is Bnb8BitHfQuantizer
 
 
+def test_takeovers_may_overlap() -> None:
+    """As blocks in two threads do: the first ends before the second."""
+    first, second = pyint8.takeover(), pyint8.takeover()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert AUTO_QUANTIZER_MAPPING["bitsandbytes_8bit"] is StreamedInt8HfQuantizer
+    second.__exit__(None, None, None)
+    assert AUTO_QUANTIZER_MAPPING["bitsandbytes_8bit"] is Bnb8BitHfQuantizer
+
+
+@pytest.mark.parametrize("way", ["config", "takeover"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_tensors_in_memory_are_left_to_transformers(name: str, way: str, checkpoints: CheckpointStore) -> None:
+    model = ZOO[name]
+    folder = checkpoints.folder(model, "bf16")
+    memory = {
+        "config": tf.AutoConfig.from_pretrained(folder),
+        "state_dict": load_file(folder / "model.safetensors"),
+        "device_map": CPU,
+    }
+    cls = {"llama": tf.LlamaForCausalLM, "gpt2": tf.GPT2LMHeadModel}[name]
+    theirs = cls.from_pretrained(None, quantization_config=IN_8BIT, **memory)
+    ours, _ = load_by(way, None, cls, pyint8.Int8Config(), **memory)
+    found = compare_models(ours, theirs, allow=[SERIALIZABLE])
+    assert not found, show(found)
+    assert remains(ours) == []
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("way", ["config", "takeover"])
+def test_an_interrupt_leaves_nothing(way: str, checkpoints: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in transformers' own code, while pyint8's threads read; Python's garbage collector is not waited for."""
+    set_parameter, calls = core_model_loading.set_param_for_module, []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return set_parameter(*args, **kwargs)
+
+    monkeypatch.setattr(core_model_loading, "set_param_for_module", interrupted)
+    folder = checkpoints.folder(ZOO["llama"], "bf16")
+    gc.collect()
+    gc.disable()
+    try:
+        with suppress(KeyboardInterrupt):
+            load_by(way, folder, tf.LlamaForCausalLM, pyint8.Int8Config())
+        calls.clear()
+        opened = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+    finally:
+        gc.enable()
+    assert not [path for path in opened if path.startswith(str(folder))]
+
+
+@pytest.mark.parametrize("lie", ["unnamed", "twice"])
+def test_an_index_that_lies(lie: str, copy_of: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Who asks for pyint8 is told; who does not know of it gets what transformers makes of it, and a word."""
+    folder = copy_of("llama_sharded", "bf16")
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    name = "model.layers.0.self_attn.q_proj.weight"
+    if lie == "unnamed":
+        del content["weight_map"][name]
+        index.write_text(json.dumps(content))
+    else:
+        file = folder / max(content["weight_map"].values())
+        save_file(load_file(file) | {name: torch.ones(64, 64).bfloat16()}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=name):
+        load_by("config", folder, tf.LlamaForCausalLM, pyint8.Int8Config(), device_map=CPU)
+    theirs, _ = peer_load(folder, tf.LlamaForCausalLM, device_map=CPU)
+    ours, _ = load_by("takeover", folder, tf.LlamaForCausalLM, pyint8.Int8Config(), device_map=CPU)
+    found = compare_models(ours, theirs, allow=[SERIALIZABLE])
+    assert not found, show(found)
+    assert f"tensor '{name}'" in caplog.text
+
+
+class Curious(tf.LlamaForCausalLM):  # type: ignore[misc]
+    """Some models look at how they will be quantized while they are built."""
+
+    def __init__(self, config: tf.LlamaConfig) -> None:
+        self.seen = [getattr(config.quantization_config, name) for name in ("load_in_8bit", "llm_int8_threshold")]
+        super().__init__(config)
+
+
+def test_a_model_may_look_at_its_quantization(checkpoints: CheckpointStore) -> None:
+    folder = checkpoints.folder(ZOO["llama"], "bf16")
+    config = pyint8.Int8Config(threshold=4.5)
+    assert Curious.from_pretrained(folder, quantization_config=config, device_map=CPU).seen == [True, 4.5]
+    assert pyint8.load(folder, "cpu", model=Curious, config=config).seen == [True, 4.5]
+    int8 = checkpoints.folder(ZOO["llama"], PREQUANTIZED)
+    assert pyint8.load(int8, "cpu", model=Curious).seen == [True, 6.0]
+
+
 def test_four_bits_are_left_alone(checkpoints: CheckpointStore) -> None:
     with pyint8.takeover():
         assert AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"].__name__ == "Bnb4BitHfQuantizer"
@@ -146,8 +248,6 @@ def test_four_bits_are_left_alone(checkpoints: CheckpointStore) -> None:
 
 def test_bad_values_are_refused_or_warned_of(copy_of: Any, caplog: pytest.LogCaptureFixture) -> None:
     """Who asks for pyint8 gets its strictness; who does not know of it, what transformers would do, and a word."""
-    from safetensors.torch import load_file, save_file
-
     folder = copy_of("llama", "bf16")
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.self_attn.q_proj.weight"][3, 4] = torch.nan
@@ -159,9 +259,11 @@ def test_bad_values_are_refused_or_warned_of(copy_of: Any, caplog: pytest.LogCap
 
 
 PROGRAM = """
+    import os
     import sys
     import torch, transformers
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    print(sys.path.count("") + sys.path.count(os.getcwd()))
     print(__name__, sys.argv[1:], AUTO_QUANTIZER_MAPPING["bitsandbytes_8bit"].__module__)
     int8 = transformers.BitsAndBytesConfig(load_in_8bit=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=int8, device_map="cpu")
@@ -178,7 +280,8 @@ def test_a_program_is_run(as_module: bool, checkpoints: CheckpointStore, tmp_pat
         [sys.executable, "-m", "pyint8.run", *program, folder, "--more"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    first, second = done.stdout.splitlines()[-2:]
+    paths, first, second = done.stdout.splitlines()[-3:]
+    assert paths == "1"  # once, and only because that is where the program is
     assert first == f"__main__ {[folder, '--more']} pyint8.models.transformers.quantizer"
     assert second == "Bnb8BitHfQuantizer True"
 

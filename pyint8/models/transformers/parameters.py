@@ -98,7 +98,6 @@ class ParameterMaker:
         self._places = places
         self._quantizer = quantizer
         self._report = report
-        self._on_bytes = on_bytes
         self._counting = threading.Lock()
         self._makers: dict[torch.device, MadeAhead] = {}
         self._groups = self._grouped()
@@ -110,10 +109,11 @@ class ParameterMaker:
         else:
             self._transport, early = head_start.take()
         self._streams: dict[torch.device, TensorStream] = {}
+        count = _one_at_a_time(on_bytes)
         for device, deliveries in wanted.items():
             mine = early if len(wanted) == 1 else {name: t for name, t in early.items() if t.lane.device == device}
             self._streams[device] = TensorStream(
-                deliveries, options, on_bytes=self._count_bytes, transport=self._transport, early=mine
+                deliveries, options, on_bytes=count, transport=self._transport, early=mine
             )
 
     def close(self) -> None:
@@ -126,8 +126,8 @@ class ParameterMaker:
             maker.join()
         for stream in self._streams.values():
             stream.close()
-        self._makers.clear()
-        self._streams.clear()  # they know this object
+        self._makers.clear()  # they know this object
+        self._streams.clear()
 
     def make(self, name: str, loading_info: Any) -> dict[str, torch.Tensor]:
         """The parameters of one target, by name; asked for in the order of the plan."""
@@ -173,10 +173,6 @@ class ParameterMaker:
     def _count(self, kind: str) -> None:
         with self._counting:
             self._report.tensors[kind] += 1
-
-    def _count_bytes(self, nbytes: int) -> None:
-        with self._counting:
-            self._on_bytes(nbytes)
 
     def _stays_on_disk(self, target: Target) -> bool:
         """Whether accelerate will read it from the checkpoint itself, whenever a forward pass needs it."""
@@ -259,6 +255,16 @@ class ParameterMaker:
         return self._quantizer.create_quantized_param(
             name, TensorSource(tensor), model_dtype=place.dtype, device=place.device
         )
+
+
+def _one_at_a_time(on_bytes: Callable[[int], None]) -> Callable[[int], None]:
+    lock = threading.Lock()
+
+    def call(nbytes: int) -> None:
+        with lock:
+            on_bytes(nbytes)
+
+    return call
 
 
 def _are_fed_side_by_side(devices: Iterable[torch.device]) -> bool:

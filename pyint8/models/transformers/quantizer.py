@@ -18,7 +18,7 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from pyint8.config import Int8Config, StreamOptions
+from pyint8.config import Int8Config, StreamOptions, bitsandbytes_field
 from pyint8.models.transformers.conversion import PlannedConverter, PlannedRenaming
 from pyint8.models.transformers.session import LoadSession
 from pyint8.packing import tensor_bytes, tight_memory
@@ -50,6 +50,9 @@ class StreamedInt8Config(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         return self.fields
+
+    def __getattr__(self, name: str) -> Any:
+        return bitsandbytes_field(self, name)
 
 
 def genuine_config(config: Any) -> BitsAndBytesConfig:
@@ -137,10 +140,21 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
     ) -> None:
         assert dtype is not None
         self._model, self._dtype = model, dtype
+        if not checkpoint_files:
+            self._give_way(model)
+            self.preprocess_model(model, dtype=dtype, checkpoint_files=checkpoint_files, **kwargs)
+            return
         self.session.open_files(checkpoint_files)
         self._name_genuine_config(model)
         super().preprocess_model(model, dtype=dtype, checkpoint_files=checkpoint_files, **kwargs)
         self.session.model_is_built()
+
+    def _give_way(self, model: Any) -> None:
+        """Becomes transformers' own quantizer: tensors that are in memory (`state_dict=`) need nobody to read them."""
+        self._name_genuine_config(model)
+        self.session.model_is_built()
+        del self.session, self._model, self._dtype, self._was_pre_quantized
+        self.__class__ = Bnb8BitHfQuantizer
 
     def _name_genuine_config(self, model: Any) -> None:
         """Some models (T5) copied their configuration, ours in it, while they were built."""

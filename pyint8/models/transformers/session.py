@@ -67,6 +67,7 @@ class LoadSession:
         budgets: Mapping[Any, int] | None = None,
         allow_mismatched_shapes: bool = True,
     ) -> None:
+        self._maker: ParameterMaker | None = None  # first: `close` looks at it
         self.strict = strict
         self.report = LoadReport() if report is None else report
         self.budgets = budgets
@@ -83,7 +84,6 @@ class LoadSession:
         self._on_bytes = on_bytes
         self._on_total = on_total
         self._allow_mismatched_shapes = allow_mismatched_shapes
-        self._maker: ParameterMaker | None = None
         self._building = NoInitializationOnMeta()
 
     @property
@@ -112,6 +112,9 @@ class LoadSession:
         """Its modules are all there, on meta; from now on tensors are real."""
         self._building.end()
 
+    def __del__(self) -> None:
+        self.close()  # a from_pretrained of somebody else that was interrupted has nobody else to do so
+
     def close(self) -> None:
         """Gives back threads, files and memory."""
         if self._maker is not None:
@@ -124,7 +127,7 @@ class LoadSession:
         self.on_files()
         if self._checkpoint is None or set(self._checkpoint.files) != set(files):
             with self.report.phase("read headers"):
-                self._checkpoint = checkpoint_of_files(files)
+                self._checkpoint = checkpoint_of_files(files, strict=self.strict)
 
     def make_plan(self, model: Any, conversions: list[Any], dtype: torch.dtype) -> LoadPlan:
         """Decides what every tensor is for, and which of the replaced modules are put back.
@@ -210,11 +213,16 @@ class LoadSession:
             self.quantizer,
             self.report,
             self._options,
-            self._count_bytes,
+            self._count_bytes(),
             self._on_total,
             self._head_start,
         )
 
-    def _count_bytes(self, nbytes: int) -> None:
-        self.report.checkpoint_bytes += nbytes
-        self._on_bytes(nbytes)
+    def _count_bytes(self) -> Callable[[int], None]:
+        report, on_bytes = self.report, self._on_bytes  # not this object, which would never go by itself
+
+        def count(nbytes: int) -> None:
+            report.checkpoint_bytes += nbytes
+            on_bytes(nbytes)
+
+        return count

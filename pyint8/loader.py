@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 import resource
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
@@ -41,7 +42,7 @@ def load(
     path: str | os.PathLike[str],
     device_map: Any = "auto",
     *,
-    dtype: torch.dtype | str | None = None,
+    dtype: torch.dtype | str | Mapping[str, torch.dtype | str] | None = None,
     max_memory: Mapping[Any, Any] | None = None,
     headroom: int | str | None = None,
     config: Int8Config | None = None,
@@ -59,21 +60,23 @@ def load(
 
     Args:
         path: A folder with a checkpoint (safetensors, or PyTorch's .bin), a hub id, or a folder with a PEFT adapter,
-            which is attached to its base model.
+            which is attached to its base model; of the hub too.
         device_map: Where modules go, as transformers and accelerate have it: "auto", "balanced", "balanced_low_0",
             "sequential", a device, a dict of modules to devices, or None for the current device.
         dtype: Of what is not quantized, and on the way to int8: a torch.dtype or its name, "auto" for the
-            checkpoint's own, None for float16 (transformers 5 would take "auto").
+            checkpoint's own, None for float16 (transformers 5 would take "auto"), or a dict of such for the parts of a
+            model, as transformers has it: {"": ..., "vision_config": ...}.
         max_memory: Memory to use on each device, for the planned device maps.
         headroom: Plan as tightly as that: leave so much of every GPU free (bytes, or a size such as "2GiB"), at least
             what the load needs itself. None plans as transformers does, with 0.81 of one GPU's free memory, 0.9 of
             several's.
         config: What to quantize; None for LLM.int8()'s defaults.
         model: A transformers class (Auto classes included) instead of the one that the configuration names, or any
-            torch.nn.Module, on meta or not, whose state dict has the checkpoint's names, to be filled in place.
+            torch.nn.Module but a transformers model, on meta or not, whose state dict has the checkpoint's names, to be
+            filled in place.
         offload_folder: For modules that the device map puts on "disk".
-        strict: Raise if a weight cannot be quantized soundly: NaN, infinity, values beyond float16. False logs one
-            warning and does what bitsandbytes does.
+        strict: Raise if a weight cannot be quantized soundly (NaN, infinity, values beyond float16), and if shards do
+            not agree with their index. False logs one warning and does what bitsandbytes and transformers do.
         progress: Show a bar in bytes; None shows it on a terminal.
         options: How to move bytes; None for the defaults and the `PYINT8_*` environment variables.
         return_report: Return (model, LoadReport).
@@ -89,19 +92,18 @@ def load(
     for name, instead in _REPLACED_ARGUMENTS.items():
         if name in hub_and_model_kwargs:
             raise OptionError(f"{name} is not an argument of pyint8.load: {instead}")
-    path = os.fspath(path)
+    path = _decoded(path)
     is_plain = model is not None and not isinstance(model, type)
     check_path(path, is_plain=is_plain)
     _check_types(config=(config, Int8Config), options=(options, StreamOptions))
     base = None if is_plain else base_of_adapter(path, hub_and_model_kwargs)
-    adapter, path = (None, path) if base is None else (path, base)
     options = StreamOptions.from_environment() if options is None else options
     report = LoadReport()
     with ExitStack() as begun:
         # Before anything heavy is imported: a folder is checked, and the disk has something to do.
         read_ahead = None
         with collector.held_off(), report.phase("read headers"):
-            checkpoint = find_checkpoint(path, hub_and_model_kwargs)
+            checkpoint = find_checkpoint(base or path, hub_and_model_kwargs, strict=strict)
         if checkpoint is not None:
             collector.make_room(checkpoint.most_bytes_loaded)
             begun.enter_context(collector.held_off())  # not for as long as a download takes
@@ -120,6 +122,7 @@ def load(
         dtype = arguments.check_dtype(dtype)
         request = _Request(
             path=path,
+            base=base or path,
             checkpoint=checkpoint,
             read_ahead=read_ahead,
             device_map=device_map,
@@ -137,8 +140,6 @@ def load(
             result = _load_transformers(request, model, report, bar, hub_and_model_kwargs)
         else:
             result = _load_plain(request, model, report, bar, hub_and_model_kwargs)
-        if adapter is not None:
-            result.load_adapter(adapter)
     return (result, report) if return_report else result
 
 
@@ -147,10 +148,11 @@ class _Request:
     """The arguments that both roads share."""
 
     path: str
-    checkpoint: Checkpoint | None  # known already, if `path` is a folder or a file
+    base: str  # where the model is: the same, or what the adapter in `path` was made for
+    checkpoint: Checkpoint | None  # known already, if `base` is a folder or a file
     read_ahead: ReadAhead | None
     device_map: Any
-    dtype: torch.dtype | str | None
+    dtype: torch.dtype | str | Mapping[str, torch.dtype | str] | None
     max_memory: Mapping[Any, Any] | None
     tightly: bool  # whether `max_memory` is what may be used, all of it
     config: Int8Config | None
@@ -213,6 +215,7 @@ def _load_session(
     return load_pretrained(
         request.path,
         session,
+        base=request.base,
         model_class=model_class,
         int8_config=request.config,
         placement=placement,
@@ -225,6 +228,8 @@ def _load_plain(
 ) -> nn.Module:
     if kwargs:
         raise OptionError(f"these arguments mean nothing for a module of your own: {', '.join(sorted(kwargs))}")
+    if isinstance(request.dtype, Mapping):
+        raise OptionError("dtype is a dict, which is for the parts of a transformers model; give one torch.dtype")
     assert request.checkpoint is not None
 
     from pyint8.models.plain import fill_module
@@ -246,10 +251,17 @@ def _load_plain(
     )
 
 
+def _decoded(path: Any) -> str:
+    try:
+        return os.fsdecode(path)
+    except TypeError:
+        raise OptionError(f"path is {path!r}; it must be a folder or a hub id") from None
+
+
 def _check_types(**arguments: tuple[object, type]) -> None:
     for name, (value, kind) in arguments.items():
         if value is not None and not isinstance(value, kind):
-            raise OptionError(f"{name} is {value!r}; it must be a pyint8.{kind.__name__} or None")
+            raise OptionError(f"{name} is {reprlib.repr(value)}; it must be a pyint8.{kind.__name__} or None")
 
 
 @contextmanager

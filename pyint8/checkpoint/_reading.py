@@ -16,6 +16,9 @@ MAX_DEPTH = 127
 
 DOWNLOAD_AGAIN = "download the file again, or save it again with safetensors"
 
+LFS_PREFIX = b"version "
+LFS_POINTER = "this is text, probably a Git LFS pointer instead of the file; run `git lfs pull`"
+
 _ADVICE = {
     errno.EACCES: "give this user permission to read it",
     errno.EPERM: "give this user permission to read it",

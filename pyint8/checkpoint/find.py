@@ -18,9 +18,15 @@ from pyint8.errors import (
 
 from .index import Checkpoint, open_checkpoint
 
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
 
 def check_path(path: str, *, is_plain: bool) -> None:
     """Refuses what is neither a folder nor can be a hub id; a single file is enough for a module of one's own."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise OptionError(f"{path!r} is not UTF-8, and safetensors opens no such paths; rename the folder") from None
     if os.path.isfile(path) and not is_plain:
         raise OptionError(f"{path} is a file; give the folder with its config.json, or pass model=module to fill one")
     if not os.path.exists(path) and (path.startswith((".", "~", os.sep)) or path.count("/") > 1 or not path):
@@ -28,32 +34,70 @@ def check_path(path: str, *, is_plain: bool) -> None:
 
 
 def base_of_adapter(path: str, kwargs: Mapping[str, Any]) -> str | None:
-    """The base model that a folder with nothing but a PEFT adapter names; None for other folders."""
-    folder = os.path.join(path, kwargs.get("subfolder") or "")
-    description = os.path.join(folder, "adapter_config.json")
-    if not os.path.exists(description) or os.path.exists(os.path.join(folder, "config.json")):
+    """The base model that an adapter of PEFT's names, if that is what `path` is; None for a model.
+
+    Raises:
+        MissingDependencyError: It is one, and peft is not installed.
+        ModelNotSupportedError: It names no base model.
+    """
+    description = _adapter_config(path, kwargs)
+    if description is None:
         return None
     if find_spec("peft") is None:
-        raise MissingDependencyError(f"{folder} holds a PEFT adapter, which needs peft: `pip install peft`")
+        raise MissingDependencyError(f"{path} holds a PEFT adapter, which needs peft: `pip install peft`")
     try:
         with open(description, encoding="utf-8") as file:
             base = json.load(file)["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str):
         raise ModelNotSupportedError(
-            f"{description} names no base model; load that with pyint8, then model.load_adapter({folder!r})"
-        ) from error
-    return str(base)
+            f"{description} names no base model; load that with pyint8, then model.load_adapter({path!r})"
+        )
+    return base
 
 
-def find_checkpoint(path: str, kwargs: Mapping[str, Any]) -> Checkpoint | None:
+def _adapter_config(path: str, kwargs: Mapping[str, Any]) -> str | None:
+    """The adapter_config.json of a folder without a config.json, or of a hub id, by transformers' rule.
+
+    The hub is asked only for what the local cache knows nothing of.
+    """
+    given = {**kwargs, **(kwargs.get("adapter_kwargs") or {})}
+    where = {name: given[name] for name in _HUB_ARGUMENTS if given.get(name) is not None}
+    name = "/".join(filter(None, (where.get("subfolder"), "adapter_config.json")))
+    if os.path.exists(path):
+        has_model = os.path.exists(os.path.join(path, "config.json"))
+        return os.path.join(path, name) if not has_model and os.path.exists(os.path.join(path, name)) else None
+    try:
+        cached = cached_file(path, name, where)
+        if cached is not None or find_spec("peft") is None or cached_file(path, "config.json", where) is not None:
+            return cached
+    except ValueError:  # no hub id
+        return None
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    try:
+        found: str | None = find_adapter_config_file(path, **where)
+    except OSError:  # whoever asks for the configuration will say what is wrong
+        return None
+    return found
+
+
+def find_checkpoint(path: str, kwargs: Mapping[str, Any], *, strict: bool = True) -> Checkpoint | None:
     """A folder's (or a file's) checkpoint; of a hub id what the local cache has, if anything.
 
     transformers decides later whether that is up to date, and downloads what is missing.
+
+    Args:
+        path: Folder, file or hub id.
+        kwargs: `subfolder`, `variant`, `use_safetensors`, and for the hub `cache_dir` and `revision`.
+        strict: See `open_checkpoint`.
     """
-    where = {name: kwargs[name] for name in ("subfolder", "variant", "use_safetensors") if kwargs.get(name) is not None}
+    names = ("subfolder", "variant", "use_safetensors")
+    where = {"strict": strict, **{name: kwargs[name] for name in names if kwargs.get(name) is not None}}
     if os.path.exists(path):
         named = _weights_named_in_config(os.path.join(path, kwargs.get("subfolder") or ""))
-        return open_checkpoint(path, **where) if named is None else open_checkpoint(named)
+        return open_checkpoint(path, **where) if named is None else open_checkpoint(named, strict=strict)
 
     try:
         config = cached_file(path, "config.json", kwargs)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyint8.errors import CheckpointError, TruncatedError
 
-from ._reading import os_errors
+from ._reading import LFS_POINTER, LFS_PREFIX, os_errors
 from .entry import DTYPES, Entry
 
 if TYPE_CHECKING:
@@ -57,8 +57,12 @@ def read_pickled(path: str | os.PathLike[str]) -> PickledFile:
     """
     path = os.fspath(path)
     with os_errors(path), open(path, "rb") as file:
-        is_archive = file.read(4) == b"PK\x03\x04"
-    if not is_archive:
+        start = file.read(9)
+    if start.startswith(LFS_PREFIX):
+        raise CheckpointError(LFS_POINTER, path=path)
+    if start.endswith(b"\0\0\0{"):  # the length of a header, and its beginning
+        raise CheckpointError("it is a safetensors file; let its name end in .safetensors", path=path)
+    if not start.startswith(b"PK\x03\x04"):
         tensors = _tensors(path, _unpickle(path, mmap=False))
         return PickledFile(path, {name: _in_memory(path, name, tensor) for name, tensor in tensors.items()})
     records = _records(path)
@@ -116,6 +120,13 @@ def _tensors(path: str, state: Any) -> dict[str, torch.Tensor]:
         if tensor.layout is not torch.strided or tensor.is_quantized:
             kind = "quantized by torch" if tensor.is_quantized else str(tensor.layout)
             raise CheckpointError(f"the tensor is {kind}; save it as an ordinary one", path=path, tensor=name)
+        if tensor.is_neg() or tensor.is_conj():
+            raise CheckpointError(
+                "the tensor is saved as the negative or conjugate of what is in the file; save it resolved: "
+                "tensor.resolve_neg().resolve_conj()",
+                path=path,
+                tensor=name,
+            )
     return tensors
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from pyint8.errors import HeaderError, TruncatedError
 
-from ._reading import DOWNLOAD_AGAIN, JsonError, brief, os_errors, parse_json
+from ._reading import DOWNLOAD_AGAIN, LFS_POINTER, LFS_PREFIX, JsonError, brief, os_errors, parse_json
 from .entry import DTYPES, Entry
 
 MAX_HEADER_BYTES = 100_000_000
@@ -94,8 +94,8 @@ def _read(path: str) -> tuple[int, bytes]:
 
 
 def _not_a_length(prefix: bytes, length: int) -> str:
-    if prefix == b"version ":
-        return "this is text, probably a Git LFS pointer instead of the file; run `git lfs pull`"
+    if prefix == LFS_PREFIX:
+        return LFS_POINTER
     return (
         f"the header's length is {length}, more than the {MAX_HEADER_BYTES} that the format allows, so this is no "
         f"safetensors file or a damaged one; {DOWNLOAD_AGAIN}"

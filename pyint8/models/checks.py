@@ -46,7 +46,9 @@ def refuse_codes(entry: Entry, name: str, reason: str) -> None:
 def refuse_orphan(companion: Entry, name: str) -> None:
     """Raises for scales (or a format) whose weight is not in the checkpoint."""
     raise QuantizationStateError(
-        f"it belongs to {name}, which the checkpoint does not have; save the quantized model again", **companion.place
+        f"it belongs to {name}, which the checkpoint does not have. Save the quantized model again; if that gives the "
+        "same, transformers splits or fuses this weight when it saves, and only the 16-bit checkpoint can be loaded",
+        **companion.place,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -50,8 +51,13 @@ def first_gpu(device_map: Any) -> tuple[torch.device, bool] | None:
     if not torch.cuda.is_available():
         return None
     current = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
-    if device_map is None or (isinstance(device_map, str) and device_map in PLANNED_MAPS):
-        return current, device_map is None
+    if device_map is None:  # where torch makes tensors if that is a GPU (source: transformers, as the next rule)
+        default = torch.get_default_device()
+        return (default if default.type == "cuda" and default.index is not None else current), True
+    if isinstance(device_map, str) and device_map in PLANNED_MAPS:
+        return current, False
+    if device_map == "cuda":
+        device_map = int(os.environ.get("LOCAL_RANK", 0))  # of the processes that torchrun starts
     values = list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]
     devices = {
         torch.device("cuda", value) if isinstance(value, int) else torch.device(value)

@@ -37,6 +37,7 @@ Q_SCALES = "model.layers.0.self_attn.q_proj.SCB"
 Q_FORMAT = "model.layers.0.self_attn.q_proj.weight_format"
 C_ATTN = "transformer.h.1.attn.c_attn.weight"
 EXPERT = "model.layers.0.block_sparse_moe.experts.1.w3.weight"
+EXPERT_0 = EXPERT.replace("experts.1", "experts.0")
 NORM = "model.norm.weight"
 Copy = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]
@@ -133,9 +134,25 @@ CASES = [
     Case("no checkpoint", lambda f: (f / FILE).unlink(), MISSING, "save_pretrained", file="", placed=False),
     Case(
         "a .bin that is none",
+        lambda f: (f / FILE).rename(f / "pytorch_model.bin").write_bytes(b"junk" * 99),
+        errors.CheckpointError,
+        r"it cannot be read as data alone: it is damaged|torch cannot read it .*; download it again",
+        file="pytorch_model.bin",
+        placed=False,
+    ),
+    Case(
+        "safetensors named .bin",
         lambda f: (f / FILE).rename(f / "pytorch_model.bin"),
         errors.CheckpointError,
-        r"torch cannot read it .*; download it again",
+        r"it is a safetensors file; let its name end in \.safetensors",
+        file="pytorch_model.bin",
+        placed=False,
+    ),
+    Case(
+        "a pointer of Git LFS named .bin",
+        lambda f: (f / FILE).rename(f / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\n"),
+        errors.CheckpointError,
+        "run `git lfs pull`",
         file="pytorch_model.bin",
         placed=False,
     ),
@@ -195,6 +212,26 @@ CASES = [
     ),
     Case("no config", lambda f: (f / "config.json").unlink(), MODEL, "config.json", file=None),
     Case("config is no JSON", lambda f: (f / "config.json").write_text("{"), MODEL, "config.json", file=None),
+    Case("config of a wrong type", with_config(hidden_size="big"), MODEL, "(?s)cannot be read.*hidden_size", file=None),
+    Case("a class that is no model", with_config(architectures=["LlamaConfig"]), MODEL, "say which", file=None),
+    Case("quantized by nobody knows what", other_method(bits=4), MODEL, "by a method it does not name", file=None),
+    Case(
+        "an expert that is missing",
+        drop(EXPERT),
+        errors.CheckpointError,
+        r"merged of \d tensors named .*\.w3",
+        EXPERT_0,
+        model="mixtral",
+        placed=False,
+    ),
+    Case(
+        "an expert of another shape",
+        put(EXPERT_0, lambda t: t[:7]),
+        SHAPE,
+        r"its shape is \[7, .* that of the others",
+        EXPERT_0,
+        model="mixtral",
+    ),
     Case("unknown model_type", with_config(model_type="ghost"), MODEL, "`ghost`.*Install a release", file=None),
     Case("unknown class", with_config(architectures=["Ghost"]), MODEL, "class Ghost.*say which to load", file=None),
     Case("no class", without_config_key("architectures"), MODEL, "names no class.*say which to load", file=None),

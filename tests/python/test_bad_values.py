@@ -1,6 +1,7 @@
 """Weights that int8 cannot hold, shapes that are let pass, and arguments that mean nothing."""
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ import torch
 from oracle import compare_loading_info, compare_models, peer_load, show
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import PREQUANTIZED, ZOO, CheckpointStore
 
 import pyint8
 from pyint8 import Int8Config, StreamOptions
-from pyint8.errors import CheckpointError, NonFiniteWeightError, OptionError, Pyint8Error
+from pyint8.errors import CheckpointError, NonFiniteWeightError, OptionError, PlacementError, Pyint8Error
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -177,12 +179,20 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"device_map": "nonsense"}, "device_map.*nonsense.*auto"),
     ({"device_map": 3.5}, r"device_map.*3\.5"),
     ({"device_map": {"": "nonsense"}}, "device_map.*nonsense"),
+    ({"device_map": {}}, "device_map has no entry"),
     ({"dtype": "nonsense"}, "dtype.*nonsense.*auto"),
     ({"dtype": 5}, "dtype.*5.*auto"),
     ({"model": 5}, "model.*5"),
     ({"model": "LlamaForCausalLM"}, "model.*LlamaForCausalLM"),
     ({"model": dict}, "model.*dict"),
     ({"device_map": "auto", "max_memory": 5}, "max_memory.*5"),
+    (
+        {"device_map": "auto", "max_memory": {"cpu": "lots"}},
+        "max_memory of 'cpu' is 'lots'; it must be a number of bytes",
+    ),
+    ({"device_map": "auto", "max_memory": {0: -1}}, "max_memory of 0 is -1; it must be"),
+    ({"dtype": {"": torch.float16, "vision_config": 5}}, "dtype is 5; it must be"),
+    ({"config": LlamaConfig()}, rf"(?s)config is LlamaConfig.*; it {INT8_CONFIG}"),
 ]
 
 
@@ -194,6 +204,42 @@ def test_nonsense_is_refused(wrong: dict[str, Any], says: str, checkpoints: Chec
     with pytest.raises(Pyint8Error, match=says) as caught:
         pyint8.load(folder, **{"device_map": "cpu"} | wrong)
     assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it is a device")
+@pytest.mark.parametrize("device_map", ["cuda", "cuda:1", torch.device("cuda"), {"": "cuda"}], ids=str)
+def test_a_gpu_that_is_not_there(device_map: Any, checkpoints: CheckpointStore) -> None:
+    with pytest.raises(PlacementError, match="torch finds no CUDA device here"):
+        pyint8.load(checkpoints.folder(ZOO["llama"], "bf16"), device_map)
+
+
+@pytest.mark.parametrize("path", [None, 5, ["a"]], ids=str)
+def test_what_is_no_path(path: Any) -> None:
+    with pytest.raises(OptionError, match="it must be a folder or a hub id"):
+        pyint8.load(path, "cpu")
+
+
+def test_a_path_of_bytes_is_one(checkpoints: CheckpointStore) -> None:
+    assert pyint8.load(os.fsencode(checkpoints.folder(ZOO["llama"], "bf16")), "cpu")  # type: ignore[arg-type]
+
+
+def test_a_path_that_is_not_utf_8(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="is not UTF-8"):
+        pyint8.load(os.fsencode(tmp_path) + b"/\xff", "cpu")  # type: ignore[arg-type]
+
+
+def test_a_transformers_model_is_named_by_its_class(checkpoints: CheckpointStore) -> None:
+    """What was saved of it would be codes without scales: nothing would say that it is quantized."""
+    folder = checkpoints.folder(ZOO["llama"], "bf16")
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder))
+    with pytest.raises(OptionError, match="give its class, model=LlamaForCausalLM"):
+        pyint8.load(folder, "cpu", model=model)
+
+
+def test_one_module_has_one_dtype(tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(2, 2)}, tmp_path / "x.safetensors")
+    with pytest.raises(OptionError, match="dtype is a dict, which is for the parts of a transformers model"):
+        pyint8.load(tmp_path / "x.safetensors", "cpu", model=nn.Linear(2, 2, bias=False), dtype={"": torch.float16})
 
 
 def test_a_module_takes_no_arguments_for_transformers(checkpoints: CheckpointStore) -> None:

@@ -229,6 +229,19 @@ def test_what_is_no_state_dict_is_refused(tmp_path: Path, state: Any, words: str
         open_checkpoint(path)
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(
+    "value",
+    [torch._neg_view(torch.ones(3)), torch.ones(3, dtype=torch.complex64).conj()],
+    ids=["negative", "conjugate"],
+)
+def test_what_is_stored_otherwise_than_it_reads_is_refused(tmp_path: Path, value: torch.Tensor, legacy: bool) -> None:
+    torch.save({"x": value}, tmp_path / "x.pt", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(CheckpointError, match=r"save it resolved: tensor\.resolve_neg\(\)") as caught:
+        open_checkpoint(tmp_path / "x.pt")
+    assert caught.value.tensor == "x"
+
+
 def test_what_is_no_tensor_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.save({"x": torch.zeros(3), "step": 7}, tmp_path / "x.pt")
     with caplog.at_level(logging.WARNING, "pyint8"):

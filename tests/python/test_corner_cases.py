@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub.utils as hub
-import peft
 import pytest
 import torch
 import transformers
-from oracle import compare_outputs
 from safetensors.torch import load_file, save_file
 from torch import nn
 from zoo import PREQUANTIZED, ZOO, CheckpointStore
@@ -111,29 +108,6 @@ def test_hub_progress_bars_stay_as_they_were(checkpoints: CheckpointStore) -> No
         hub.enable_progress_bars()
         if not shown:
             transformers.utils.logging.disable_progress_bar()
-
-
-def test_an_adapter_brings_its_base_model(checkpoints: CheckpointStore, tmp_path: Path) -> None:
-    base = checkpoints.folder(ZOO["llama"], "bf16")
-    torch.manual_seed(0)
-    adapted = peft.get_peft_model(
-        transformers.LlamaForCausalLM.from_pretrained(base),
-        peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False),
-    )
-    adapted.save_pretrained(tmp_path)
-    kwargs: dict[str, Any] = {"device_map": {"": "cpu"}, "dtype": torch.float16}
-    int8 = transformers.BitsAndBytesConfig(load_in_8bit=True)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=int8, **kwargs)
-    ours = pyint8.load(tmp_path, **kwargs)
-    assert not compare_outputs(ours, theirs, ZOO["llama"].inputs(theirs))
-    assert compare_outputs(ours, pyint8.load(base, **kwargs), ZOO["llama"].inputs(theirs))
-    assert ours.active_adapters() == theirs.active_adapters()
-
-
-def test_an_adapter_without_a_base_model(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ModelNotSupportedError, match=r"names no base model; load that.*model\.load_adapter\("):
-        pyint8.load(tmp_path)
 
 
 def test_mapping_files_is_not_an_option(checkpoints: CheckpointStore) -> None:

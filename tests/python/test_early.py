@@ -53,6 +53,18 @@ def test_one_gpu_that_takes_all_gets_the_first_tensors(begun: Any, device_map: A
     assert begun(device_map, gpus=2) == {"device": "cuda:0", **ALL}
 
 
+def test_a_process_of_torchrun_has_its_own(begun: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert begun("cuda", gpus=2) == {"device": "cuda:1", **ALL}
+    assert begun("cuda:0", gpus=2) == {"device": "cuda:0", **ALL}
+    assert begun(None, gpus=2) == {"device": "cuda:0", **ALL}
+
+
+def test_no_map_means_where_torch_makes_tensors(begun: Any) -> None:
+    with torch.device("cuda:1"):
+        assert begun(None, gpus=2) == {"device": "cuda:1", **ALL}
+
+
 def test_another_gpu_than_the_first(begun: Any) -> None:
     assert begun({"": 1}, gpus=2)["device"] == "cuda:1"
     assert begun({"a": "cuda:1", "h": 1}, gpus=2) == {"device": "cuda:1", **NOTHING, "gpus": 2}

@@ -16,7 +16,7 @@ from test_identity import SERIALIZABLE
 from zoo import ZOO, CheckpointStore
 
 import pyint8
-from pyint8.errors import CheckpointNotFoundError
+from pyint8.errors import CheckpointNotFoundError, ModelNotSupportedError
 
 KWARGS: dict[str, Any] = {"device_map": {"": "cpu"}, "dtype": torch.float16}
 Copy = Callable[..., Path]
@@ -129,6 +129,44 @@ def test_code_that_comes_with_the_checkpoint(tmp_path: Path) -> None:
     model = pyint8.load(tmp_path, "cpu", trust_remote_code=True)
     assert model.inner.weight.dtype == torch.int8
     assert model(torch.randn(2, 64, dtype=torch.float16)).isfinite().all()
+
+
+def test_code_by_another_name_than_the_class_that_transformers_has(copy_of: Copy) -> None:
+    folder = copy_of("llama", "bf16")
+    code = "from transformers import LlamaForCausalLM\n\nclass MyLlama(LlamaForCausalLM):\n    mine = True\n"
+    (folder / "mine.py").write_text(code)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "mine.MyLlama"}
+    (folder / "config.json").write_text(json.dumps(config))
+    same_as_the_peer(folder, tf.AutoModelForCausalLM, trust_remote_code=True)
+    assert pyint8.load(folder, "cpu", trust_remote_code=True).mine
+    assert not hasattr(pyint8.load(folder, "cpu"), "mine")
+
+
+def test_parts_of_a_model_in_dtypes_of_their_own(checkpoints: CheckpointStore) -> None:
+    folder = checkpoints.folder(ZOO["llava"], "fp32")
+    dtype = {"": torch.bfloat16, "vision_config": "float16"}
+    theirs, _ = peer_load(folder, ZOO["llava"].cls, device_map="cpu", dtype=dtype)
+    ours = pyint8.load(folder, "cpu", dtype=dtype)
+    found = compare_models(ours, theirs, allow=[SERIALIZABLE])
+    assert not found, show(found)
+    assert ours.lm_head.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "fp8"])
+def test_a_quantization_that_is_said_of_the_text_model(method: str, copy_of: Copy) -> None:
+    folder = copy_of("llava", "prequantized")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["quantization_config"] = {**config.pop("quantization_config"), "quant_method": method}
+    (folder / "config.json").write_text(json.dumps(config))
+    if method == "fp8":
+        with pytest.raises(ModelNotSupportedError, match="quantized already, by fp8"):
+            pyint8.load(folder, "cpu")
+        return
+    theirs, _ = peer_load(folder, ZOO["llava"].cls, **KWARGS)
+    ours = pyint8.load(folder, **KWARGS)
+    found = compare_models(ours, theirs, allow=[SERIALIZABLE, "modules//attributes/_weight_conversions*"])
+    assert not found, show(found)
 
 
 def test_a_fused_weight_becomes_two(tmp_path: Path) -> None:

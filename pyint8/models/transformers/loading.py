@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from safetensors import SafetensorError
 
@@ -39,6 +40,7 @@ def load_pretrained(
     path: str,
     session: LoadSession,
     *,
+    base: str,
     model_class: Any,
     int8_config: Int8Config | None,
     placement: dict[str, Any],
@@ -47,7 +49,8 @@ def load_pretrained(
     """Loads with transformers' own from_pretrained.
 
     Args:
-        path: Folder or hub id.
+        path: Folder or hub id, of a model or of an adapter.
+        base: That of the model.
         session: Carries the stream; active during the call.
         model_class: A transformers class (Auto classes included), or None for what the configuration names.
         int8_config: What to quantize; None for the defaults, or a pre-quantized checkpoint's own.
@@ -62,15 +65,18 @@ def load_pretrained(
     """
     hub = {name: value for name, value in arguments.items() if name in _HUB_ARGUMENTS}
     config_class = getattr(model_class, "config_class", None) or transformers.AutoConfig
-    config = _read_config(config_class, path, hub)
+    config = _read_config(config_class, base, hub)
     if model_class is None:
-        model_class = class_of(config, path)
-    stored = getattr(config, "quantization_config", None)
+        model_class = class_of(config, base, trusted=bool(hub.get("trust_remote_code")))
+    if not model_class.__name__.startswith("Auto"):  # only those find code
+        hub.pop("code_revision", None)
+        arguments = {name: value for name, value in arguments.items() if name != "code_revision"}
+    stored = _stored_quantization(config)
     if stored is None:
         arguments = {**arguments, "quantization_config": int8_config or Int8Config()}
     else:
-        config, unused = config_class.from_pretrained(path, return_unused_kwargs=True, **arguments)
-        config.quantization_config = _pre_quantized_fields(stored, int8_config, path)
+        config, unused = config_class.from_pretrained(base, return_unused_kwargs=True, **arguments)
+        config.quantization_config = _pre_quantized_fields(stored, int8_config, base)
         arguments = {**unused, **hub, "config": config}
     with ExitStack() as stack:
         stack.enter_context(session.activate())
@@ -90,22 +96,33 @@ def load_pretrained(
     return model
 
 
+def _stored_quantization(config: Any) -> Any:
+    """What a configuration, or that of its text model, says of quantization: where transformers looks for it."""
+    return getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(decoder=True), "quantization_config", None
+    )
+
+
 def _read_config(config_class: Any, path: str, hub: dict[str, Any]) -> Any:
+    is_folder = os.path.isdir(path)
+    subfolder = hub.get("subfolder") or ""
     try:
         return config_class.from_pretrained(path, **hub)
-    except OSError as error:
-        if not os.path.isdir(path):
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        if is_folder and not os.path.exists(os.path.join(path, subfolder, "config.json")):
+            raise ModelNotSupportedError(
+                f"there is no config.json in {os.path.join(path, subfolder)}; give the folder of a model (or "
+                "`subfolder`), or fill a module of your own: pyint8.load(path, model=module)"
+            ) from error
+        if is_folder and isinstance(error, (OSError, StrictDataclassError)):
+            raise ModelNotSupportedError(f"the configuration in {path} cannot be read: {error}") from error
+        if isinstance(error, OSError):
             raise CheckpointNotFoundError(
                 f"the configuration of the hub id {path} cannot be had ({str(error).splitlines()[0]}); check the id, "
                 f"the network and the token, or download it first: `hf download {path}`",
                 path=path,
             ) from error
-        if not os.path.exists(os.path.join(path, hub.get("subfolder") or "", "config.json")):
-            raise
-        raise ModelNotSupportedError(f"the configuration in {path} cannot be read: {error}") from error
-    except (ValueError, KeyError) as error:
-        subfolder = hub.get("subfolder")
-        if subfolder and not os.path.isdir(path) and cached_file(path, f"{subfolder}/config.json", hub) is None:
+        if subfolder and not is_folder and cached_file(path, f"{subfolder}/config.json", hub) is None:
             raise CheckpointNotFoundError(
                 f"the hub id {path} has no config.json in its folder {subfolder}; check `subfolder`", path=path
             ) from error
@@ -115,21 +132,24 @@ def _read_config(config_class: Any, path: str, hub: dict[str, Any]) -> Any:
         ) from error
 
 
-def class_of(config: Any, path: str) -> Any:
+def class_of(config: Any, path: str, *, trusted: bool = False) -> Any:
     """The class a configuration names.
 
-    For code in the checkpoint's own folder it is the Auto class that finds it (which asks for trust_remote_code).
+    For code in the checkpoint's own folder it is the Auto class that finds it (which asks for trust_remote_code); if it
+    is `trusted`, also where that code goes by another name than the class that transformers has.
 
     Raises:
         ModelNotSupportedError: It names none, or one that transformers does not have.
     """
     architectures = getattr(config, "architectures", None) or []
+    code = {name: str(at) for name, at in (getattr(config, "auto_map", None) or {}).items() if "AutoModel" in name}
     for architecture in architectures:
-        for auto_class, code in (getattr(config, "auto_map", None) or {}).items():
-            if auto_class.startswith("AutoModel") and str(code).rpartition(".")[2] == architecture:
+        for auto_class, at in code.items():
+            if at.rpartition(".")[2] == architecture:
                 return getattr(transformers, auto_class)
-        if isinstance(found := getattr(transformers, architecture, None), type):
-            return found
+        found = getattr(transformers, architecture, None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return getattr(transformers, next(iter(code))) if trusted and len(code) == 1 else found
     named = "no class (its `architectures` is empty)"
     if architectures:
         named = f"the class {architectures[0]}, which transformers {transformers.__version__} does not have"
@@ -142,8 +162,9 @@ def class_of(config: Any, path: str) -> Any:
 def _pre_quantized_fields(stored: Any, asked: Int8Config | None, path: str) -> dict[str, Any]:
     """A pre-quantized checkpoint's own configuration, routed to our quantizer."""
     fields = dict(stored if isinstance(stored, dict) else stored.to_dict())
-    method = str(fields.get("quant_method") or "bitsandbytes")
     in_8bit = fields.pop("load_in_8bit", False) or fields.pop("_load_in_8bit", False)
+    in_4bit = fields.get("load_in_4bit") or fields.get("_load_in_4bit")
+    method = fields.get("quant_method") or ("bitsandbytes" if in_8bit or in_4bit else "a method it does not name")
     if method != "bitsandbytes" or not in_8bit:
         described = "4-bit bitsandbytes" if method == "bitsandbytes" else method
         raise ModelNotSupportedError(

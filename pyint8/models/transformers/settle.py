@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from pyint8.checkpoint import Checkpoint
+from pyint8.checkpoint import Checkpoint, Entry
+from pyint8.errors import CheckpointError, ShapeMismatchError
 from pyint8.models import checks
 from pyint8.models.transformers.plan import LoadPlan, Target, entry_of
 from pyint8.quantizer import Int8Quantizer
@@ -78,13 +80,13 @@ def check_tensors(
     Raises:
         ShapeMismatchError: A tensor's shape is not its parameter's (left to transformers if that is allowed).
         QuantizationStateError: int8 codes for a module that is not quantized here, or without sound scales.
-        CheckpointError: A weight to be quantized is not of a floating dtype.
+        CheckpointError: A weight to be quantized is not of a floating dtype, or experts are missing.
     """
     for name, target in plan.targets.items():
         quantized = quantizer.check_quantized_param(name)
         entry = entry_of(target, checkpoint)
         if entry is None:
-            _check_sources(target, checkpoint)
+            _check_sources(target, parameters[name].shape, checkpoint, allow_mismatched_shapes=allow_mismatched_shapes)
             continue
         if not quantized:
             if allow_mismatched_shapes and entry.torch_shape != tuple(parameters[name].shape):
@@ -100,13 +102,29 @@ def check_tensors(
         )
 
 
-def _check_sources(target: Target, checkpoint: Checkpoint) -> None:
+def _check_sources(target: Target, shape: torch.Size, checkpoint: Checkpoint, *, allow_mismatched_shapes: bool) -> None:
+    """Of what a converter makes a parameter of `shape`."""
     companion = target.scales or target.format
     if companion is not None and not target.sources:
         checks.refuse_orphan(checkpoint[companion], target.name)
     if not target.stacks:
         return
-    first: dict[str | None, tuple[int, ...]] = {}
-    for name, pattern in target.sources:  # they are stacked: experts of one shape
-        entry = checkpoint[name]
-        checks.require_shape(entry, target.name, first.setdefault(pattern, entry.torch_shape))
+    kinds: dict[str | None, list[Entry]] = {}
+    for name, pattern in target.sources:
+        kinds.setdefault(pattern, []).append(checkpoint[name])
+    for pattern, entries in kinds.items():  # experts: as many of each kind, and of one shape
+        if len(entries) != shape[0] and not allow_mismatched_shapes:
+            raise CheckpointError(
+                f"{target.name} is merged of {shape[0]} tensors named {pattern}, and the checkpoint has "
+                f"{len(entries)}; is it whole, and of this configuration?",
+                tensor=entries[0].name,
+                path=entries[0].path,
+            )
+        usual = Counter(entry.torch_shape for entry in entries).most_common(1)[0][0]
+        for entry in entries:
+            if entry.torch_shape != usual:
+                raise ShapeMismatchError(
+                    f"its shape is {list(entry.shape)}, and that of the others that {target.name} is merged of is "
+                    f"{list(usual)}; download the checkpoint again",
+                    **entry.place,
+                )

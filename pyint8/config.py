@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 from pyint8.errors import OptionError
 
 _MIB = 1 << 20
-# 8 fill a PCIe 5 x16 bus where the page cache gives 6 GB/s a thread (Sapphire Rapids), 12 where it gives 4.
-_THREADS_FOR_A_GPU = 12
+# 8 fill a PCIe 5 x16 bus where the page cache gives a thread 8 GB/s (an H200's host), 14 where it gives 4 (an H100's).
+_THREADS_FOR_A_GPU = 14
+# However many GPUs: more threads copy no faster out of the page cache, and their slots would not stay in the cache.
+_MOST_THREADS = 32
 # Beside the scratch, a load reserved 71 MiB on an H200 (the allocator's rounding), and its kernels took some 100 MiB.
 _DEVICE_EXTRA = 256 * _MIB
 _ENVIRONMENT_PREFIX = "PYINT8_"
@@ -109,9 +111,9 @@ class StreamOptions:
     """How bytes travel from the files to their device. The defaults suit every machine measured so far.
 
     Args:
-        threads: Workers that read. None means three quarters of the CPUs this process may use (affinity and cgroup),
-            12 for each GPU at most: with a worker on every CPU, the thread that quantizes waits for its turn, and a
-            load on 16 cores took 0.6 s instead of 0.45. Up to four CPUs, where reading takes longest, each has one:
+        threads: Workers that read. None means all CPUs this process may use (affinity and cgroup) but two, 14 for each
+            GPU and 32 in all at most: with a worker on every CPU, the thread that quantizes waits for its turn, and a
+            load on 16 cores took 0.46 s instead of 0.43. Up to four CPUs, where reading takes longest, each has one:
             32 GB/s with four on four, 26 with three.
         spare_slots: Pinned slots on their way to a GPU, beside one for each worker that is being filled. Three kept the
             bus busy on the machines measured.
@@ -159,7 +161,7 @@ class StreamOptions:
         if self.threads is not None:
             return self.threads
         cpus = usable_cpus()
-        return min(_THREADS_FOR_A_GPU * max(1, gpus), max(min(4, cpus), cpus * 3 // 4))
+        return min(_THREADS_FOR_A_GPU * max(1, gpus), _MOST_THREADS, max(min(4, cpus), cpus - 2))
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> StreamOptions:

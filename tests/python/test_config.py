@@ -86,14 +86,15 @@ def test_stream_options_have_types(name: str, value: Any) -> None:
         StreamOptions(**{name: value})
 
 
-def test_threads_default_to_three_quarters_of_the_usable_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_default_to_all_usable_cpus_but_two(monkeypatch: pytest.MonkeyPatch) -> None:
     assert StreamOptions(threads=700).worker_threads() == 700
-    for usable, workers in ((1, 1), (2, 2), (3, 3), (4, 4), (5, 4), (8, 6), (16, 12), (22, 12), (200, 12)):
+    for usable, workers in ((1, 1), (2, 2), (3, 3), (4, 4), (5, 4), (6, 4), (8, 6), (16, 14), (22, 14), (200, 14)):
         monkeypatch.setattr("pyint8.config.usable_cpus", lambda usable=usable: usable)
         assert StreamOptions().worker_threads() == workers
         assert StreamOptions().worker_threads(gpus=0) == workers
-    assert StreamOptions().worker_threads(gpus=3) == 36
-    assert StreamOptions().worker_threads(gpus=100) == 150
+    assert StreamOptions().worker_threads(gpus=2) == 28
+    assert StreamOptions().worker_threads(gpus=3) == 32
+    assert StreamOptions().worker_threads(gpus=100) == 32
 
 
 @pytest.mark.parametrize(

@@ -64,13 +64,15 @@ def _adapter_config(path: str, kwargs: Mapping[str, Any]) -> str | None:
     """
     given = {**kwargs, **(kwargs.get("adapter_kwargs") or {})}
     where = {name: given[name] for name in _HUB_ARGUMENTS if given.get(name) is not None}
-    name = "/".join(filter(None, (where.get("subfolder"), "adapter_config.json")))
+    inside = f"{where['subfolder']}/" if where.get("subfolder") else ""
+    name = f"{inside}adapter_config.json"
     if os.path.exists(path):
         has_model = os.path.exists(os.path.join(path, "config.json"))
         return os.path.join(path, name) if not has_model and os.path.exists(os.path.join(path, name)) else None
     try:
         cached = cached_file(path, name, where)
-        if cached is not None or find_spec("peft") is None or cached_file(path, "config.json", where) is not None:
+        is_known = cached is not None or cached_file(path, f"{inside}config.json", where) is not None
+        if is_known or find_spec("peft") is None:
             return cached
     except ValueError:  # no hub id
         return None

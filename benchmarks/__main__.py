@@ -27,6 +27,7 @@ _GB = 1e9
 _ON_GPU = ("llama-8b", "gpt2-xl", "llama-8b-int8", "qwen3-moe", "llama-70b-layers")
 _ON_CPU = ("llama-1b", "gpt2-xl")
 _ONLY_COLD = ("pyint8-direct", "read-buffered", "read-direct")  # hot, they read the page cache as others do
+_FEW_CPUS = ("pyint8", "raw-engine", "read-buffered")
 _COLD = ("pyint8", *_ONLY_COLD, "transformers-int8", "safetensors", "instanttensor")
 _OURS = ("pyint8", "pyint8-direct", "raw-engine", "imports")
 _MEASURES = ("transformers-int8", "free-lifecycle", "safetensors-prefetch-int8", "read-buffered", "read-direct")
@@ -41,7 +42,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--checkpoint", action="append", choices=NAMES, help="default: what fits the machine")
     parser.add_argument("--contender", action="append", choices=sorted(CONTENDERS), help="default: all")
     parser.add_argument("--cache", action="append", choices=("hot", "half", "cold"), help="default: hot")
-    parser.add_argument("--cpus", action="append", type=int, help="also with so many CPUs allowed, for pyint8")
+    parser.add_argument(
+        "--cpus", action="append", type=int, help="also with so many CPUs, for pyint8 and a plain reader"
+    )
     parser.add_argument("--gpus", action="append", type=int, help="also spread over so many GPUs; default: one alone")
     parser.add_argument("--start", action="store_true", help="also from process start to model ready")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
@@ -65,12 +68,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def cases(parsed: argparse.Namespace) -> list[suite.Case]:
     """The lines of the table that were asked for; not every contender is worth waiting for a cold disk."""
-    hot = [name for name in parsed.contender if name not in _ONLY_COLD]
+    beside_few = _FEW_CPUS if parsed.cpus else ()
+    hot = [name for name in parsed.contender if name not in _ONLY_COLD or name in beside_few]
     chosen = [suite.Case(name) for name in hot if "hot" in parsed.cache]
     for cache in [cache for cache in ("half", "cold") if cache in parsed.cache]:
         chosen += [suite.Case(name, cache=cache) for name in parsed.contender if name in _COLD]
     for cpus in parsed.cpus or []:
-        chosen += [suite.Case(name, cpus=cpus) for name in ("pyint8", "raw-engine") if name in parsed.contender]
+        chosen += [suite.Case(name, cpus=cpus) for name in _FEW_CPUS if name in parsed.contender]
     for gpus in parsed.gpus or []:
         chosen += [suite.Case(name, gpus=gpus) for name in _SPREAD if name in parsed.contender]
     if parsed.start:

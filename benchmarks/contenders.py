@@ -124,7 +124,7 @@ def _raw_engine(folder: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def _read(folder: Path, *, direct: bool) -> tuple[Any, dict[str, Any]]:
-    """What the disk gives a plain reader that keeps nothing."""
+    """What the disk, or the page cache, gives a plain reader that keeps nothing."""
     read_by_threads(shards(folder), len(os.sched_getaffinity(0)), direct=direct)
     return None, {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -19,6 +20,10 @@ from pyint8.config import Int8Config
 from pyint8.errors import CheckpointError, CheckpointNotFoundError, ModelNotSupportedError, OptionError
 from pyint8.models.transformers.quantizer import METHOD
 from pyint8.models.transformers.session import LoadSession
+
+# from_pretrained changes the process while it runs (the default dtype, PreTrainedModel's methods, progress bars): two
+# at once leave weights on meta, without an error.
+_one_at_a_time = threading.RLock()
 
 # Where a checkpoint is found, as from_pretrained names it; the rest may be for the configuration or the model.
 _HUB_ARGUMENTS = frozenset(
@@ -78,7 +83,7 @@ def load_pretrained(
         config, unused = config_class.from_pretrained(base, return_unused_kwargs=True, **arguments)
         config.quantization_config = _pre_quantized_fields(stored, int8_config, base)
         arguments = {**unused, **hub, "config": config}
-    with ExitStack() as stack:
+    with _one_at_a_time, ExitStack() as stack:
         stack.enter_context(session.activate())
         stack.enter_context(session.report.phase("build"))
 

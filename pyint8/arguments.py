@@ -49,9 +49,7 @@ def check_device_map(device_map: Any) -> None:
 
 
 def _check_device(device: Any, wanted: str) -> None:
-    if isinstance(device, bool):
-        raise PlacementError(f"device_map is {device!r}; it must be {wanted}")
-    if isinstance(device, int) and device >= 0:  # of the accelerator
+    if isinstance(device, int) and not isinstance(device, bool) and device >= 0:  # of the accelerator
         return
     try:
         kind = torch.device(device).type

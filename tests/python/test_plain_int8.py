@@ -122,6 +122,7 @@ def test_every_way_to_say_cpu(device_map: Any, tmp_path: Path) -> None:
 REFUSED: list[tuple[dict[str, Any], type[Pyint8Error], str]] = [
     ({"device_map": "nonsense"}, PlacementError, "device_map is 'nonsense'; it must be one of auto, balanced,"),
     ({"device_map": 3.5}, PlacementError, "device_map is 3.5; it must be one of auto"),
+    ({"device_map": True}, PlacementError, "device_map is True; it must be one of auto"),
     ({"device_map": {"embed": "cpu", "blocks": "cpu"}}, PlacementError, "no entry for norm.weight, norm.bias"),
     ({"device_map": {"": "nonsense"}}, PlacementError, "nonsense"),
     ({"device_map": {"": 0, "blocks.1": "cpu"}}, PlacementError, r"Int8Config\(fp32_cpu_offload=True\)"),

@@ -1,8 +1,8 @@
 """What can go wrong, by kind.
 
 Every error raised on purpose by pyint8 is a `Pyint8Error`. Each kind also derives from the builtin a caller would
-expect (`ValueError`, `OSError`, …), so code that never heard of pyint8 can still catch it. Where they apply, an error
-carries `path`, `tensor` and `offset` as attributes and says them in its message.
+expect (`ValueError`, `OSError`, …), so code that never heard of pyint8 can still catch it. Every error has `path`,
+`tensor` and `offset` as attributes, None where they do not apply, and says them in its message.
 """
 
 from __future__ import annotations
@@ -12,7 +12,47 @@ from typing import Any
 
 
 class Pyint8Error(Exception):
-    """The base of every error of this library."""
+    """The base of every error of this library.
+
+    Args:
+        problem: What is wrong, and what to do about it.
+        path: The file, if one is at fault.
+        tensor: The tensor's name in the checkpoint (or in the model), if one is at fault.
+        offset: Where in the file, in bytes from its start.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        tensor: str | None = None,
+        offset: int | None = None,
+    ) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.path: str | None = None if path is None else os.fspath(path)
+        self.tensor = tensor
+        self.offset = offset
+
+    def __str__(self) -> str:
+        place = []
+        if self.tensor is not None:
+            place.append(f"tensor {self.tensor!r}")
+        if self.path is not None:
+            place.append(self.path)
+        if self.offset is not None:
+            place.append(f"byte {self.offset}")
+        return f"{', '.join(place)}: {self.problem}" if place else self.problem
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (type(self), self.problem, self.path, self.tensor, self.offset)
+
+
+def _rebuild(
+    kind: type[Pyint8Error], problem: str, path: str | None, tensor: str | None, offset: int | None
+) -> Pyint8Error:
+    return kind(problem, path=path, tensor=tensor, offset=offset)
 
 
 class OptionError(Pyint8Error, ValueError):
@@ -39,58 +79,14 @@ class PlacementError(Pyint8Error, ValueError):
     """A device map that cannot be honoured."""
 
 
-class _LocatedError(Pyint8Error):
-    """An error with a place in a file.
-
-    Args:
-        problem: What is wrong, and what to do about it.
-        path: The file, if one is at fault.
-        tensor: The tensor's name in the checkpoint (or in the model), if one is at fault.
-        offset: Where in the file, in bytes from its start.
-    """
-
-    def __init__(
-        self,
-        problem: str,
-        *,
-        path: str | os.PathLike[str] | None = None,
-        tensor: str | None = None,
-        offset: int | None = None,
-    ) -> None:
-        super().__init__(problem)
-        self.problem = problem
-        self.path = None if path is None else os.fspath(path)
-        self.tensor = tensor
-        self.offset = offset
-
-    def __str__(self) -> str:
-        place = []
-        if self.tensor is not None:
-            place.append(f"tensor {self.tensor!r}")
-        if self.path is not None:
-            place.append(self.path)
-        if self.offset is not None:
-            place.append(f"byte {self.offset}")
-        return f"{', '.join(place)}: {self.problem}" if place else self.problem
-
-    def __reduce__(self) -> Any:
-        return _rebuild, (type(self), self.problem, self.path, self.tensor, self.offset)
-
-
-def _rebuild(
-    kind: type[_LocatedError], problem: str, path: str | None, tensor: str | None, offset: int | None
-) -> _LocatedError:
-    return kind(problem, path=path, tensor=tensor, offset=offset)
-
-
-class CheckpointError(_LocatedError, ValueError):
+class CheckpointError(Pyint8Error, ValueError):
     """The checkpoint's files are not what their format, their index or the model demands."""
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
     """A folder without a checkpoint, or an index that names a shard which is not there."""
 
-    __str__ = _LocatedError.__str__
+    __str__ = Pyint8Error.__str__
 
 
 class HeaderError(CheckpointError):
@@ -113,7 +109,7 @@ class NonFiniteWeightError(CheckpointError):
     """NaN or infinity in a weight, or a value that float16 cannot hold."""
 
 
-class ReadError(_LocatedError, OSError):
+class ReadError(Pyint8Error, OSError):
     """The operating system refused to open or read a file; `errno` says why."""
 
     def __init__(
@@ -128,7 +124,7 @@ class ReadError(_LocatedError, OSError):
         super().__init__(problem, path=path, tensor=tensor, offset=offset)
         self.errno = errno
 
-    __str__ = _LocatedError.__str__
+    __str__ = Pyint8Error.__str__
 
     def __reduce__(self) -> Any:
         return _rebuild_read, (self.problem, self.path, self.tensor, self.offset, self.errno)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from pyint8.imports import imported
 
 
 @contextmanager
@@ -34,7 +35,7 @@ def make_room(nbytes: int) -> None:
 
     A model with accelerate's hooks is a cycle: deleted, it keeps its memory until it is found.
     """
-    torch = sys.modules.get("torch")
+    torch = imported("torch")
     if torch is None or not torch.cuda.is_initialized():
         return
     for gpu in range(torch.cuda.device_count()):

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from tqdm.auto import tqdm
+from pyint8.imports import imported
 
 
 class ByteProgress:
-    """Shows bytes landed and bytes per second on stderr; silent unless asked for or on a terminal.
+    """Shows bytes landed and bytes per second on stderr; silent unless asked for, or on a terminal or in a notebook.
 
     Args:
-        shown: True or False to ask for it or not; None shows it on a terminal.
+        shown: True or False to ask for it or not; None shows it on a terminal and in a notebook, unless bars are
+            switched off (`HF_HUB_DISABLE_PROGRESS_BARS`, `transformers.utils.logging.disable_progress_bar()`), or this
+            is one of torchrun's processes, and not the first of its host.
     """
 
     def __init__(self, shown: bool | None) -> None:
-        self._shown = sys.stderr.isatty() if shown is None else shown
-        self._bar: tqdm[Any] | None = None
+        self._shown = _is_wanted() if shown is None else shown
+        self._bar: Any = None
 
     def __enter__(self) -> ByteProgress:
         return self
@@ -32,8 +36,32 @@ class ByteProgress:
     def start(self, total: int) -> None:
         """Begins a bar of `total` bytes."""
         if self._shown:
-            self._bar = tqdm(total=total, unit="B", unit_scale=True, desc="Loading int8", file=sys.stderr)
+            self._bar = _bar_maker()(total=total, unit="B", unit_scale=True, desc="Loading int8", file=sys.stderr)
 
     def advance(self, nbytes: int) -> None:
         if self._bar is not None:
             self._bar.update(nbytes)
+
+
+def _is_wanted() -> bool:
+    from huggingface_hub.utils import are_progress_bars_disabled  # transformers' switch sets this one too
+
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    return is_first and (sys.stderr.isatty() or _in_notebook()) and not are_progress_bars_disabled()
+
+
+def _in_notebook() -> bool:
+    get_ipython = getattr(imported("IPython"), "get_ipython", None)
+    shell = None if get_ipython is None else get_ipython()
+    return shell is not None and "IPKernelApp" in shell.config
+
+
+def _bar_maker() -> Callable[..., Any]:
+    """transformers' own, which knows notebooks and its users' hooks; tqdm's where transformers is not imported."""
+    logging = imported("transformers.utils.logging")
+    if logging is not None and logging.is_progress_bar_enabled():
+        return logging.tqdm  # type: ignore[no-any-return]
+    from tqdm import auto
+
+    maker: Callable[..., Any] = auto.tqdm
+    return maker

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import html
+import logging
+import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+logger = logging.getLogger("pyint8")
 
 _GB = 1e9
 _PHASES = ("read headers", "build", "stream", "finish")
+
+
+class Tally(dict[str, int]):
+    """Numbers by kind; 0 for a kind that is not there. (A Counter does not survive `dataclasses.asdict`.)"""
+
+    def __missing__(self, kind: str) -> int:
+        return 0
+
+    def most_common(self) -> list[tuple[str, int]]:
+        """Largest first; in the order they came where they are equal."""
+        return sorted(self.items(), key=lambda item: -item[1])
 
 
 @dataclass
@@ -25,7 +40,8 @@ class LoadReport:
         seconds: Wall seconds by phase: "read headers", "build" (the model on meta, and the plan), "stream" (from
             the plan to the last parameter set; the first bytes may have been asked for before) and "finish".
         tensors: Number of parameters and buffers by what became of them: "int8" (quantized here), "pre-quantized",
-            "cast" (to another dtype), "as stored", "converted" (renamed is not converted; split or fused is).
+            "cast" (to another dtype), "as stored", "converted" (renamed is not converted; split or fused is), "left on
+            disk" (read by accelerate whenever a forward pass needs them).
         skipped: Modules that could have been quantized and were not, with the reason.
         device_peak_bytes: For each CUDA device, the most memory that torch had allocated during the load.
         host_peak_bytes: Growth of this process's peak resident memory during the load, and of its pinned memory.
@@ -35,7 +51,7 @@ class LoadReport:
 
     checkpoint_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_PHASES, 0.0))
-    tensors: Counter[str] = field(default_factory=Counter)
+    tensors: Tally = field(default_factory=Tally)
     skipped: dict[str, str] = field(default_factory=dict)
     device_peak_bytes: dict[str, int] = field(default_factory=dict)
     host_peak_bytes: int = 0
@@ -63,6 +79,23 @@ class LoadReport:
             nested = self.total_seconds - before
             self.seconds[name] += time.perf_counter() - start - nested
 
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON has it: dicts, lists (sets are sorted), strings and numbers; the two properties too."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        values |= {"total_seconds": self.total_seconds, "gigabytes_per_second": self.gigabytes_per_second}
+        plain: dict[str, Any] = _as_json(values)
+        return plain
+
+    def summary(self) -> str:
+        """One line: bytes, seconds, speed, tensors by kind."""
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.tensors.most_common())
+        speed = f"{self.gigabytes_per_second:.1f} GB/s"
+        return f"{self.checkpoint_bytes / _GB:.3f} GB in {self.total_seconds:.2f} s ({speed}); tensors: {kinds}"
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return f"<pre>{html.escape(str(self))}</pre>"
+
     def __str__(self) -> str:
         phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.seconds.items())
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.tensors.most_common())
@@ -77,3 +110,38 @@ class LoadReport:
             lines.append("not quantized")
             lines += [f"  {name}: {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _as_json(each) for key, each in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted((_as_json(each) for each in value), key=str)
+    if isinstance(value, (list, tuple)):
+        return [_as_json(each) for each in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+_listening = threading.Lock()
+_listeners: list[list[LoadReport]] = []
+
+
+@contextmanager
+def collected() -> Iterator[list[LoadReport]]:
+    """Collects the reports of all loads that end while it lasts, in any thread."""
+    reports: list[LoadReport] = []
+    with _listening:
+        _listeners.append(reports)
+    try:
+        yield reports
+    finally:
+        with _listening:
+            _listeners[:] = [each for each in _listeners if each is not reports]
+
+
+def announce(report: LoadReport, what: str) -> None:
+    """Says in one line that a load has ended, and hands its report to whoever collects them."""
+    logger.info("loaded %s: %s", what, report.summary())
+    with _listening:
+        for reports in _listeners:
+            reports.append(report)

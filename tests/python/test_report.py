@@ -1,10 +1,16 @@
 """The LoadReport's arithmetic and text."""
 
+import copy
+import dataclasses
+import json
+import pickle
 import time
 
 import pytest
+import torch
 
 from pyint8 import LoadReport
+from pyint8.report import announce, collected
 
 PHASES = ["read headers", "build", "stream", "finish"]
 
@@ -101,3 +107,68 @@ def test_text_of_an_empty_report() -> None:
     lines = str(LoadReport()).splitlines()
     assert lines[0] == "read        0.000 GB at 0.00 GB/s"
     assert len(lines) == 4
+
+
+def filled_report() -> LoadReport:
+    report = LoadReport(checkpoint_bytes=2_000_000_000, host_peak_bytes=7)
+    report.seconds |= {"build": 0.5, "stream": 1.5}
+    report.tensors["int8"] += 3
+    report.tensors["as stored"] += 1
+    report.skipped = {"lm_head": "in the list of modules to skip"}
+    report.loading_info = {
+        "missing_keys": {"b", "a"},
+        "mismatched_keys": {("c", torch.Size([2]), torch.Size([3]))},
+        "error_msgs": ["one"],
+    }
+    return report
+
+
+def test_a_dict_that_json_takes() -> None:
+    found = filled_report().to_dict()
+    assert json.loads(json.dumps(found)) == found
+    assert found["tensors"] == {"int8": 3, "as stored": 1}
+    assert found["seconds"]["stream"] == 1.5
+    assert found["loading_info"] == {
+        "missing_keys": ["a", "b"],
+        "mismatched_keys": [["c", [2], [3]]],
+        "error_msgs": ["one"],
+    }
+    assert (found["total_seconds"], found["gigabytes_per_second"]) == (2.0, 1.0)
+    assert found.keys() >= {each.name for each in dataclasses.fields(LoadReport)}
+
+
+def test_asdict_is_right_too() -> None:
+    assert dataclasses.asdict(filled_report())["tensors"] == {"int8": 3, "as stored": 1}
+    assert copy.deepcopy(filled_report()) == filled_report()
+    assert pickle.loads(pickle.dumps(filled_report())) == filled_report()
+
+
+def test_kinds_that_are_not_there_are_none() -> None:
+    report = LoadReport()
+    assert report.tensors["int8"] == 0
+    assert report.tensors == {}
+
+
+def test_one_line() -> None:
+    line = "2.000 GB in 2.00 s (1.0 GB/s); tensors: 3 int8, 1 as stored"
+    assert filled_report().summary() == line
+
+
+def test_a_notebook_shows_the_text() -> None:
+    report = filled_report()
+    report.skipped = {"a<b": "x & y"}
+    assert report._repr_html_().startswith("<pre>read ")
+    assert "a&lt;b: x &amp; y" in report._repr_html_()
+
+
+def test_reports_are_collected_while_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    first, second, third = LoadReport(), LoadReport(), LoadReport()
+    with caplog.at_level("INFO", "pyint8"), collected() as outer:
+        announce(first, "a")
+        with collected() as inner:
+            announce(second, "b")
+        announce(third, "c")
+    announce(LoadReport(), "d")
+    assert [id(each) for each in outer] == [id(first), id(second), id(third)]
+    assert [id(each) for each in inner] == [id(second)]
+    assert "loaded b: 0.000 GB in 0.00 s" in caplog.text

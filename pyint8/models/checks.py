@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection, Container, Iterable
+
 from pyint8.checkpoint import Checkpoint, Entry
 from pyint8.errors import CheckpointError, QuantizationStateError, ShapeMismatchError
 
@@ -96,3 +99,30 @@ def require_int8_weight(
     else:
         require_real_floats(entry)
     require_shape(entry, name, expected)
+
+
+def refuse_what_does_not_fit(checkpoint: Checkpoint, wanted: Collection[str]) -> None:
+    """Raises CheckpointError for a checkpoint that has none of the weights to quantize, whose names are `wanted`."""
+    stored, example = next(iter(checkpoint), "no tensor"), next(iter(wanted), "no parameter")
+    problem = f"none of what the model wants (such as {example}) is in it, but others (such as {stored})"
+    if (prefix := wrapper_prefix(checkpoint, wanted)) is not None:
+        problem += (
+            f": its names begin with {prefix!r}, as a wrapper (torch.compile, DistributedDataParallel, PEFT) saves "
+            "them. Save the model that is inside the wrapper, or strip the prefix from the names and from the index"
+        )
+    elif (prefix := wrapper_prefix(wanted, checkpoint)) is not None:
+        problem += f": the model's own names begin with {prefix!r}; fill what is inside this wrapper"
+    else:
+        problem += "; is it the checkpoint of this model?"
+    raise CheckpointError(problem, path=checkpoint.files[0])
+
+
+def wrapper_prefix(names: Iterable[str], bare: Container[str]) -> str | None:
+    """What stands before names of `bare` in most of `names`, such as "_orig_mod."; None if nothing does."""
+    found: Counter[str] = Counter()
+    for name in names:
+        parts = name.split(".")
+        at = next((at for at in range(1, len(parts)) if ".".join(parts[at:]) in bare), None)
+        if at is not None:
+            found[".".join(parts[:at]) + "."] += 1
+    return found.most_common(1)[0][0] if found else None

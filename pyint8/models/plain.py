@@ -49,6 +49,7 @@ def fill_module(
     Raises:
         CheckpointError: A parameter on meta has no tensor in the checkpoint, or a shape is wrong.
     """
+    _warn_of_own_saving(module)
     quantizer = Int8Quantizer(
         config, pre_quantized=any(name.endswith(f".{checks.SCALES}") for name in checkpoint), strict=strict
     )
@@ -66,6 +67,17 @@ def fill_module(
             dispatch(module, filler.device_map, offload_folder, filler.left_in_files)
     report.skipped = dict(quantizer.skipped)
     return module
+
+
+def _warn_of_own_saving(module: nn.Module) -> None:
+    if hasattr(module, "save_pretrained"):
+        logger.warning(
+            "%s has a save_pretrained of its own, which does not write that weights are int8: its from_pretrained "
+            "would take int8 codes for weights. Save the filled module with "
+            "safetensors.torch.save_file(module.state_dict(), file), and load that with "
+            "pyint8.load(file, model=module)",
+            type(module).__name__,
+        )
 
 
 @contextmanager
@@ -121,7 +133,8 @@ class _Filler:
     def _settle_modules(self) -> None:
         """Linear modules stay ordinary whose weight is not in the checkpoint, or not int8 there, and those that go by
         several names, of which one was replaced."""
-        absent = []
+        absent: list[str] = []
+        replaced = len(self._quantizer.converted)
         still_there = {id(module) for module in self._module.modules()}
         for name, original in list(self._quantizer.converted.items()):
             weight = f"{name}.weight"
@@ -136,6 +149,8 @@ class _Filler:
                 absent += [] if tied else [name]
             elif self._quantizer.pre_quantized and self._companion(weight, checks.SCALES) is None and entry.is_floating:
                 self._quantizer.keep_unquantized(self._module, name, "it is not quantized in the checkpoint")
+        if self._quantizer.strict and replaced and len(absent) == replaced:
+            checks.refuse_what_does_not_fit(self._checkpoint, self._module.state_dict())
         self._quantizer.name_absent(absent)
 
     def _refuse_orphans(self, weight: str) -> None:
@@ -158,10 +173,7 @@ class _Filler:
         lost = [name for name in missing if own[name].is_meta]
         lost += [name for name, buffer in self._module.named_buffers() if buffer.is_meta and name not in own]
         if own and len(missing) == len(own):
-            raise CheckpointError(
-                f"the checkpoint in {self._checkpoint.files[0]} has none of the module's names, such as {missing[0]}, "
-                f"but others, such as {next(iter(self._checkpoint), 'none')}; fill what they are of, not a wrapper"
-            )
+            checks.refuse_what_does_not_fit(self._checkpoint, own)
         if lost:
             raise CheckpointError(
                 f"the checkpoint in {self._checkpoint.files[0]} has no such tensor, and the module holds no values for "

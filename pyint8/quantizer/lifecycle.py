@@ -25,6 +25,7 @@ logger = logging.getLogger("pyint8")
 DeviceMap = Mapping[str, Any]
 _Dtype = TypeVar("_Dtype")
 _OFF_DEVICE = ("cpu", "disk")
+_NAMED_AT_MOST = 5
 
 
 class Int8Quantizer:
@@ -79,8 +80,8 @@ class Int8Quantizer:
         if dtype is not None:
             return dtype
         logger.info(
-            "dtype was not given: modules that are not quantized are loaded in float16, what bitsandbytes computes "
-            'in; pass dtype="auto" for the checkpoint\'s own, or a torch.dtype'
+            "dtype=None: modules that are not quantized are loaded in float16, what bitsandbytes computes in; pass "
+            'dtype="auto" for the checkpoint\'s own, or a torch.dtype'
         )
         return torch.float16
 
@@ -150,9 +151,13 @@ class Int8Quantizer:
     def name_absent(self, names: list[str]) -> None:
         """One warning for all modules that stay ordinary because the checkpoint has no weight for them."""
         if names:
+            more = f" and {len(names) - _NAMED_AT_MOST} more" if len(names) > _NAMED_AT_MOST else ""
             logger.warning(
-                "not in the checkpoint, so initialized afresh and not quantized: %s; train before use",
-                ", ".join(names),
+                "%d linear modules are not in the checkpoint, so initialized afresh and not quantized: %s%s; train "
+                "before use",
+                len(names),
+                ", ".join(names[:_NAMED_AT_MOST]),
+                more,
             )
 
     def expected_shape(self, parameter_name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -250,15 +255,20 @@ class Int8Quantizer:
 
     def _check_placement(self, device_map: DeviceMap) -> None:
         devices = {_device_name(device) for device in device_map.values()}
-        if self.config.fp32_cpu_offload or devices == {"cpu"} or not devices & set(_OFF_DEVICE):
+        off_device = devices & set(_OFF_DEVICE)
+        if self.config.fp32_cpu_offload or devices == {"cpu"} or not off_device:
             return
         lost = [name for name in self.converted if _device_name(device_of(name, device_map)) in _OFF_DEVICE]
-        if lost:
-            raise PlacementError(
-                f"the device map puts {len(lost)} modules that are to be quantized on the CPU or the disk beside "
-                f"another device ({', '.join(lost[:3])}{', …' if len(lost) > 3 else ''}). Free memory on the device, "
-                "or pass Int8Config(fp32_cpu_offload=True) to keep such modules there, unquantized"
-            )
+        if not lost:
+            return
+        others = devices - off_device
+        where = " or ".join({"cpu": "the CPU", "disk": "the disk"}[device] for device in sorted(off_device))
+        advice = "Free memory on the device" if others else 'Put all of the model on the CPU, device_map="cpu"'
+        raise PlacementError(
+            f"the device map puts {len(lost)} modules that are to be quantized on {where}"
+            f"{' beside another device' if others else ''} ({', '.join(lost[:3])}{', …' if len(lost) > 3 else ''}). "
+            f"{advice}, or pass Int8Config(fp32_cpu_offload=True) to keep such modules there, unquantized"
+        )
 
 
 def _device_name(device: Any) -> str:

@@ -39,6 +39,9 @@ def settle_modules(
 
     Returns:
         Whether there were any, so that the model has another state dict now.
+
+    Raises:
+        CheckpointError: The checkpoint has none of the model's weights to quantize (`strict` only).
     """
 
     def why_ordinary(target: Target | None, name: str) -> str | None:
@@ -63,8 +66,17 @@ def settle_modules(
             quantizer.keep_unquantized(model, name, reason)
         if reason == _ABSENT:
             absent.append(name)
+    if quantizer.strict and _nothing_fits(plan, model, replaced, absent):
+        checks.refuse_what_does_not_fit(checkpoint, parameters)
     quantizer.name_absent(absent)
     return len(quantizer.converted) < len(replaced)
+
+
+def _nothing_fits(plan: LoadPlan, model: Any, replaced: list[str], absent: list[str]) -> bool:
+    """Whether no tensor has a place in the model, or no weight to be quantized was found for its body."""
+    prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    body = {name for name in replaced if name.startswith(prefix)}
+    return not plan.targets or (bool(body) and body <= set(absent))
 
 
 def check_tensors(

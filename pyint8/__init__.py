@@ -10,22 +10,31 @@ from contextlib import AbstractContextManager
 
 from pyint8.config import Int8Config, StreamOptions
 from pyint8.errors import Pyint8Error
+from pyint8.imports import importing
 from pyint8.loader import load
+from pyint8.models.transformers.compat import require_transformers
 from pyint8.report import LoadReport
 
 __all__ = ["Int8Config", "LoadReport", "Pyint8Error", "StreamOptions", "load", "takeover"]
 __version__ = "0.1.0"
 
 
-def takeover() -> AbstractContextManager[None]:
+def takeover() -> AbstractContextManager[list[LoadReport]]:
     """While it lasts, every int8 load by transformers in this process goes through pyint8.
 
-    For programs whose calls cannot be changed: `from_pretrained(..., load_in_8bit)` in whatever form, and checkpoints
-    that are int8 already. The models are the same, byte for byte, and keep nothing of pyint8; bad values are warned of,
-    not refused (`strict=False`); tensors that are in memory (`state_dict=`) are left to transformers; `PYINT8_*`
-    environment variables are the options. transformers' registry of quantizers has another entry until the block (of
-    several that overlap, the last) is left, for all threads. `python -m pyint8.run` runs a whole program like this.
-    """
-    from pyint8.models.transformers.takeover import takeover
+        with pyint8.takeover() as loads:
+            ...
+        print(loads[0])  # the LoadReport of the first load that ended meanwhile
 
+    For programs whose calls cannot be changed: `from_pretrained(..., quantization_config=BitsAndBytesConfig(
+    load_in_8bit=True))`, and checkpoints that are int8 already. (transformers 5 has no `load_in_8bit` argument of
+    from_pretrained any more; where its error leaves the block, it is an OptionError that says so.) The models are the
+    same, byte for byte, and keep nothing of pyint8; bad values are warned of, not refused (`strict=False`); tensors
+    that are in memory (`state_dict=`) are left to transformers; `PYINT8_*` environment variables are the options.
+    transformers' registry of quantizers has another entry until the block (of several that overlap, the last) is left,
+    for all threads, but not for processes that this one starts. `python -m pyint8.run` runs a whole program like this.
+    """
+    require_transformers()
+    with importing:
+        from pyint8.models.transformers.takeover import takeover
     return takeover()

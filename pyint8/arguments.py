@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from accelerate.utils import convert_file_size_to_int
 from torch import nn
 
 from pyint8.errors import OptionError, PlacementError
+from pyint8.imports import imported
 
 PLANNED_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -49,14 +49,36 @@ def check_device_map(device_map: Any) -> None:
 
 
 def _check_device(device: Any, wanted: str) -> None:
-    if isinstance(device, int) and not isinstance(device, bool) and device >= 0:  # of the accelerator
+    if isinstance(device, int) and not isinstance(device, bool) and device >= 0:
+        kind, index = _accelerator(), device
+    else:
+        try:
+            parsed = torch.device(device)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise PlacementError(f"device_map is {device!r}; it must be {wanted} ({error})") from None
+        kind, index = parsed.type, parsed.index or 0
+    if kind in ("cpu", "meta"):
         return
-    try:
-        kind = torch.device(device).type
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise PlacementError(f"device_map is {device!r}; it must be {wanted} ({error})") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise PlacementError(f"device_map names {device!r}, and torch finds no CUDA device here")
+    count = _device_count(kind)
+    if index >= count:
+        there = "no such device" if count == 0 else f"{count} of the kind {kind!r}"
+        raise PlacementError(
+            f"device_map names {device!r}, and torch {torch.__version__} finds {there} here; name one that is there "
+            '(nvidia-smi lists GPUs), or pass device_map="cpu"'
+        )
+
+
+def _accelerator() -> str:
+    """The kind of device that a plain number means."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cuda" if accelerator is None else accelerator.type
+
+
+def _device_count(kind: str) -> int:
+    """How many devices of a kind there are; 0 for one that torch was not built for, or that does not answer."""
+    if kind == "cuda":
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return torch.accelerator.device_count() if torch.accelerator.is_available() and kind == _accelerator() else 0
 
 
 def check_max_memory(max_memory: Any) -> None:
@@ -103,7 +125,7 @@ def _no_size(name: str, value: Any) -> OptionError:
 
 def check_model(model: Any) -> None:
     """Raises OptionError unless it is a module of one's own, a class that has from_pretrained, or None."""
-    transformers = sys.modules.get("transformers.modeling_utils")
+    transformers = imported("transformers.modeling_utils")
     if transformers is not None and isinstance(model, transformers.PreTrainedModel):
         name = type(model).__name__
         raise OptionError(

@@ -5,6 +5,8 @@ This module is the only reader of `PYINT8_*` environment variables, and imports 
 
 from __future__ import annotations
 
+import difflib
+import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,15 +15,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyint8.errors import OptionError
+from pyint8.imports import importing
+
+logger = logging.getLogger("pyint8")
 
 _MIB = 1 << 20
 # 8 fill a PCIe 5 x16 bus where the page cache gives a thread 8 GB/s (an H200's host), 14 where it gives 4 (an H100's).
 _THREADS_FOR_A_GPU = 14
-# However many GPUs: more threads copy no faster out of the page cache, and their slots would not stay in the cache.
+# However many GPUs, in all processes of a host: more threads copy no faster out of the page cache, and their slots
+# would not stay in the last-level cache.
 _MOST_THREADS = 32
+_SPARE_SLOTS = 4
+_LEAST_SPARE_SLOTS = 2
 # Beside the scratch, a load reserved 71 MiB on an H200 (the allocator's rounding), and its kernels took some 100 MiB.
 _DEVICE_EXTRA = 256 * _MIB
 _ENVIRONMENT_PREFIX = "PYINT8_"
+_FOR_TESTS = ("PYINT8_TEST_", "PYINT8_REQUIRE_")
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,11 @@ class Int8Config:
     @property
     def quant_method(self) -> str:
         """What transformers asks a `quantization_config` for; with it, pyint8's quantizer is registered there."""
-        from pyint8.models.transformers.quantizer import METHOD
+        from pyint8.models.transformers.compat import require_transformers
+
+        require_transformers()
+        with importing:
+            from pyint8.models.transformers.quantizer import METHOD
 
         return METHOD
 
@@ -114,9 +127,11 @@ class StreamOptions:
         threads: Workers that read. None means all CPUs this process may use (affinity and cgroup) but two, 14 for each
             GPU and 32 in all at most: with a worker on every CPU, the thread that quantizes waits for its turn, and a
             load on 16 cores took 0.46 s instead of 0.43. Up to four CPUs, where reading takes longest, each has one:
-            32 GB/s with four on four, 26 with three.
-        spare_slots: Pinned slots on their way to a GPU, beside one for each worker that is being filled. Three kept the
-            bus busy on the machines measured.
+            32 GB/s with four on four, 26 with three. The processes that torchrun starts on a host (LOCAL_WORLD_SIZE)
+            share all three numbers.
+        spare_slots: Pinned slots on their way to a GPU, beside one for each worker that is being filled. None means
+            four, of which processes of one host share what leaves each two. Three kept the bus busy on the machines
+            measured.
         slot_bytes: Size of one slot, a multiple of 4096. The ring should stay inside the last-level cache; but on a
             PCIe 5 x16 bus, copies of 2 MiB, one after the other, reach 0.93 of what one large copy does, of 4 MiB 0.96.
         device_scratch: GPU memory, in bytes, for weights on their way to int8; a larger weight is quantized in bands
@@ -131,7 +146,7 @@ class StreamOptions:
     """
 
     threads: int | None = None
-    spare_slots: int = 4
+    spare_slots: int | None = None
     slot_bytes: int = 4 * _MIB
     device_scratch: int = 256 * _MIB
     host_scratch: int = 32 * _MIB
@@ -140,7 +155,7 @@ class StreamOptions:
 
     def __post_init__(self) -> None:
         _require_int("threads", self.threads, 1, 1024, optional=True)
-        _require_int("spare_slots", self.spare_slots, 1, 1024)
+        _require_int("spare_slots", self.spare_slots, 1, 1024, optional=True)
         _require_int("slot_bytes", self.slot_bytes, 2 * 4096, 1 << 30)
         if self.slot_bytes % 4096:
             raise OptionError(f"slot_bytes is {self.slot_bytes}; it must be a multiple of 4096")
@@ -160,8 +175,17 @@ class StreamOptions:
         """`threads`, or its default on this machine for a load onto so many GPUs."""
         if self.threads is not None:
             return self.threads
-        cpus = usable_cpus()
-        return min(_THREADS_FOR_A_GPU * max(1, gpus), _MOST_THREADS, max(min(4, cpus), cpus - 2))
+        processes = processes_on_host()
+        cpus = max(1, usable_cpus() // processes)
+        most = max(1, _MOST_THREADS // processes)
+        return min(_THREADS_FOR_A_GPU * max(1, gpus), most, max(min(4, cpus), cpus - 2))
+
+    def slots_in_flight(self, gpus: int = 1) -> int:
+        """`spare_slots`, or its default, for a load onto so many GPUs."""
+        spare = self.spare_slots
+        if spare is None:
+            spare = max(_LEAST_SPARE_SLOTS, _SPARE_SLOTS // processes_on_host())
+        return spare * max(1, gpus)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> StreamOptions:
@@ -171,8 +195,9 @@ class StreamOptions:
             OptionError: A value that cannot be read or is out of range, naming the variable.
         """
         values: dict[str, Any] = {}
-        for field in fields(cls):
-            variable = _ENVIRONMENT_PREFIX + field.name.upper()
+        known = {_ENVIRONMENT_PREFIX + field.name.upper(): field for field in fields(cls)}
+        _warn_of_unknown(environment, known)
+        for variable, field in known.items():
             text = environment.get(variable)
             if text is None:
                 continue
@@ -182,6 +207,15 @@ class StreamOptions:
             except OptionError as error:
                 raise OptionError(f"environment variable {variable}: {error}") from None
         return cls(**values)
+
+
+def _warn_of_unknown(environment: Mapping[str, str], known: Iterable[str]) -> None:
+    """One warning for each `PYINT8_*` variable that means nothing, with the nearest that does."""
+    for variable in sorted(environment.keys() - set(known)):
+        if variable.startswith(_ENVIRONMENT_PREFIX) and not variable.startswith(_FOR_TESTS):
+            near = difflib.get_close_matches(variable, known, n=1)
+            advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            logger.warning("the environment variable %s means nothing to pyint8; %s", variable, advice)
 
 
 def _require_int(name: str, value: object, low: int, high: int, *, optional: bool = False) -> None:
@@ -203,6 +237,12 @@ def _parse(variable: str, text: str, kind: type) -> object:
         return int(text)
     except ValueError:
         raise OptionError(f"environment variable {variable} is {text!r}; it must be an integer") from None
+
+
+def processes_on_host(environment: Mapping[str, str] = os.environ) -> int:
+    """How many processes torchrun (or accelerate) started on this host; 1 without it."""
+    text = environment.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(text)) if text.isdecimal() else 1
 
 
 def usable_cpus(cgroup_root: Path = Path("/sys/fs/cgroup")) -> int:

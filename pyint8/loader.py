@@ -2,47 +2,114 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import reprlib
 import resource
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from pyint8 import collector
 from pyint8.checkpoint import Checkpoint
 from pyint8.checkpoint.find import base_of_adapter, check_path, find_checkpoint
 from pyint8.config import Int8Config, StreamOptions
 from pyint8.errors import OptionError
+from pyint8.imports import importing
+from pyint8.keywords import int8_config, refuse_misplaced
+from pyint8.models.transformers.compat import require_transformers
+from pyint8.models.transformers.parallel import refuse_split_models
 from pyint8.progress import ByteProgress
-from pyint8.report import LoadReport
+from pyint8.report import LoadReport, announce
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import PreTrainedModel
 
     from pyint8.read_ahead import ReadAhead
     from pyint8.streaming import HeadStart
 
-# Said in `config`, or by the return value.
-_REPLACED_ARGUMENTS = {
-    "load_in_8bit": "pyint8.load always loads in 8 bit",
-    "load_in_4bit": "pyint8.load loads in 8 bit",
-    "quantization_config": "say what to quantize with config=pyint8.Int8Config(...)",
-    "output_loading_info": "pass return_report=True; the report has loading_info",
-    "state_dict": "pyint8.load reads files; use transformers for tensors you have",
-    "gguf_file": "GGUF checkpoints are not read; convert to safetensors",
-    "torch_dtype": "it is named dtype",
-    "disable_mmap": "pyint8 maps no files",
-}
+logger = logging.getLogger("pyint8")
+
+_Module = TypeVar("_Module", bound="nn.Module")
 
 
+@overload
 def load(
     path: str | os.PathLike[str],
     device_map: Any = "auto",
     *,
-    dtype: torch.dtype | str | Mapping[str, torch.dtype | str] | None = None,
+    model: type[_Module] | _Module,
+    return_report: Literal[False] = False,
+    dtype: torch.dtype | str | Mapping[str, torch.dtype | str] | None = "auto",
+    max_memory: Mapping[Any, Any] | None = None,
+    headroom: int | str | None = None,
+    config: Int8Config | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    strict: bool = True,
+    progress: bool | None = None,
+    options: StreamOptions | None = None,
+    **hub_and_model_kwargs: Any,
+) -> _Module: ...
+@overload
+def load(
+    path: str | os.PathLike[str],
+    device_map: Any = "auto",
+    *,
+    model: type[_Module] | _Module,
+    return_report: Literal[True],
+    dtype: torch.dtype | str | Mapping[str, torch.dtype | str] | None = "auto",
+    max_memory: Mapping[Any, Any] | None = None,
+    headroom: int | str | None = None,
+    config: Int8Config | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    strict: bool = True,
+    progress: bool | None = None,
+    options: StreamOptions | None = None,
+    **hub_and_model_kwargs: Any,
+) -> tuple[_Module, LoadReport]: ...
+@overload
+def load(
+    path: str | os.PathLike[str],
+    device_map: Any = "auto",
+    *,
+    model: type[Any] | None = None,
+    return_report: Literal[False] = False,
+    dtype: torch.dtype | str | Mapping[str, torch.dtype | str] | None = "auto",
+    max_memory: Mapping[Any, Any] | None = None,
+    headroom: int | str | None = None,
+    config: Int8Config | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    strict: bool = True,
+    progress: bool | None = None,
+    options: StreamOptions | None = None,
+    **hub_and_model_kwargs: Any,
+) -> PreTrainedModel: ...
+@overload
+def load(
+    path: str | os.PathLike[str],
+    device_map: Any = "auto",
+    *,
+    model: type[Any] | None = None,
+    return_report: Literal[True],
+    dtype: torch.dtype | str | Mapping[str, torch.dtype | str] | None = "auto",
+    max_memory: Mapping[Any, Any] | None = None,
+    headroom: int | str | None = None,
+    config: Int8Config | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    strict: bool = True,
+    progress: bool | None = None,
+    options: StreamOptions | None = None,
+    **hub_and_model_kwargs: Any,
+) -> tuple[PreTrainedModel, LoadReport]: ...
+def load(
+    path: str | os.PathLike[str],
+    device_map: Any = "auto",
+    *,
+    dtype: torch.dtype | str | Mapping[str, torch.dtype | str] | None = "auto",
     max_memory: Mapping[Any, Any] | None = None,
     headroom: int | str | None = None,
     config: Int8Config | None = None,
@@ -63,21 +130,23 @@ def load(
             which is attached to its base model; of the hub too.
         device_map: Where modules go, as transformers and accelerate have it: "auto", "balanced", "balanced_low_0",
             "sequential", a device, a dict of modules to devices, or None for the current device.
-        dtype: Of what is not quantized, and on the way to int8: a torch.dtype or its name, "auto" for the
-            checkpoint's own, None for float16 (transformers 5 would take "auto"), or a dict of such for the parts of a
-            model, as transformers has it: {"": ..., "vision_config": ...}.
+        dtype: Of what is not quantized, and on the way to int8: "auto" for the checkpoint's own, as transformers 5 has
+            it, a torch.dtype or its name, None for float16, what bitsandbytes computes in, or a dict of such for the
+            parts of a model, as transformers has it: {"": ..., "vision_config": ...}.
         max_memory: Memory to use on each device, for the planned device maps.
         headroom: Plan as tightly as that: leave so much of every GPU free (bytes, or a size such as "2GiB"), at least
             what the load needs itself. None plans as transformers does, with 0.81 of one GPU's free memory, 0.9 of
             several's.
-        config: What to quantize; None for LLM.int8()'s defaults.
+        config: What to quantize; None for LLM.int8()'s defaults. A transformers BitsAndBytesConfig(load_in_8bit=True)
+            means the same and is taken too.
         model: A transformers class (Auto classes included) instead of the one that the configuration names, or any
             torch.nn.Module but a transformers model, on meta or not, whose state dict has the checkpoint's names, to be
             filled in place.
         offload_folder: For modules that the device map puts on "disk".
         strict: Raise if a weight cannot be quantized soundly (NaN, infinity, values beyond float16), and if shards do
             not agree with their index. False logs one warning and does what bitsandbytes and transformers do.
-        progress: Show a bar in bytes; None shows it on a terminal.
+        progress: Show a bar in bytes; None shows it on a terminal and in notebooks, as transformers' switches for bars
+            have it.
         options: How to move bytes; None for the defaults and the `PYINT8_*` environment variables.
         return_report: Return (model, LoadReport).
         hub_and_model_kwargs: For `from_pretrained`: revision, subfolder, token, attn_implementation and so on.
@@ -89,13 +158,15 @@ def load(
         Pyint8Error: One of `pyint8.errors`; all say what is wrong where, and what to do. Nothing stays behind: no
             thread, no open file, no pinned memory.
     """
-    for name, instead in _REPLACED_ARGUMENTS.items():
-        if name in hub_and_model_kwargs:
-            raise OptionError(f"{name} is not an argument of pyint8.load: {instead}")
+    refuse_misplaced(hub_and_model_kwargs)
     path = _decoded(path)
     is_plain = model is not None and not isinstance(model, type)
-    check_path(path, is_plain=is_plain)
-    _check_types(config=(config, Int8Config), options=(options, StreamOptions))
+    config = int8_config(config)
+    _check_options(options)
+    if not is_plain:
+        require_transformers()
+        refuse_split_models(hub_and_model_kwargs)
+    check_path(path, hub_and_model_kwargs, is_plain=is_plain)
     base = None if is_plain else base_of_adapter(path, hub_and_model_kwargs)
     options = StreamOptions.from_environment() if options is None else options
     report = LoadReport()
@@ -108,9 +179,7 @@ def load(
             collector.make_room(checkpoint.most_bytes_loaded)
             begun.enter_context(collector.held_off())  # not for as long as a download takes
             read_ahead = begun.enter_context(_reading_ahead(checkpoint, options))
-
-        from pyint8 import arguments
-
+        arguments = _import_libraries(is_plain=is_plain)
         arguments.check_model(model)
         arguments.check_device_map(device_map)
         arguments.check_max_memory(max_memory)
@@ -119,6 +188,7 @@ def load(
             from pyint8.packing import budgets
 
             max_memory = budgets(max_memory, left_free, options.device_bytes)
+        _warn_of_ranks(device_map in arguments.PLANNED_MAPS if isinstance(device_map, str) else False)
         dtype = arguments.check_dtype(dtype)
         request = _Request(
             path=path,
@@ -140,7 +210,30 @@ def load(
             result = _load_transformers(request, model, report, bar, hub_and_model_kwargs)
         else:
             result = _load_plain(request, model, report, bar, hub_and_model_kwargs)
+    announce(report, path)
     return (result, report) if return_report else result
+
+
+def _warn_of_ranks(is_planned: bool) -> None:
+    if is_planned and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        logger.warning(
+            "a planned device map under torchrun spreads a model over all visible GPUs in every rank; pass "
+            'device_map="cuda" for one whole model on each rank\'s own GPU'
+        )
+
+
+def _import_libraries(*, is_plain: bool) -> ModuleType:
+    """Imports all that a load needs; returns the checks of its arguments."""
+    with importing:
+        import pyint8.quantizer
+        import pyint8.streaming
+        from pyint8 import arguments
+
+        if is_plain:
+            import pyint8.models.plain
+        else:
+            import pyint8.models.transformers.loading  # noqa: F401
+    return arguments
 
 
 @dataclass(frozen=True)
@@ -189,7 +282,8 @@ def _load_session(
     kwargs: dict[str, Any],
     head_start: HeadStart | None,
 ) -> Any:
-    from pyint8.models.transformers import LoadSession, load_pretrained
+    from pyint8.models.transformers.loading import load_pretrained
+    from pyint8.models.transformers.session import LoadSession
     from pyint8.quantizer import Int8Quantizer
 
     int8 = Int8Quantizer(request.config or Int8Config())
@@ -258,10 +352,9 @@ def _decoded(path: Any) -> str:
         raise OptionError(f"path is {path!r}; it must be a folder or a hub id") from None
 
 
-def _check_types(**arguments: tuple[object, type]) -> None:
-    for name, (value, kind) in arguments.items():
-        if value is not None and not isinstance(value, kind):
-            raise OptionError(f"{name} is {reprlib.repr(value)}; it must be a pyint8.{kind.__name__} or None")
+def _check_options(options: object) -> None:
+    if options is not None and not isinstance(options, StreamOptions):
+        raise OptionError(f"options is {reprlib.repr(options)}; it must be a pyint8.StreamOptions or None")
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,8 +23,12 @@ from .index import Checkpoint, open_checkpoint
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
-def check_path(path: str, *, is_plain: bool) -> None:
-    """Refuses what is neither a folder nor can be a hub id; a single file is enough for a module of one's own."""
+def check_path(path: str, kwargs: Mapping[str, Any], *, is_plain: bool) -> None:
+    """Refuses what is neither a folder nor can be a hub id; a single file is enough for a module of one's own.
+
+    A name such as "models/llama" could be both. Where there is a folder "models" here, and neither a "llama" in it nor
+    such a repository in the local cache, it is taken for a folder's name, mistyped: the hub would be asked for long.
+    """
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -31,6 +37,39 @@ def check_path(path: str, *, is_plain: bool) -> None:
         raise OptionError(f"{path} is a file; give the folder with its config.json, or pass model=module to fill one")
     if not os.path.exists(path) and (path.startswith((".", "~", os.sep)) or path.count("/") > 1 or not path):
         raise CheckpointNotFoundError("there is no such folder, and it cannot be a hub id; check the path", path=path)
+    if not os.path.exists(path) and not any(kwargs.get(name) is not None for name in _HUB_ARGUMENTS):
+        _refuse_mistyped_folder(path, kwargs)
+
+
+def _refuse_mistyped_folder(path: str, kwargs: Mapping[str, Any]) -> None:
+    parent, name = os.path.split(path)
+    if not parent or not os.path.isdir(parent) or _is_cached(path, kwargs):
+        return
+    near = difflib.get_close_matches(name, os.listdir(parent), n=1)
+    meant = f"did you mean {os.path.join(parent, near[0])}?" if near else "check the path."
+    raise CheckpointNotFoundError(
+        f"the folder {parent} has no {name} in it; {meant} (For the hub's repository of that name, download it first, "
+        f'`hf download {path}`, or say so with revision="main")',
+        path=path,
+    )
+
+
+def _is_cached(hub_id: str, kwargs: Mapping[str, Any]) -> bool:
+    try:
+        return any(cached_file(hub_id, name, kwargs) for name in ("config.json", "adapter_config.json"))
+    except ValueError:  # no hub id
+        return False
+
+
+@contextmanager
+def named_by_adapter(adapter: str, base: str) -> Iterator[None]:
+    """Errors within are of `base`; where an adapter names it, they say so."""
+    try:
+        yield
+    except Pyint8Error as error:
+        if adapter != base:
+            error.problem += f". The adapter {adapter} names it: base_model_name_or_path in its adapter_config.json"
+        raise
 
 
 def base_of_adapter(path: str, kwargs: Mapping[str, Any]) -> str | None:
@@ -54,6 +93,8 @@ def base_of_adapter(path: str, kwargs: Mapping[str, Any]) -> str | None:
         raise ModelNotSupportedError(
             f"{description} names no base model; load that with pyint8, then model.load_adapter({path!r})"
         )
+    with named_by_adapter(path, base):
+        check_path(base, kwargs, is_plain=False)
     return base
 
 

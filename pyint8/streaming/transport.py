@@ -49,7 +49,7 @@ class Transport:
         self._files: dict[str, int] = {}
         self.engine = _core.Engine(
             threads=options.worker_threads(gpus),
-            spare_slots=options.spare_slots * max(1, gpus),
+            spare_slots=options.slots_in_flight(gpus),
             slot_bytes=options.slot_bytes,
             direct_io=options.direct_io,
         )

@@ -39,7 +39,7 @@ def spoil(folder: Path, name: str, at: tuple[int, ...], value: float) -> None:
 
 def same_as_the_peer(folder: Path, name: str, **kwargs: Any) -> list[str]:
     theirs, _ = peer_load(folder, ZOO[name].cls, dtype=torch.float16, device_map="cpu")
-    ours = pyint8.load(folder, "cpu", strict=False, **kwargs)
+    ours = pyint8.load(folder, "cpu", dtype=torch.float16, strict=False, **kwargs)
     return compare_models(ours, theirs, allow=[SERIALIZABLE])
 
 
@@ -50,7 +50,7 @@ def test_a_weight_int8_cannot_hold(name: str, value: float, copy_of: Copy, caplo
     tensor, at, row = PLACES[name]
     spoil(folder, tensor, at, value)
     with pytest.raises(NonFiniteWeightError, match=rf"row {row} has NaN, infinity, .*strict=False") as caught:
-        pyint8.load(folder, "cpu")
+        pyint8.load(folder, "cpu", dtype=torch.float16)
     assert caught.value.tensor == tensor
     assert tensor in str(caught.value)
     with caplog.at_level(logging.WARNING, "pyint8"):
@@ -64,7 +64,7 @@ def test_a_bad_weight_is_found_in_its_file(copy_of: Copy) -> None:
     folder = copy_of("llama", "bf16")
     spoil(folder, Q_PROJ, (11, 3), torch.nan)
     with pytest.raises(NonFiniteWeightError) as caught:
-        pyint8.load(folder, "cpu")
+        pyint8.load(folder, "cpu", dtype=torch.float16)
     assert caught.value.path == str(folder / "model.safetensors")
 
 
@@ -73,10 +73,10 @@ def test_all_bad_weights_are_named(copy_of: Copy, caplog: pytest.LogCaptureFixtu
     spoil(folder, Q_PROJ, (11, 3), torch.nan)
     spoil(folder, UP_PROJ, (60, 0), 1e5)
     with pytest.raises(NonFiniteWeightError) as caught:
-        pyint8.load(folder, "cpu")
+        pyint8.load(folder, "cpu", dtype=torch.float16)
     texts = [str(caught.value)]
     with caplog.at_level(logging.WARNING, "pyint8"):
-        pyint8.load(folder, "cpu", strict=False)
+        pyint8.load(folder, "cpu", dtype=torch.float16, strict=False)
     texts += [record.getMessage() for record in caplog.records if record.name == "pyint8"]
     assert len(texts) == 2
     assert all(f"{Q_PROJ} (row 11), {UP_PROJ} (row 60)" in text for text in texts)
@@ -101,7 +101,7 @@ def test_an_overflow_in_a_cast_that_nobody_quantizes(copy_of: Copy, caplog: pyte
     folder = copy_of("llama", "bf16")
     spoil(folder, EMBED, (5, 0), 1e5)
     with pytest.raises(NonFiniteWeightError, match="row 5 has NaN, infinity, or a value that float16") as caught:
-        pyint8.load(folder, "cpu")
+        pyint8.load(folder, "cpu", dtype=torch.float16)
     assert caught.value.tensor == EMBED
     with caplog.at_level(logging.WARNING, "pyint8"):
         found = same_as_the_peer(folder, "llama")
@@ -114,7 +114,7 @@ def test_an_overflow_in_what_is_fused(copy_of: Copy) -> None:
     folder = copy_of("mixtral", "bf16")
     spoil(folder, EXPERT, (2, 0), 1e5)
     with pytest.raises(NonFiniteWeightError, match="a value that float16") as caught:
-        pyint8.load(folder, "cpu")
+        pyint8.load(folder, "cpu", dtype=torch.float16)
     assert caught.value.tensor in (EXPERT, "model.layers.0.mlp.experts.gate_up_proj")
 
 
@@ -166,7 +166,7 @@ def test_a_mismatched_linear_is_ordinary_and_new(copy_of: Copy) -> None:
 
 INT8_CONFIG = r"must be a pyint8\.Int8Config or None"
 ARGUMENTS: list[tuple[dict[str, Any], str]] = [
-    ({"config": {}}, rf"config is \{{\}}; it {INT8_CONFIG}"),
+    ({"config": ()}, rf"config is \(\); it {INT8_CONFIG}"),
     ({"config": StreamOptions()}, rf"config is StreamOptions.*; it {INT8_CONFIG}"),
     ({"options": Int8Config()}, r"options is Int8Config.*; it must be a pyint8\.StreamOptions or None"),
     ({"load_in_8bit": True}, "load_in_8bit is not an argument of pyint8.load: pyint8.load always loads in 8 bit"),
@@ -192,7 +192,6 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"device_map": "auto", "max_memory": {0: -1}}, "max_memory of 0 is -1; it must be"),
     ({"dtype": {"": torch.float16, "vision_config": 5}}, "dtype is 5; it must be"),
-    ({"config": LlamaConfig()}, rf"(?s)config is LlamaConfig.*; it {INT8_CONFIG}"),
 ]
 
 
@@ -209,7 +208,7 @@ def test_nonsense_is_refused(wrong: dict[str, Any], says: str, checkpoints: Chec
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it is a device")
 @pytest.mark.parametrize("device_map", ["cuda", "cuda:1", torch.device("cuda"), {"": "cuda"}], ids=str)
 def test_a_gpu_that_is_not_there(device_map: Any, checkpoints: CheckpointStore) -> None:
-    with pytest.raises(PlacementError, match="torch finds no CUDA device here"):
+    with pytest.raises(PlacementError, match="finds no such device here"):
         pyint8.load(checkpoints.folder(ZOO["llama"], "bf16"), device_map)
 
 

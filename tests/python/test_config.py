@@ -59,7 +59,7 @@ def test_switches_of_the_config_are_bool(name: str, value: Any) -> None:
 
 def test_stream_defaults() -> None:
     options = StreamOptions()
-    assert (options.spare_slots, options.slot_bytes) == (4, 4 * MIB)
+    assert (options.spare_slots, options.slots_in_flight(), options.slot_bytes) == (None, 4, 4 * MIB)
     assert (options.device_scratch, options.host_scratch) == (256 * MIB, 32 * MIB)
     assert (options.direct_io, options.libcuda, options.threads) == (False, "libcuda.so.1", None)
 

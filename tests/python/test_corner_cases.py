@@ -61,7 +61,7 @@ class WithBuffer(nn.Module):
 
 def test_buffers_of_the_modules_own_keep_their_dtype(tmp_path: Path) -> None:
     save_file(WithBuffer().state_dict(), tmp_path / "model.safetensors")
-    module = pyint8.load(tmp_path, "cpu", model=WithBuffer())
+    module = pyint8.load(tmp_path, "cpu", model=WithBuffer(), dtype=torch.float16)
     assert torch.equal(module.frequencies, torch.tensor([1e-5, 1e6]))
     assert module.last.weight.dtype == torch.float16
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -293,3 +294,34 @@ def test_run_says_how_it_is_used(arguments: list[str], tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert done.stderr.startswith("usage: python -m pyint8.run (SCRIPT | -m MODULE)")
+
+
+@pytest.mark.parametrize("way", ["config", "takeover", "load"])
+def test_a_load_says_in_one_line_that_it_ended(
+    way: str, checkpoints: CheckpointStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = checkpoints.folder(ZOO["llama"], "bf16")
+    with caplog.at_level("INFO", "pyint8"):
+        if way == "load":
+            pyint8.load(folder, "cpu")
+        else:
+            load_by(way, folder, tf.LlamaForCausalLM, pyint8.Int8Config(), device_map=CPU)
+    (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("loaded ")]
+    assert re.fullmatch(rf"loaded {folder}: 0\.000 GB in \d\.\d\d s \(.* GB/s\); tensors: 14 int8, 7 as stored", line)
+
+
+def test_a_takeover_gives_the_reports_of_its_loads(checkpoints: CheckpointStore) -> None:
+    folder = checkpoints.folder(ZOO["llama"], "bf16")
+    pyint8.load(folder, "cpu")  # before
+    with pyint8.takeover() as loads:
+        assert loads == []
+        tf.LlamaForCausalLM.from_pretrained(folder, device_map=CPU, quantization_config=IN_8BIT)
+        _, mine = pyint8.load(folder, "cpu", return_report=True)
+        with suppress(ValueError):
+            pyint8.load(folder, "cpu", dtype="nonsense")  # did not end
+    pyint8.load(folder, "cpu")  # after
+    theirs, ours = loads
+    assert ours is mine
+    assert theirs.checkpoint_bytes == ours.checkpoint_bytes == open_checkpoint(folder).nbytes
+    assert theirs.tensors == ours.tensors
+    assert all(theirs.seconds[phase] > 0 for phase in ("read headers", "build", "stream", "finish"))

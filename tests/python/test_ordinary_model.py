@@ -26,7 +26,7 @@ from oracle import (
 from tokenizers import Tokenizer, models, pre_tokenizers
 from zoo import PREQUANTIZED, ZOO
 
-from pyint8.models.transformers import LoadSession
+from pyint8.models.transformers.session import LoadSession
 from pyint8.quantizer import Int8Quantizer
 from pyint8.streaming import TensorStream
 from pyint8.streaming.lane import Lane

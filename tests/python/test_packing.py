@@ -17,9 +17,9 @@ from zoo import PREQUANTIZED, ZOO
 import pyint8
 from pyint8 import Int8Config, StreamOptions, packing
 from pyint8.errors import OptionError
-from pyint8.models.transformers import LoadSession
 from pyint8.models.transformers.parameters import find_dtypes
 from pyint8.models.transformers.quantizer import StreamedInt8HfQuantizer
+from pyint8.models.transformers.session import LoadSession
 from pyint8.packing import budgets, tensor_bytes, tight_memory
 from pyint8.quantizer import Int8Quantizer, device_of
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,14 +16,15 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from safetensors import SafetensorError
 
 from pyint8 import collector
-from pyint8.checkpoint.find import cached_file
+from pyint8.checkpoint.find import cached_file, named_by_adapter
 from pyint8.config import Int8Config
 from pyint8.errors import CheckpointError, CheckpointNotFoundError, ModelNotSupportedError, OptionError
+from pyint8.keywords import unknown
 from pyint8.models.transformers.quantizer import METHOD
 from pyint8.models.transformers.session import LoadSession
 
 # from_pretrained changes the process while it runs (the default dtype, PreTrainedModel's methods, progress bars): two
-# at once leave weights on meta, without an error.
+# at once leave weights on meta, without an error. And configurations and models are imported when they are first named.
 _one_at_a_time = threading.RLock()
 
 # Where a checkpoint is found, as from_pretrained names it; the rest may be for the configuration or the model.
@@ -39,6 +41,10 @@ _HUB_ARGUMENTS = frozenset(
         "trust_remote_code",
     }
 )
+
+
+# What transformers' refusal to run a checkpoint's code says.
+_ASKS_FOR_TRUST = "trust_remote_code=True"
 
 
 def load_pretrained(
@@ -68,9 +74,27 @@ def load_pretrained(
     Raises:
         ModelNotSupportedError: transformers does not know the configuration, or it is quantized by another method.
     """
+    with _one_at_a_time, ExitStack() as stack:
+        model_class, arguments = _resolve(path, base, model_class, int8_config, arguments)
+        stack.enter_context(session.activate())
+        stack.enter_context(session.report.phase("build"))
+        session.on_files = lambda: stack.enter_context(collector.held_off())  # downloads are over
+        session.on_start = lambda: stack.enter_context(_without_progress_bar())  # ours is there
+        stack.enter_context(_named_problems(path, model_class, arguments))
+        model, session.report.loading_info = model_class.from_pretrained(
+            path, output_loading_info=True, **placement, **arguments
+        )
+    return model
+
+
+def _resolve(
+    path: str, base: str, model_class: Any, int8_config: Int8Config | None, arguments: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The class to load, and what its from_pretrained is given beside the placement."""
     hub = {name: value for name, value in arguments.items() if name in _HUB_ARGUMENTS}
     config_class = getattr(model_class, "config_class", None) or transformers.AutoConfig
-    config = _read_config(config_class, base, hub)
+    with named_by_adapter(path, base):
+        config = _read_config(config_class, base, hub)
     if model_class is None:
         model_class = class_of(config, base, trusted=bool(hub.get("trust_remote_code")))
     if not model_class.__name__.startswith("Auto"):  # only those find code
@@ -78,27 +102,35 @@ def load_pretrained(
         arguments = {name: value for name, value in arguments.items() if name != "code_revision"}
     stored = _stored_quantization(config)
     if stored is None:
-        arguments = {**arguments, "quantization_config": int8_config or Int8Config()}
-    else:
-        config, unused = config_class.from_pretrained(base, return_unused_kwargs=True, **arguments)
-        config.quantization_config = _pre_quantized_fields(stored, int8_config, base)
-        arguments = {**unused, **hub, "config": config}
-    with _one_at_a_time, ExitStack() as stack:
-        stack.enter_context(session.activate())
-        stack.enter_context(session.report.phase("build"))
+        return model_class, {**arguments, "quantization_config": int8_config or Int8Config()}
+    config, unused = config_class.from_pretrained(base, return_unused_kwargs=True, **arguments)
+    config.quantization_config = _pre_quantized_fields(stored, int8_config, base)
+    return model_class, {**unused, **hub, "config": config}
 
-        def on_files() -> None:  # downloads are over
-            stack.enter_context(_without_progress_bar())
-            stack.enter_context(collector.held_off())
 
-        session.on_files = on_files
-        try:
-            model, session.report.loading_info = model_class.from_pretrained(
-                path, output_loading_info=True, **placement, **arguments
-            )
-        except SafetensorError as error:  # of files whose headers pyint8 had read
-            raise CheckpointError(f"a file of {path} changed while it was loaded ({error}); fetch it again") from error
-    return model
+@contextmanager
+def _named_problems(path: str, model_class: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """What from_pretrained says of a wrong call, as an error that says what to do."""
+    try:
+        yield
+    except SafetensorError as error:  # of files whose headers pyint8 had read
+        raise CheckpointError(f"a file of {path} changed while it was loaded ({error}); fetch it again") from error
+    except TypeError as error:
+        found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if found is None or found[1] not in arguments:
+            raise
+        raise unknown(found[1], model_class.__name__) from error
+    except ValueError as error:
+        if _ASKS_FOR_TRUST not in str(error):
+            raise
+        raise _untrusted(path) from error
+
+
+def _untrusted(path: str) -> ModelNotSupportedError:
+    return ModelNotSupportedError(
+        f"the checkpoint in {path} brings code of its own, which is not run unasked; read it, then pass "
+        "trust_remote_code=True"
+    )
 
 
 def _stored_quantization(config: Any) -> Any:
@@ -121,10 +153,13 @@ def _read_config(config_class: Any, path: str, hub: dict[str, Any]) -> Any:
             ) from error
         if is_folder and isinstance(error, (OSError, StrictDataclassError)):
             raise ModelNotSupportedError(f"the configuration in {path} cannot be read: {error}") from error
+        if _ASKS_FOR_TRUST in str(error):
+            raise _untrusted(path) from error
         if isinstance(error, OSError):
             raise CheckpointNotFoundError(
-                f"the configuration of the hub id {path} cannot be had ({str(error).splitlines()[0]}); check the id, "
-                f"the network and the token, or download it first: `hf download {path}`",
+                f"there is no folder {path} here, and the configuration of the hub id {path} cannot be had "
+                f"({str(error).splitlines()[0]}); check the path or the id, the network and the token, or download it "
+                f"first: `hf download {path}`",
                 path=path,
             ) from error
         if subfolder and not is_folder and cached_file(path, f"{subfolder}/config.json", hub) is None:

@@ -18,11 +18,14 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from pyint8.arguments import check_device_map
 from pyint8.config import Int8Config, StreamOptions, bitsandbytes_field
 from pyint8.models.transformers.conversion import PlannedConverter, PlannedRenaming
+from pyint8.models.transformers.parallel import refuse_split_models
 from pyint8.models.transformers.session import LoadSession
 from pyint8.packing import tensor_bytes, tight_memory
 from pyint8.quantizer import Int8Quantizer
+from pyint8.report import announce
 
 METHOD = "pyint8"
 
@@ -91,6 +94,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         return self.session.quantizer
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        check_device_map(device_map)
         self.int8.validate_environment(device_map=device_map, **kwargs)
         self._see_device_map(device_map)
 
@@ -139,6 +143,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: Any = None, **kwargs: Any
     ) -> None:
         assert dtype is not None
+        refuse_split_models({"distributed_config": getattr(model.config, "distributed_config", None)})
         self._model, self._dtype = model, dtype
         if not checkpoint_files:
             self._give_way(model)
@@ -204,4 +209,6 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
             genuine.modules_to_not_convert = self.int8.skip
             model.hf_quantizer = genuine
         self.session.report.skipped = dict(self.int8.skipped)
+        if self.session.is_drop_in:
+            announce(self.session.report, model.name_or_path)
         return model

@@ -51,6 +51,7 @@ class LoadSession:
         dtypes: What each parameter is loaded as, or quantized from; from then on too.
         is_planned: Whether it has.
         on_files: Called when transformers has all files, and begins to build.
+        on_start: Called when the stream has started.
     """
 
     def __init__(
@@ -79,12 +80,19 @@ class LoadSession:
         self.dtypes: dict[str, torch.dtype]
         self.is_planned = False
         self.on_files: Callable[[], object] = lambda: None
+        self.on_start: Callable[[], object] = lambda: None
         self._options = options
         self._checkpoint = checkpoint
         self._on_bytes = on_bytes
         self._on_total = on_total
         self._allow_mismatched_shapes = allow_mismatched_shapes
         self._building = NoInitializationOnMeta()
+        self._made_at = time.perf_counter()
+
+    @property
+    def is_drop_in(self) -> bool:
+        """Whether it is a from_pretrained of other code, instead of one within `pyint8.load`."""
+        return _active.get() is not self
 
     @property
     def reserves_memory(self) -> bool:
@@ -203,6 +211,9 @@ class LoadSession:
         """
         assert self._checkpoint is not None
         self._stream_start = time.perf_counter()
+        if self.is_drop_in:
+            seconds = self.report.seconds
+            seconds["build"] += self._stream_start - self._made_at - seconds["read headers"]
         if self._read_ahead is not None:
             self._read_ahead.close()
         self._maker = ParameterMaker(
@@ -217,6 +228,7 @@ class LoadSession:
             self._on_total,
             self._head_start,
         )
+        self.on_start()
 
     def _count_bytes(self) -> Callable[[int], None]:
         report, on_bytes = self.report, self._on_bytes  # not this object, which would never go by itself

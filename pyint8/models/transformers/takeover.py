@@ -9,7 +9,9 @@ from typing import Any
 
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
+from pyint8.errors import OptionError
 from pyint8.models.transformers.quantizer import StreamedInt8HfQuantizer
+from pyint8.report import LoadReport, collected
 
 _INT8 = "bitsandbytes_8bit"
 
@@ -40,10 +42,18 @@ _registry = _Registry()
 
 
 @contextmanager
-def takeover() -> Iterator[None]:
+def takeover() -> Iterator[list[LoadReport]]:
     """See `pyint8.takeover`."""
     _registry.enter()
     try:
-        yield
+        with collected() as reports:
+            yield reports
+    except TypeError as error:
+        if "unexpected keyword argument 'load_in_8bit'" not in str(error):
+            raise
+        raise OptionError(
+            "transformers 5 has no load_in_8bit argument of from_pretrained; pass "
+            "quantization_config=BitsAndBytesConfig(load_in_8bit=True)"
+        ) from error
     finally:
         _registry.leave()

@@ -179,6 +179,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
             skip=found,
             device_map=device_map,
             matches=lambda name, patterns: not should_convert_module(name, patterns),
+            tell_dead=not self._was_pre_quantized,
         )
 
     def _see_device_map(self, device_map: Any) -> None:

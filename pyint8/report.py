@@ -6,6 +6,7 @@ import html
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -14,6 +15,7 @@ from typing import Any
 logger = logging.getLogger("pyint8")
 
 _GB = 1e9
+_NAMED_AT_MOST = 3
 _PHASES = ("read headers", "build", "stream", "finish")
 
 
@@ -42,7 +44,9 @@ class LoadReport:
         tensors: Number of parameters and buffers by what became of them: "int8" (quantized here), "pre-quantized",
             "cast" (to another dtype), "as stored", "converted" (renamed is not converted; split or fused is), "left on
             disk" (read by accelerate whenever a forward pass needs them).
-        skipped: Modules that could have been quantized and were not, with the reason.
+        skipped: What is not int8 though of a weight's size, with the reason: linear modules by their name, and other
+            parameters (embeddings, convolutions, fused experts) by the module's, or their own if it is not `weight`.
+        skipped_bytes: What each of these takes; 0 for one that shares the memory of another (a tied head).
         device_peak_bytes: For each CUDA device, the most memory that torch had allocated during the load.
         host_peak_bytes: Growth of this process's peak resident memory during the load, and of its pinned memory.
         engine: What the workers did: bytes_read, bytes_delivered, pieces, read_seconds, slot_seconds (sums).
@@ -53,6 +57,7 @@ class LoadReport:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_PHASES, 0.0))
     tensors: Tally = field(default_factory=Tally)
     skipped: dict[str, str] = field(default_factory=dict)
+    skipped_bytes: dict[str, int] = field(default_factory=dict)
     device_peak_bytes: dict[str, int] = field(default_factory=dict)
     host_peak_bytes: int = 0
     engine: dict[str, float] = field(default_factory=dict)
@@ -107,9 +112,33 @@ class LoadReport:
         ]
         lines += [f"{name:<11} peak {peak / _GB:.3f} GB" for name, peak in self.device_peak_bytes.items()]
         if self.skipped:
-            lines.append("not quantized")
-            lines += [f"  {name}: {reason}" for name, reason in self.skipped.items()]
+            lines.append(f"not int8    {readable_size(sum(self.skipped_bytes.values()))}")
+            lines += self._skipped_by_reason()
         return "\n".join(lines)
+
+    def _skipped_by_reason(self) -> list[str]:
+        """A line for each reason, the largest first."""
+        names: dict[str, list[str]] = {}
+        nbytes: Counter[str] = Counter()
+        for name, reason in self.skipped.items():
+            names.setdefault(reason, []).append(name)
+            nbytes[reason] += self.skipped_bytes.get(name, 0)
+        return [
+            f"  {readable_size(size):<9} {reason}: {_shortened(names[reason])}" for reason, size in nbytes.most_common()
+        ]
+
+
+def readable_size(nbytes: int) -> str:
+    """In the largest unit of 1000 that leaves a number of at least 1: "1.05 GB", "66 kB"."""
+    for unit, size, digits in (("GB", 10**9, 2), ("MB", 10**6, 1), ("kB", 10**3, 0)):
+        if nbytes >= size:
+            return f"{nbytes / size:.{digits}f} {unit}"
+    return f"{nbytes} B"
+
+
+def _shortened(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED_AT_MOST} more" if len(names) > _NAMED_AT_MOST else ""
+    return ", ".join(names[:_NAMED_AT_MOST]) + more
 
 
 def _as_json(value: Any) -> Any:

@@ -16,6 +16,7 @@ from pyint8.config import Int8Config, StreamOptions
 from pyint8.errors import CheckpointError
 from pyint8.models import checks
 from pyint8.models.delivery import cast_in_bands, deliver_cast
+from pyint8.models.unquantized import tell_unquantized
 from pyint8.placement import dispatch, landing_device, plan_device_map
 from pyint8.quantizer import Int8Quantizer, device_of, first_overflow, modules_to_keep
 from pyint8.report import LoadReport
@@ -64,8 +65,8 @@ def fill_module(
         with report.phase("finish"):
             filler.place_the_rest()
             quantizer.postprocess_model(module, locate=filler.locate)
+            tell_unquantized(module, quantizer, report)
             dispatch(module, filler.device_map, offload_folder, filler.left_in_files)
-    report.skipped = dict(quantizer.skipped)
     return module
 
 

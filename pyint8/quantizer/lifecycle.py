@@ -17,7 +17,8 @@ from pyint8.config import Int8Config
 from pyint8.errors import PlacementError, QuantizationStateError
 from pyint8.quantizer import requirements, weights
 from pyint8.quantizer.health import WeightHealth
-from pyint8.quantizer.modules import is_conv1d, name_matches, replace_with_int8
+from pyint8.quantizer.modules import is_conv1d, replace_with_int8
+from pyint8.quantizer.skip_list import Matches, check_entry, name_matches, tell_dead_entries
 from pyint8.quantizer.weights import WeightSource
 
 logger = logging.getLogger("pyint8")
@@ -39,6 +40,7 @@ class Int8Quantizer:
     Attributes:
         converted: Modules that were replaced by `Linear8bitLt`, by name, as they were before.
         skipped: Linear modules that were not, by name, with the reason.
+        told: Of these, those that somebody left out by name, or has been told of.
         skip: The modules not to convert, as given, and those that turned out so.
         health: What is known of the weights' values.
     """
@@ -49,6 +51,7 @@ class Int8Quantizer:
         self.strict = strict
         self.converted: dict[str, nn.Module] = {}
         self.skipped: dict[str, str] = {}
+        self.told: set[str] = set()
         self.skip: list[str] = []
         self.health = WeightHealth()
         self._preprocessed = False
@@ -113,7 +116,8 @@ class Int8Quantizer:
         *,
         skip: list[str],
         device_map: Any,
-        matches: Callable[[str, list[str]], bool] | None = None,
+        matches: Matches = name_matches,
+        tell_dead: bool = True,
     ) -> None:
         """Replaces linear modules by `Linear8bitLt` on meta.
 
@@ -122,18 +126,28 @@ class Int8Quantizer:
             skip: Modules not to convert: what was asked for or found, and those kept in fp32.
             device_map: Where modules go, if known by now; under `fp32_cpu_offload` what it puts on the CPU or the
                 disk is not converted.
-            matches: Whether a module's name is in such a list; transformers' rule by default.
+            matches: Whether a module's name is in such a list.
+            tell_dead: Warn of entries of the configuration's `skip_modules` that match nothing: if somebody wrote them
+                for this load, and did not find them in the checkpoint.
 
         Raises:
+            OptionError: An entry of `skip_modules` that is no regular expression.
             PlacementError: As `validate_environment` has it.
         """
+        asked = list(self.config.skip_modules or ())
+        for entry in asked:
+            check_entry(entry)
+        if tell_dead and asked:
+            tell_dead_entries(model, asked, matches)
         self.skip = list(skip)
         if self.config.fp32_cpu_offload and isinstance(device_map, Mapping):
-            self.skip.extend(name for name, device in device_map.items() if _device_name(device) in _OFF_DEVICE)
-        in_list = matches or name_matches
+            off_device = [name for name, device in device_map.items() if _device_name(device) in _OFF_DEVICE]
+            self.skip += off_device
+            asked += off_device
         self.converted, self.skipped = replace_with_int8(
-            model, self.config, self.pre_quantized, lambda name: not in_list(name, self.skip)
+            model, self.config, self.pre_quantized, lambda name: not matches(name, self.skip)
         )
+        self.told = {name for name in self.skipped if matches(name, asked)}
         if not self.converted:
             logger.warning(
                 "nothing in this %s is quantized: it has no linear modules but those skipped", type(model).__name__
@@ -150,6 +164,7 @@ class Int8Quantizer:
 
     def name_absent(self, names: list[str]) -> None:
         """One warning for all modules that stay ordinary because the checkpoint has no weight for them."""
+        self.told.update(names)
         if names:
             more = f" and {len(names) - _NAMED_AT_MOST} more" if len(names) > _NAMED_AT_MOST else ""
             logger.warning(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -27,6 +26,11 @@ def is_conv1d(kind: type[nn.Module]) -> bool:
     """Whether modules of this class store their weight as [in, out]."""
     conv1d = conv1d_class()
     return conv1d is not None and issubclass(kind, conv1d)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a Linear of some kind, or a Conv1D."""
+    return isinstance(module, nn.Linear) or is_conv1d(type(module))
 
 
 def why_not_linear(module: nn.Module) -> str | None:
@@ -72,16 +76,6 @@ def _is_linear_in_disguise(module: nn.Linear) -> bool:
     return isinstance(result, torch.Tensor) and result.shape == expected.shape and torch.allclose(result, expected)
 
 
-def name_matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a module's name is among `patterns`: as transformers 5 matches `llm_int8_skip_modules`.
-
-    A pattern matches from the start up to a module's boundary, as a plain name or a regular expression, or as a
-    suffix (source: transformers.quantizers.quantizers_utils.should_convert_module).
-    """
-    boundary = r"(?:(?<=\.)|(?=\.|$))"
-    return any(re.match(rf"(?:{key}){boundary}", name) or name.endswith(key) for key in patterns)
-
-
 def modules_to_keep(model: nn.Module) -> list[str]:
     """Modules best left unquantized: those whose weights are tied, and the last one, the output head."""
     names: dict[int, list[str]] = {}
@@ -108,7 +102,7 @@ def replace_with_int8(
     uncalled = _used_by_fast_paths(modules.values())
     templates: dict[tuple[Any, ...], nn.Module] = {}  # copied in a third of the time a constructor takes
     for name, module in modules.items():
-        if not (isinstance(module, nn.Linear) or is_conv1d(type(module))) or name == "":
+        if not is_linear(module) or name == "":
             continue
         if not wanted(name):
             skipped[name] = "in the list of modules to skip"

@@ -285,7 +285,11 @@ def test_transformers_lists_are_honoured(checkpoints: CheckpointStore) -> None:
     model, report = pyint8.load(checkpoints.folder(ZOO["t5"], "fp32"), "cpu", return_report=True)
     kept = {name for name, _ in model.named_modules() if name.endswith(".wo")}
     assert kept
-    assert report.skipped == dict.fromkeys(kept | {"lm_head"}, "in the list of modules to skip")
+    assert report.skipped == {
+        **dict.fromkeys(kept, "in its class's list of modules to keep in float32"),
+        "lm_head": "in the list of modules to skip",
+        "shared": "an embedding",
+    }
     assert {model.get_submodule(name).weight.dtype for name in kept} == {torch.float32}
     assert type(model.config.quantization_config) is BitsAndBytesConfig
     assert model.config.quantization_config.load_in_8bit

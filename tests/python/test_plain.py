@@ -30,7 +30,8 @@ def test_the_same_as_bitsandbytes_by_hand(dtype: Any, start: str, tmp_path: Path
     theirs = by_hand(source, INT8, named.get(dtype, dtype))
     assert ours is module
     assert_same(ours, theirs)
-    assert report.skipped == {"head": "in the list of modules to skip"}
+    assert report.skipped == {"head": "in the list of modules to skip", "embed": "an embedding"}
+    assert report.skipped_bytes == {name: ours.get_submodule(name).weight.nbytes for name in ("head", "embed")}
     assert report.tensors["int8"] == len(INT8)
     assert not any(report.loading_info.values())
     with torch.no_grad():
@@ -113,7 +114,8 @@ def test_an_absent_head_stays_ordinary_and_trainable(tmp_path: Path, caplog: pyt
     (record,) = caplog.records
     assert "2 linear modules are not in the checkpoint" in record.getMessage()
     assert "blocks.1.attn, head; train before use" in record.getMessage()
-    assert report.skipped == dict.fromkeys(["blocks.1.attn", "head"], "its weight is not in the checkpoint")
+    absent = dict.fromkeys(["blocks.1.attn", "head"], "its weight is not in the checkpoint")
+    assert report.skipped == {**absent, "embed": "an embedding"}
     assert report.loading_info["missing_keys"] == {"blocks.1.attn.weight", "head.weight"}
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pyint8 import LoadReport
-from pyint8.report import announce, collected
+from pyint8.report import announce, collected, readable_size
 
 PHASES = ["read headers", "build", "stream", "finish"]
 
@@ -91,16 +91,28 @@ def test_text() -> None:
     report.seconds |= {"read headers": 0.01, "build": 0.2, "stream": 0.5, "finish": 0.04}
     report.tensors.update({"int8": 224, "as stored": 2, "cast": 65})
     report.device_peak_bytes = {"cuda:0": 9_300_000_000}
-    report.skipped = {"lm_head": "in the list of modules to skip"}
+    experts = {f"model.layers.{number}.mlp.experts.down_proj": 10_000_000 for number in range(5)}
+    report.skipped = {"lm_head": "in the list of modules to skip", **dict.fromkeys(experts, "fused experts")}
+    report.skipped_bytes = {"lm_head": 1_050_673_152, **experts}
     assert str(report).splitlines() == [
         "read        16.060 GB at 21.41 GB/s",
         "seconds     0.75 (read headers 0.01, build 0.20, stream 0.50, finish 0.04)",
         "tensors     224 int8, 65 cast, 2 as stored",
         "host peak   +0.120 GB",
         "cuda:0      peak 9.300 GB",
-        "not quantized",
-        "  lm_head: in the list of modules to skip",
+        "not int8    1.10 GB",
+        "  1.05 GB   in the list of modules to skip: lm_head",
+        "  50.0 MB   fused experts: model.layers.0.mlp.experts.down_proj, model.layers.1.mlp.experts.down_proj, "
+        "model.layers.2.mlp.experts.down_proj and 2 more",
     ]
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (65_536, "66 kB"), (4_500_000, "4.5 MB"), (61_100_000_000, "61.10 GB")],
+)
+def test_sizes_are_readable(nbytes: int, text: str) -> None:
+    assert readable_size(nbytes) == text
 
 
 def test_text_of_an_empty_report() -> None:
@@ -158,7 +170,7 @@ def test_a_notebook_shows_the_text() -> None:
     report = filled_report()
     report.skipped = {"a<b": "x & y"}
     assert report._repr_html_().startswith("<pre>read ")
-    assert "a&lt;b: x &amp; y" in report._repr_html_()
+    assert "x &amp; y: a&lt;b" in report._repr_html_()
 
 
 def test_reports_are_collected_while_asked_for(caplog: pytest.LogCaptureFixture) -> None:

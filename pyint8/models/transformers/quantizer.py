@@ -23,6 +23,7 @@ from pyint8.config import Int8Config, StreamOptions, bitsandbytes_field
 from pyint8.models.transformers.conversion import PlannedConverter, PlannedRenaming
 from pyint8.models.transformers.parallel import refuse_split_models
 from pyint8.models.transformers.session import LoadSession
+from pyint8.models.unquantized import tell_unquantized
 from pyint8.packing import tensor_bytes, tight_memory
 from pyint8.quantizer import Int8Quantizer
 from pyint8.report import announce
@@ -30,6 +31,7 @@ from pyint8.report import announce
 METHOD = "pyint8"
 
 
+_KEPT = "in its class's list of modules to keep in float32"
 # Of a BitsAndBytesConfig's fields, those that its constructor does not take, or that are said anyway.
 _HIDDEN = ("load_in_8bit", "load_in_4bit", "_load_in_8bit", "_load_in_4bit", "quant_method")
 
@@ -184,7 +186,11 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
             skip=found,
             device_map=device_map,
             matches=lambda name, patterns: not should_convert_module(name, patterns),
+            tell_dead=not self._was_pre_quantized,
         )
+        for name in self.int8.skipped:
+            if not should_convert_module(name, model._keep_in_fp32_modules or []):
+                self.int8.skipped[name] = _KEPT
 
     def _see_device_map(self, device_map: Any) -> None:
         if isinstance(device_map, dict):
@@ -208,7 +214,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
             genuine = Bnb8BitHfQuantizer(self.quantization_config, pre_quantized=self._was_pre_quantized)
             genuine.modules_to_not_convert = self.int8.skip
             model.hf_quantizer = genuine
-        self.session.report.skipped = dict(self.int8.skipped)
+            tell_unquantized(model, self.int8, self.session.report)
         if self.session.is_drop_in:
             announce(self.session.report, model.name_or_path)
         return model

@@ -1,0 +1,109 @@
+"""Lists of modules to leave unquantized: how an entry matches, which entries do nothing, and what was meant by them."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
+
+from torch import nn
+
+from pyint8.errors import OptionError
+from pyint8.quantizer.modules import is_linear
+
+logger = logging.getLogger("pyint8")
+
+# Whether a module's name is in a list.
+Matches = Callable[[str, list[str]], bool]
+
+_ANY_NUMBER = r"\d+"
+
+
+def name_matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a module's name is among `patterns`: as transformers 5 matches `llm_int8_skip_modules`.
+
+    A pattern matches from the start up to a module's boundary, as a plain name or a regular expression, or as a
+    suffix (source: transformers.quantizers.quantizers_utils.should_convert_module).
+    """
+    boundary = r"(?:(?<=\.)|(?=\.|$))"
+    return any(re.match(rf"(?:{key}){boundary}", name) or name.endswith(key) for key in patterns)
+
+
+def check_entry(entry: str) -> None:
+    """Raises OptionError for an entry that is no regular expression, which every name is."""
+    try:
+        re.compile(entry)
+    except re.error as error:
+        raise OptionError(
+            f"the entry {entry!r} of skip_modules is neither a name nor a regular expression ({error}); in one, '.*' "
+            "stands for anything, and names may be shortened from the front: 'down_proj'"
+        ) from None
+
+
+def tell_dead_entries(model: nn.Module, entries: Iterable[str], matches: Matches) -> None:
+    """One warning for all entries that leave nothing unquantized, each with the nearest one that would.
+
+    Args:
+        model: Before anything in it is replaced.
+        entries: What somebody asked to leave out.
+        matches: The rule.
+    """
+    linear = {name: None for name, module in model.named_modules() if is_linear(module)}
+    dead = dead_entries(model, entries, linear, matches)
+    if not dead:
+        return
+    nearest = {entry: nearest_entry(entry, linear) for entry in dead}
+    logger.warning(
+        "of skip_modules (llm_int8_skip_modules), these match no linear module of this %s, so they have no effect: %s; "
+        "an entry matches a module's full name from its start, or at its end",
+        type(model).__name__,
+        ", ".join(f"'{entry}'" + (f" (nearest: '{near}')" if near else "") for entry, near in nearest.items()),
+    )
+
+
+def dead_entries(model: nn.Module, entries: Iterable[str], linear: Collection[str], matches: Matches) -> list[str]:
+    """Entries that match none of the linear modules, but for those that match what has none in it (embeddings)."""
+    around = {name[: dot.start()] for name in linear for dot in re.finditer(r"\.", name)}
+    others = [name for name, _ in model.named_modules() if name not in linear]
+    others += [name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in linear]
+
+    def is_dead(entry: str) -> bool:
+        if any(matches(name, [entry]) for name in linear):
+            return False
+        named = [name for name in others if matches(name, [entry])]
+        return not named or any(name in around for name in named)
+
+    return [entry for entry in dict.fromkeys(entries) if is_dead(entry)]
+
+
+def nearest_entry(entry: str, linear: Iterable[str]) -> str | None:
+    """The entry most like `entry` that matches linear modules; None if none is like it."""
+    meant: dict[str, set[str]] = {}
+    for name in dict.fromkeys(_without_numbers(name) for name in linear):
+        for part, whole in _parts(name):
+            meant.setdefault(part, set()).add(whole)
+    found = difflib.get_close_matches(_without_numbers(entry), meant, n=1)
+    if not found:
+        return None
+    wholes = meant[found[0]]
+    nearest = wholes.pop() if len(wholes) == 1 else rf".*\.{found[0]}"
+    numbers = re.findall(r"\d+", entry)
+    if nearest.count(_ANY_NUMBER) == len(numbers):
+        for number in numbers:
+            nearest = nearest.replace(_ANY_NUMBER, number, 1)
+    return nearest
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"(?<![^.])\d+(?![^.])", lambda _: _ANY_NUMBER, name)
+
+
+def _parts(name: str) -> Iterator[tuple[str, str]]:
+    """Every run of a name's parts, with the entry that matches by it: the run itself at the end, else all up to it."""
+    parts = name.split(".")
+    for end in range(1, len(parts) + 1):
+        for start in range(end):
+            part = ".".join(parts[start:end])
+            is_suffix = end == len(parts) and _ANY_NUMBER not in part
+            yield part, part if is_suffix else ".".join(parts[:end])

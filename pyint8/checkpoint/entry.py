@@ -124,6 +124,8 @@ class Entry:
 
         if self.value is not None:
             return self.value
+        if self.nbytes == 0:
+            return torch.empty(self.torch_shape, dtype=self.torch_dtype)
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             stored = bytearray(file.read(self.nbytes))

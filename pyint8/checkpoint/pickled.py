@@ -1,9 +1,8 @@
 """PyTorch's own checkpoints (`.bin`, `.pt`, `.pth`): where their tensors' bytes lie, without running the code in them.
 
 Such a file is a pickle that names tensors, and their storages beside it: since torch 1.6 as records of a zip archive,
-uncompressed, so that each has an offset. torch's own unpickler for data (`weights_only=True`) reads the pickle, with
-tensors that are fake; what it says is checked against the archive's directory. Files of older torch are read by
-torch.load as they are, into memory.
+so that each has an offset. What does not lie in the file as in memory (compressed records, the other byte order, files
+of older torch) is read by torch.load, into memory.
 """
 
 from __future__ import annotations
@@ -11,14 +10,15 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from pyint8.errors import CheckpointError, TruncatedError
+from pyint8.errors import CheckpointError, Pyint8Error
 
 from ._reading import LFS_POINTER, LFS_PREFIX, os_errors
+from .archive import AGAIN, SIGNATURE, TorchArchive
 from .entry import DTYPES, Entry
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("pyint8")
 
 EXTENSIONS = (".bin", ".pt", ".pth")
-_AGAIN = "download it again, or convert it to safetensors where it was made"
-_LOCAL_HEADER_BYTES = 30
 _CODES = {attribute: code for code, (_, attribute) in DTYPES.items() if attribute is not None}
 
 
@@ -58,31 +56,46 @@ def read_pickled(path: str | os.PathLike[str]) -> PickledFile:
     path = os.fspath(path)
     with os_errors(path), open(path, "rb") as file:
         start = file.read(9)
-    if start.startswith(LFS_PREFIX):
-        raise CheckpointError(LFS_POINTER, path=path)
-    if start.endswith(b"\0\0\0{"):  # the length of a header, and its beginning
-        raise CheckpointError("it is a safetensors file; let its name end in .safetensors", path=path)
-    if not start.startswith(b"PK\x03\x04"):
-        tensors = _tensors(path, _unpickle(path, mmap=False))
-        return PickledFile(path, {name: _in_memory(path, name, tensor) for name, tensor in tensors.items()})
-    records = _records(path)
-    entries = [_entry(path, name, tensor, records) for name, tensor in _tensors(path, _unpickle_fake(path)).items()]
+        _refuse_other_formats(path, start)
+        entries = _entries_in_archive(path, file) if start.startswith(SIGNATURE) else None
+        if entries is None:
+            tensors = _tensors(path, _load(path, file))
+            entries = [_in_memory(path, name, tensor) for name, tensor in tensors.items()]
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
     return PickledFile(path, {entry.name: entry for entry in entries})
 
 
-def _unpickle_fake(path: str) -> Any:
-    from torch._subclasses.fake_tensor import FakeTensorMode
+def _refuse_other_formats(path: str, start: bytes) -> None:
+    if start.startswith(LFS_PREFIX):
+        raise CheckpointError(LFS_POINTER, path=path)
+    if start.endswith(b"\0\0\0{"):  # the length of a header, and its beginning
+        raise CheckpointError("it is a safetensors file; let its name end in .safetensors", path=path)
 
-    with FakeTensorMode():
-        return _unpickle(path)
+
+def _entries_in_archive(path: str, file: BinaryIO) -> list[Entry] | None:
+    """Where an archive's tensors lie; None where only torch.load can read them."""
+    with _torch_errors(path):
+        archive = TorchArchive(path, file)
+        state = archive.unpickle()
+    if not archive.is_plain:
+        return None
+    return [_entry(path, name, tensor, archive) for name, tensor in _tensors(path, state).items()]
 
 
-def _unpickle(path: str, **options: Any) -> Any:
+def _load(path: str, file: BinaryIO) -> Any:
+    """What torch.load makes of it, in memory."""
     import torch
 
+    file.seek(0)
+    with _torch_errors(path):
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
+
+
+@contextmanager
+def _torch_errors(path: str) -> Iterator[None]:
+    """Turns whatever torch raises at what is damaged or hostile into `CheckpointError`."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, **options)
+        yield
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             "it cannot be read as data alone: it is damaged, or wants to run code. If you trust it, load it with "
@@ -90,8 +103,10 @@ def _unpickle(path: str, **options: Any) -> Any:
             f"({_first_line(error)})",
             path=path,
         ) from error
-    except Exception as error:  # torch's unpickler raises whatever damaged data leads it to
-        raise CheckpointError(f"torch cannot read it ({_first_line(error)}); {_AGAIN}", path=path) from error
+    except (Pyint8Error, OSError):
+        raise
+    except Exception as error:
+        raise CheckpointError(f"torch cannot read it ({_first_line(error)}); {AGAIN}", path=path) from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -103,7 +118,7 @@ def _tensors(path: str, state: Any) -> dict[str, torch.Tensor]:
     import torch
 
     if not isinstance(state, Mapping):
-        raise CheckpointError(f"it holds a {type(state).__name__}, not tensors by name; {_AGAIN}", path=path)
+        raise CheckpointError(f"it holds a {type(state).__name__}, not tensors by name; {AGAIN}", path=path)
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     nested = [name for name, value in state.items() if isinstance(value, Mapping)]
     if not tensors and nested:
@@ -117,17 +132,30 @@ def _tensors(path: str, state: Any) -> dict[str, torch.Tensor]:
     for name, tensor in tensors.items():
         if not isinstance(name, str):
             raise CheckpointError(f"a tensor is named {name!r}; names are strings", path=path)
-        if tensor.layout is not torch.strided or tensor.is_quantized:
-            kind = "quantized by torch" if tensor.is_quantized else str(tensor.layout)
-            raise CheckpointError(f"the tensor is {kind}; save it as an ordinary one", path=path, tensor=name)
-        if tensor.is_neg() or tensor.is_conj():
-            raise CheckpointError(
-                "the tensor is saved as the negative or conjugate of what is in the file; save it resolved: "
-                "tensor.resolve_neg().resolve_conj()",
-                path=path,
-                tensor=name,
-            )
+        _require_ordinary(path, name, tensor)
     return tensors
+
+
+def _require_ordinary(path: str, name: str, tensor: torch.Tensor) -> None:
+    """Refuses what is more, or less, than numbers in memory."""
+    import torch
+
+    kind = None
+    if tensor.is_quantized:
+        kind = "quantized by torch"
+    elif tensor.layout is not torch.strided:
+        kind = str(tensor.layout)
+    elif type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        kind = f"a {type(tensor).__name__}"
+    if kind is not None:
+        raise CheckpointError(f"the tensor is {kind}; save it as an ordinary one", path=path, tensor=name)
+    if tensor.is_neg() or tensor.is_conj():
+        raise CheckpointError(
+            "the tensor is saved as the negative or conjugate of what is in the file; save it resolved: "
+            "tensor.resolve_neg().resolve_conj()",
+            path=path,
+            tensor=name,
+        )
 
 
 def _code(path: str, name: str, tensor: torch.Tensor) -> str:
@@ -138,45 +166,23 @@ def _code(path: str, name: str, tensor: torch.Tensor) -> str:
 
 
 def _in_memory(path: str, name: str, tensor: torch.Tensor) -> Entry:
+    if tensor.is_meta:
+        raise CheckpointError("the tensor was saved without values, from meta", path=path, tensor=name)
     value = tensor.detach().contiguous()
     return Entry(name, _code(path, name, tensor), tuple(tensor.shape), path, 0, value.nbytes, value=value)
 
 
-def _entry(path: str, name: str, tensor: torch.Tensor, records: dict[int, int]) -> Entry:
+def _entry(path: str, name: str, tensor: torch.Tensor, archive: TorchArchive) -> Entry:
     """Where the tensor's elements lie: all of its storage's bytes from its first to its last."""
-    size = tensor.element_size()
-    start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-    span = 0
-    if tensor.numel():
+    place = archive.place_of(tensor)
+    if place is None:  # the pickle itself has its values
+        return _in_memory(path, name, tensor)
+    start, nbytes = place
+    size, first, span = tensor.element_size(), 0, 0
+    if tensor.numel():  # else it may begin anywhere
+        first = int(tensor.storage_offset()) * size
         span = (1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))) * size
-    elif start is None:
-        start = 0  # an empty storage needs no record
-    first = tensor.storage_offset() * size
-    if start is None or first < 0 or first + span > records.get(start, 0):
-        raise CheckpointError(f"the tensor lies outside of its storage; {_AGAIN}", path=path, tensor=name)
+    if first < 0 or first + span > nbytes:
+        raise CheckpointError(f"the tensor lies outside of its storage; {AGAIN}", path=path, tensor=name)
     stride = None if tensor.is_contiguous() else tuple(tensor.stride())
     return Entry(name, _code(path, name, tensor), tuple(tensor.shape), path, start + first, span, stride=stride)
-
-
-def _records(path: str) -> dict[int, int]:
-    """The sizes of the archive's records, by the offset of their first byte in the file."""
-    records = {0: 0}
-    with os_errors(path), open(path, "rb") as file:
-        end = os.fstat(file.fileno()).st_size
-        try:
-            directory = zipfile.ZipFile(file).infolist()
-        except zipfile.BadZipFile as error:
-            raise TruncatedError(f"the archive is cut short or damaged; {_AGAIN}", path=path, offset=end) from error
-        for record in directory:
-            file.seek(record.header_offset)
-            header = file.read(_LOCAL_HEADER_BYTES)
-            if len(header) < _LOCAL_HEADER_BYTES or record.compress_type != zipfile.ZIP_STORED:
-                raise CheckpointError(f"the archive is compressed or damaged; {_AGAIN}", path=path)
-            names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-            start = record.header_offset + _LOCAL_HEADER_BYTES + names
-            if start + record.file_size > end:
-                raise TruncatedError(f"the file ends within {record.filename}; {_AGAIN}", path=path, offset=end)
-            if record.filename.endswith("/byteorder") and file.read(names + 6)[names:] not in (b"little", b""):
-                raise CheckpointError("its numbers are big-endian; save it again on this kind of machine", path=path)
-            records[start] = record.file_size
-    return records

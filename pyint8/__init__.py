@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 
 from pyint8.config import Int8Config, StreamOptions
 from pyint8.errors import Pyint8Error
-from pyint8.imports import importing
+from pyint8.host.imports import importing
 from pyint8.loader import load
 from pyint8.models.transformers.compat import require_transformers
 from pyint8.report import LoadReport

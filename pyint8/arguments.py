@@ -10,7 +10,7 @@ from accelerate.utils import convert_file_size_to_int
 from torch import nn
 
 from pyint8.errors import OptionError, PlacementError
-from pyint8.imports import imported
+from pyint8.host.imports import imported
 
 PLANNED_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 

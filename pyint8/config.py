@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import difflib
 import logging
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyint8.errors import OptionError
-from pyint8.imports import importing
+from pyint8.host.cpus import processes_on_host, usable_cpus
+from pyint8.host.imports import importing
 
 logger = logging.getLogger("pyint8")
 
@@ -237,31 +236,3 @@ def _parse(variable: str, text: str, kind: type) -> object:
         return int(text)
     except ValueError:
         raise OptionError(f"environment variable {variable} is {text!r}; it must be an integer") from None
-
-
-def processes_on_host(environment: Mapping[str, str] = os.environ) -> int:
-    """How many processes torchrun (or accelerate) started on this host; 1 without it."""
-    text = environment.get("LOCAL_WORLD_SIZE", "")
-    return max(1, int(text)) if text.isdecimal() else 1
-
-
-def usable_cpus(cgroup_root: Path = Path("/sys/fs/cgroup")) -> int:
-    """CPUs this process may use: its affinity, or its cgroup's quota where that is smaller."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cgroup_quota(cgroup_root)
-    return allowed if quota is None else max(1, min(allowed, math.ceil(quota)))
-
-
-def _cgroup_quota(root: Path) -> float | None:
-    """CPUs of the process's cgroup, version 2 or 1; None without a limit."""
-    try:
-        quota, period = (root / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        try:
-            quota = (root / "cpu" / "cpu.cfs_quota_us").read_text().strip()
-            period = (root / "cpu" / "cpu.cfs_period_us").read_text().strip()
-        except OSError:
-            return None
-    if quota in ("max", "-1"):
-        return None
-    return int(quota) / int(period)

@@ -5,24 +5,23 @@ from __future__ import annotations
 import logging
 import os
 import reprlib
-import resource
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
-from pyint8 import collector
 from pyint8.checkpoint import Checkpoint
 from pyint8.checkpoint.find import base_of_adapter, check_path, find_checkpoint
 from pyint8.config import Int8Config, StreamOptions
 from pyint8.errors import OptionError
-from pyint8.imports import importing
+from pyint8.host import garbage
+from pyint8.host.imports import importing
+from pyint8.host.memory import peak_resident_bytes
 from pyint8.keywords import int8_config, refuse_misplaced
 from pyint8.models.transformers.compat import require_transformers
 from pyint8.models.transformers.parallel import refuse_split_models
-from pyint8.progress import ByteProgress
-from pyint8.report import LoadReport, announce
+from pyint8.report import LoadReport, Recorder, announce
 
 if TYPE_CHECKING:
     import torch
@@ -169,15 +168,15 @@ def load(
     check_path(path, hub_and_model_kwargs, is_plain=is_plain)
     base = None if is_plain else base_of_adapter(path, hub_and_model_kwargs)
     options = StreamOptions.from_environment() if options is None else options
-    report = LoadReport()
     with ExitStack() as begun:
+        recorder = begun.enter_context(Recorder(progress))
         # Before anything heavy is imported: a folder is checked, and the disk has something to do.
         read_ahead = None
-        with collector.held_off(), report.phase("read headers"):
+        with garbage.paused(), recorder.phase("read headers"):
             checkpoint = find_checkpoint(base or path, hub_and_model_kwargs, strict=strict)
         if checkpoint is not None:
-            collector.make_room(checkpoint.most_bytes_loaded)
-            begun.enter_context(collector.held_off())  # not for as long as a download takes
+            garbage.collect_if_short(checkpoint.most_bytes_loaded)
+            begun.enter_context(garbage.paused())  # not for as long as a download takes
             read_ahead = begun.enter_context(_reading_ahead(checkpoint, options))
         arguments = _import_libraries(is_plain=is_plain)
         arguments.check_model(model)
@@ -204,14 +203,13 @@ def load(
             strict=strict,
             options=options,
         )
-        begun.enter_context(_measured_memory(report))
-        bar = begun.enter_context(ByteProgress(progress))
+        begun.enter_context(_measured_memory(recorder.report))
         if model is None or isinstance(model, type):
-            result = _load_transformers(request, model, report, bar, hub_and_model_kwargs)
+            result = _load_transformers(request, model, recorder, hub_and_model_kwargs)
         else:
-            result = _load_plain(request, model, report, bar, hub_and_model_kwargs)
-    announce(report, path)
-    return (result, report) if return_report else result
+            result = _load_plain(request, model, recorder, hub_and_model_kwargs)
+    announce(recorder.report, path)
+    return (result, recorder.report) if return_report else result
 
 
 def _warn_of_ranks(is_planned: bool) -> None:
@@ -260,9 +258,7 @@ def _reading_ahead(checkpoint: Checkpoint, options: StreamOptions) -> closing[Re
     return closing(ReadAhead(checkpoint, options))
 
 
-def _load_transformers(
-    request: _Request, model_class: type | None, report: LoadReport, bar: ByteProgress, kwargs: dict[str, Any]
-) -> Any:
+def _load_transformers(request: _Request, model_class: type | None, recorder: Recorder, kwargs: dict[str, Any]) -> Any:
     from pyint8.streaming import begin
 
     with ExitStack() as begun:
@@ -271,14 +267,13 @@ def _load_transformers(
             head_start = begin(request.checkpoint, request.device_map, request.max_memory, request.options)
         if head_start is not None:
             begun.enter_context(closing(head_start))
-        return _load_session(request, model_class, report, bar, kwargs, head_start)
+        return _load_session(request, model_class, recorder, kwargs, head_start)
 
 
 def _load_session(
     request: _Request,
     model_class: type | None,
-    report: LoadReport,
-    bar: ByteProgress,
+    recorder: Recorder,
     kwargs: dict[str, Any],
     head_start: HeadStart | None,
 ) -> Any:
@@ -295,9 +290,7 @@ def _load_session(
         read_ahead=request.read_ahead,
         head_start=head_start,
         budgets=request.max_memory if request.tightly else None,
-        report=report,
-        on_bytes=bar.advance,
-        on_total=bar.start,
+        recorder=recorder,
         allow_mismatched_shapes=kwargs.get("ignore_mismatched_sizes", False),
     )
     placement = {
@@ -317,9 +310,7 @@ def _load_session(
     )
 
 
-def _load_plain(
-    request: _Request, module: nn.Module, report: LoadReport, bar: ByteProgress, kwargs: dict[str, Any]
-) -> nn.Module:
+def _load_plain(request: _Request, module: nn.Module, recorder: Recorder, kwargs: dict[str, Any]) -> nn.Module:
     if kwargs:
         raise OptionError(f"these arguments mean nothing for a module of your own: {', '.join(sorted(kwargs))}")
     if isinstance(request.dtype, Mapping):
@@ -339,9 +330,7 @@ def _load_plain(
         offload_folder=request.offload_folder,
         strict=request.strict,
         options=request.options,
-        report=report,
-        on_bytes=bar.advance,
-        on_total=bar.start,
+        recorder=recorder,
     )
 
 
@@ -362,12 +351,12 @@ def _measured_memory(report: LoadReport) -> Iterator[None]:
     """Fills the report's peaks."""
     import torch
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident_bytes()
     if torch.cuda.is_initialized():  # in a process that did not use a device yet, its peak is zero anyway
         for index in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(index)
     yield
-    report.host_peak_bytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    report.host_peak_bytes = peak_resident_bytes() - before
     if torch.cuda.is_initialized():
         peaks = {f"cuda:{index}": torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())}
         report.device_peak_bytes = {name: peak for name, peak in peaks.items() if peak}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from pyint8.models.delivery import cast_in_bands, deliver_cast
 from pyint8.models.unquantized import tell_unquantized
 from pyint8.placement import dispatch, landing_device, plan_device_map
 from pyint8.quantizer import Int8Quantizer, device_of, first_overflow, modules_to_keep
-from pyint8.report import LoadReport
+from pyint8.report import Recorder
 from pyint8.streaming import Delivery, StreamSource, TensorStream
 
 logger = logging.getLogger("pyint8")
@@ -37,9 +37,7 @@ def fill_module(
     offload_folder: Any,
     strict: bool,
     options: StreamOptions,
-    report: LoadReport,
-    on_bytes: Callable[[int], None],
-    on_total: Callable[[int], None],
+    recorder: Recorder,
 ) -> nn.Module:
     """Makes `module`'s linear layers int8 and fills it from the checkpoint; see `pyint8.load` for the arguments.
 
@@ -55,17 +53,17 @@ def fill_module(
         config, pre_quantized=any(name.endswith(f".{checks.SCALES}") for name in checkpoint), strict=strict
     )
     with _undone_on_failure(module, quantizer):
-        with report.phase("build"):
+        with recorder.phase("build"):
             quantizer.validate_environment()
             dtype = quantizer.update_dtype(dtype)
-            filler = _Filler(module, checkpoint, quantizer, None if isinstance(dtype, str) else dtype, report)
+            filler = _Filler(module, checkpoint, quantizer, None if isinstance(dtype, str) else dtype, recorder)
             filler.replace_modules(quantizer.update_device_map(device_map), max_memory, tightly)
-        with report.phase("stream"):
-            filler.fill(options, on_bytes, on_total)
-        with report.phase("finish"):
+        with recorder.phase("stream"):
+            filler.fill(options)
+        with recorder.phase("finish"):
             filler.place_the_rest()
             quantizer.postprocess_model(module, locate=filler.locate)
-            tell_unquantized(module, quantizer, report)
+            tell_unquantized(module, quantizer, recorder.report)
             dispatch(module, filler.device_map, offload_folder, filler.left_in_files)
     return module
 
@@ -101,13 +99,13 @@ class _Filler:
         checkpoint: Checkpoint,
         quantizer: Int8Quantizer,
         dtype: torch.dtype | None,
-        report: LoadReport,
+        recorder: Recorder,
     ) -> None:
         self._module = module
         self._checkpoint = checkpoint
         self._quantizer = quantizer
         self._dtype = dtype
-        self._report = report
+        self._recorder = recorder
         self.device_map: dict[str, Any] = {}
         self.left_in_files: dict[str, dict[str, str]] = {}  # see `placement.dispatch`
         self._ties = _tied_names(module)
@@ -170,7 +168,7 @@ class _Filler:
         companions = {f"{name}.{leaf}" for name in self._quantizer.converted for leaf in (checks.SCALES, checks.FORMAT)}
         missing = sorted(set(own) - set(self._checkpoint) - self._filled_by_ties())
         unexpected = sorted(set(self._checkpoint) - set(own) - companions)
-        self._report.loading_info = {"missing_keys": set(missing), "unexpected_keys": set(unexpected)}
+        self._recorder.report.loading_info = {"missing_keys": set(missing), "unexpected_keys": set(unexpected)}
         lost = [name for name in missing if own[name].is_meta]
         lost += [name for name, buffer in self._module.named_buffers() if buffer.is_meta and name not in own]
         if own and len(missing) == len(own):
@@ -206,7 +204,7 @@ class _Filler:
             pre_quantized=self._quantizer.pre_quantized,
         )
 
-    def fill(self, options: StreamOptions, on_bytes: Callable[[int], None], on_total: Callable[[int], None]) -> None:
+    def fill(self, options: StreamOptions) -> None:
         own = self._module.state_dict()
         names = [name for name in self._checkpoint if name in own]  # by file and offset: read from front to back
         parameters = {name for name, _ in self._module.named_parameters()}
@@ -215,16 +213,11 @@ class _Filler:
                 self._leave(name)
         names = [name for name in names if name not in self.left_in_files]
         deliveries = [delivery for name in names for delivery in self._deliveries(name)]
-        on_total(sum(delivery.entry.nbytes for delivery in deliveries))
-
-        def count(nbytes: int) -> None:
-            self._report.checkpoint_bytes += nbytes
-            on_bytes(nbytes)
-
-        with TensorStream(deliveries, options, on_bytes=count) as stream:
+        self._recorder.expect(sum(delivery.entry.nbytes for delivery in deliveries))
+        with TensorStream(deliveries, options, recorder=self._recorder) as stream:
             for name in names:
                 self._set(name, self._make(name, stream))
-            self._report.engine = stream.stats()
+            self._recorder.set_engine(stream.stats())
 
     def _stays_on_disk(self, name: str) -> bool:
         """Whether accelerate can read it from the checkpoint itself, whenever a forward pass needs it."""
@@ -236,7 +229,7 @@ class _Filler:
         entry = self._checkpoint[name]
         dtype = self._target_dtype(entry.torch_dtype)
         self._set(name, torch.empty(entry.torch_shape, dtype=dtype, device="meta"))
-        self._report.tensors["left on disk"] += 1
+        self._recorder.count("left on disk")
         self.left_in_files[name] = {
             "safetensors_file": entry.path,
             "weight_name": name,
@@ -289,9 +282,9 @@ class _Filler:
         entry, device = self._checkpoint[name], self._device(name)
         dtype = self._target_dtype(entry.torch_dtype)
         if not self._quantizer.check_quantized_param(name):
-            self._report.tensors["as stored" if dtype == entry.torch_dtype else "cast"] += 1
+            self._recorder.count("as stored" if dtype == entry.torch_dtype else "cast")
             return deliver_cast(stream, entry, name, dtype, device, self._quantizer.health)
-        self._report.tensors["pre-quantized" if self._quantizer.pre_quantized else "int8"] += 1
+        self._recorder.count("pre-quantized" if self._quantizer.pre_quantized else "int8")
         if (layout := self._companion(name, checks.FORMAT)) is not None:
             checks.require_row_major(int(stream.whole(layout.name)), entry)
         scales = self._companion(name, checks.SCALES)

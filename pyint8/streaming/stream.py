@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pyint8.errors import ReadError, TruncatedError
+from pyint8.report import Recorder
 from pyint8.streaming.lane import Lane, LaneOpener, open_lane
 from pyint8.streaming.transport import Read, Transport
 from pyint8.streaming.turn import Turner
@@ -72,7 +73,7 @@ class TensorStream:
     Args:
         deliveries: In the order they will be asked for; names are unique.
         options: How to move bytes.
-        on_bytes: Called with a number of bytes whenever so many have landed.
+        recorder: Told of bytes as they land.
         opener: Makes the lane of a device (another one for tests).
         transport: What moves the bytes, if there is one already; closed with the stream all the same.
         early: What is on its way there; what of it nobody wants is dropped.
@@ -87,12 +88,12 @@ class TensorStream:
         deliveries: Sequence[Delivery],
         options: StreamOptions,
         *,
-        on_bytes: Callable[[int], None] | None = None,
+        recorder: Recorder | None = None,
         opener: LaneOpener = open_lane,
         transport: Transport | None = None,
         early: dict[str, EarlyTensor] | None = None,
     ) -> None:
-        self._on_bytes = on_bytes
+        self._recorder = Recorder() if recorder is None else recorder
         if transport is None:
             gpus = {delivery.device for delivery in deliveries if delivery.device.type == "cuda"}
             transport = Transport(options, opener, len(gpus))
@@ -290,8 +291,7 @@ class TensorStream:
         """Waits until the chunk's bytes are ordered before the caller's stream; its memory."""
         value = chunk.delivery.entry.value
         if value is not None:
-            if self._on_bytes is not None:
-                self._on_bytes(chunk.nbytes)
+            self._recorder.landed(chunk.nbytes)
             flat = value.reshape(-1).view(torch.uint8)
             return flat.clone() if flat.device == chunk.lane.device else flat.to(chunk.lane.device)
         if chunk.ticket is None:  # taken out of order: it gets memory of its own, ahead of the queue
@@ -306,8 +306,7 @@ class TensorStream:
         except (ReadError, TruncatedError) as error:
             error.tensor = self._tensor_at(error.path, error.offset)
             raise
-        if self._on_bytes is not None:
-            self._on_bytes(chunk.nbytes)
+        self._recorder.landed(chunk.nbytes)
         return chunk.memory
 
     def _release(self, chunk: _Chunk) -> None:

@@ -63,7 +63,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 @pytest.fixture
 def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C, when bytes land for the fifth time."""
-    from pyint8.progress import ByteProgress
+    from pyint8.report.progress import ByteProgress
 
     seen: list[int] = []
 

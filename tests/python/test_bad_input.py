@@ -26,7 +26,7 @@ from zoo import PREQUANTIZED, ZOO, CheckpointStore
 import pyint8
 from pyint8 import errors
 from pyint8.checkpoint import read_header
-from pyint8.progress import ByteProgress
+from pyint8.report.progress import ByteProgress
 from pyint8.streaming import TensorStream
 
 pytestmark = pytest.mark.usefixtures("nothing_left")

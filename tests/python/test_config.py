@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from pyint8 import Int8Config, StreamOptions
-from pyint8.config import usable_cpus
 from pyint8.errors import OptionError
+from pyint8.host.cpus import usable_cpus
 
 MIB = 1 << 20
 LIMITS = {

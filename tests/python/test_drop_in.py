@@ -45,7 +45,7 @@ def delivered(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         was_open = session._maker is not None
         close(session)
         if was_open:
-            seen.append(int(session.report.engine["bytes_delivered"]))
+            seen.append(int(session.recorder.report.engine["bytes_delivered"]))
 
     monkeypatch.setattr(LoadSession, "close", noting)
     return seen

@@ -12,8 +12,8 @@ import pytest
 from zoo import ZOO, CheckpointStore
 
 import pyint8
-from pyint8 import collector
-from pyint8.imports import imported
+from pyint8.host import garbage
+from pyint8.host.imports import imported
 
 # How many fresh processes; each imports torch and transformers.
 PROCESSES = int(os.environ.get("PYINT8_TEST_FIRST_LOADS", "3"))
@@ -56,7 +56,7 @@ def test_a_module_that_is_being_imported_is_not_there_yet(monkeypatch: pytest.Mo
     half.__spec__ = types.SimpleNamespace(_initializing=True)  # type: ignore[assignment]
     monkeypatch.setitem(sys.modules, "torch", half)
     assert imported("torch") is None
-    collector.make_room(1)  # asks whether a GPU is in use
+    garbage.collect_if_short(1)  # asks whether a GPU is in use
     half.__spec__ = types.SimpleNamespace(_initializing=False)  # type: ignore[assignment]
     assert imported("torch") is half
     assert imported("no.such.module") is None

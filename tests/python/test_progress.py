@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
-from pyint8.progress import ByteProgress
+from pyint8.report.progress import ByteProgress
 
 Load = Callable[..., Any]
 
@@ -47,7 +47,7 @@ def shell(kind: str) -> Any:
 
 
 def is_shown(asked: bool | None = None) -> bool:
-    return ByteProgress(asked)._shown
+    return ByteProgress(asked).is_shown
 
 
 def test_a_terminal_or_a_notebook_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:

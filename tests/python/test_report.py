@@ -4,13 +4,15 @@ import copy
 import dataclasses
 import json
 import pickle
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from pyint8 import LoadReport
-from pyint8.report import announce, collected, readable_size
+from pyint8.report import Recorder, announce, collected, readable_size
 
 PHASES = ["read headers", "build", "stream", "finish"]
 
@@ -40,44 +42,44 @@ def test_phases_are_there_from_the_start() -> None:
 
 
 def test_a_phase_inside_another_counts_for_itself_only(clock: Clock) -> None:
-    report = LoadReport()
-    with report.phase("build"):
+    recorder = Recorder()
+    with recorder.phase("build"):
         clock.passes(1)
-        with report.phase("stream"):
+        with recorder.phase("stream"):
             clock.passes(2)
-            with report.phase("read headers"):
+            with recorder.phase("read headers"):
                 clock.passes(4)
             clock.passes(8)
-        with report.phase("finish"):
+        with recorder.phase("finish"):
             clock.passes(16)
         clock.passes(32)
-    assert report.seconds == {"build": 33, "stream": 10, "read headers": 4, "finish": 16}
-    assert report.total_seconds == 63
+    assert recorder.report.seconds == {"build": 33, "stream": 10, "read headers": 4, "finish": 16}
+    assert recorder.report.total_seconds == 63
 
 
 def test_a_phase_entered_again_adds_up(clock: Clock) -> None:
-    report = LoadReport()
+    recorder = Recorder()
     for _ in range(3):
-        with report.phase("stream"):
+        with recorder.phase("stream"):
             clock.passes(2)
-    with report.phase("stream"), report.phase("stream"):
+    with recorder.phase("stream"), recorder.phase("stream"):
         clock.passes(1)
-    assert report.seconds["stream"] == 7
+    assert recorder.report.seconds["stream"] == 7
 
 
 def test_a_phase_counts_when_it_fails(clock: Clock) -> None:
-    report = LoadReport()
+    recorder = Recorder()
 
     def fail() -> None:
-        with report.phase("build"):
+        with recorder.phase("build"):
             clock.passes(1)
-            with report.phase("stream"):
+            with recorder.phase("stream"):
                 clock.passes(2)
                 raise KeyError
 
     with pytest.raises(KeyError):
         fail()
-    assert (report.seconds["build"], report.seconds["stream"]) == (1, 2)
+    assert (recorder.report.seconds["build"], recorder.report.seconds["stream"]) == (1, 2)
 
 
 def test_speed_is_of_the_whole_load() -> None:
@@ -184,3 +186,16 @@ def test_reports_are_collected_while_asked_for(caplog: pytest.LogCaptureFixture)
     assert [id(each) for each in outer] == [id(first), id(second), id(third)]
     assert [id(each) for each in inner] == [id(second)]
     assert "loaded b: 0.000 GB in 0.00 s" in caplog.text
+
+
+def test_threads_tell_at_once() -> None:
+    recorder = Recorder()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(lambda _: (recorder.landed(3), recorder.count("int8")), range(20_000)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert recorder.report.checkpoint_bytes == 60_000
+    assert recorder.report.tensors == {"int8": 20_000}

@@ -22,6 +22,7 @@ from pyint8 import StreamOptions
 from pyint8.checkpoint import DTYPES, Checkpoint, Entry, open_checkpoint
 from pyint8.errors import CancelledError, CheckpointError, DeviceError, ReadError, TruncatedError
 from pyint8.extension import _core
+from pyint8.report import Recorder
 from pyint8.streaming import Delivery, EarlyTensor, HeadStart, Lane, StreamSource, TensorStream, Transport, open_lane
 from pyint8.streaming.transport import Read
 
@@ -85,15 +86,15 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.mark.parametrize("direct_io", [False, True])
 def test_whole_tensors_in_order(mixed: Checkpoint, direct_io: bool) -> None:
-    landed: list[int] = []
+    recorder = Recorder()
     options = StreamOptions(threads=2, slot_bytes=8192, host_scratch=MIB, direct_io=direct_io)
-    with TensorStream(deliveries(mixed), options, on_bytes=landed.append) as stream:
+    with TensorStream(deliveries(mixed), options, recorder=recorder) as stream:
         for name, entry in mixed.items():
             tensor = stream.whole(name)
             assert (tensor.dtype, tuple(tensor.shape)) == (entry.torch_dtype, entry.torch_shape)
             assert content(tensor) == stored(entry)
         assert stream.stats()["bytes_delivered"] == mixed.nbytes
-    assert sum(landed) == mixed.nbytes
+    assert recorder.report.checkpoint_bytes == mixed.nbytes
 
 
 def test_bands_are_consecutive_rows(mixed: Checkpoint) -> None:
@@ -336,12 +337,12 @@ def test_batches_land_together_and_are_cast_at_once(experts: Checkpoint) -> None
 def test_a_batch_in_any_order(experts: Checkpoint) -> None:
     names = list(EXPERTS)
     random.Random(0).shuffle(names)
-    landed: list[int] = []
-    with TensorStream(in_batches(experts), TINY, on_bytes=landed.append) as stream:
+    recorder = Recorder()
+    with TensorStream(in_batches(experts), TINY, recorder=recorder) as stream:
         for name in names:
             assert content(stream.batched(name, experts[name].torch_dtype)) == stored(experts[name])
         assert stream.stats()["bytes_delivered"] == experts.nbytes
-    assert sum(landed) == experts.nbytes
+    assert recorder.report.checkpoint_bytes == experts.nbytes
 
 
 @pytest.mark.parametrize("number", [0, 1])

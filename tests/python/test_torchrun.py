@@ -18,7 +18,7 @@ import pyint8
 from pyint8 import Int8Config, StreamOptions
 from pyint8.errors import PlacementError
 from pyint8.models.transformers.parallel import refuse_split_models
-from pyint8.progress import ByteProgress
+from pyint8.report.progress import ByteProgress
 
 Load = Callable[..., Any]
 
@@ -49,8 +49,8 @@ def test_one_bar_a_host(rank: str | None, shown: bool, monkeypatch: pytest.Monke
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     if rank is not None:
         monkeypatch.setenv("LOCAL_RANK", rank)
-    assert ByteProgress(None)._shown is shown
-    assert ByteProgress(True)._shown
+    assert ByteProgress(None).is_shown is shown
+    assert ByteProgress(True).is_shown
 
 
 @pytest.mark.parametrize(("world", "device_map", "warned"), [("2", "auto", 1), ("1", "auto", 0), ("2", "cpu", 0)])

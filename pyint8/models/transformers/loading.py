@@ -15,10 +15,10 @@ from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from safetensors import SafetensorError
 
-from pyint8 import collector
 from pyint8.checkpoint.find import cached_file, named_by_adapter
 from pyint8.config import Int8Config
 from pyint8.errors import CheckpointError, CheckpointNotFoundError, ModelNotSupportedError, OptionError
+from pyint8.host import garbage
 from pyint8.keywords import unknown
 from pyint8.models.transformers.quantizer import METHOD
 from pyint8.models.transformers.session import LoadSession
@@ -69,7 +69,7 @@ def load_pretrained(
         arguments: The rest: where the checkpoint is found, and what is for the configuration or the model.
 
     Returns:
-        The model, in evaluation mode. `session.report.loading_info` is filled.
+        The model, in evaluation mode. `session.recorder.report.loading_info` is filled.
 
     Raises:
         ModelNotSupportedError: transformers does not know the configuration, or it is quantized by another method.
@@ -77,11 +77,11 @@ def load_pretrained(
     with _one_at_a_time, ExitStack() as stack:
         model_class, arguments = _resolve(path, base, model_class, int8_config, arguments)
         stack.enter_context(session.activate())
-        stack.enter_context(session.report.phase("build"))
-        session.on_files = lambda: stack.enter_context(collector.held_off())  # downloads are over
+        stack.enter_context(session.recorder.phase("build"))
+        session.on_files = lambda: stack.enter_context(garbage.paused())  # downloads are over
         session.on_start = lambda: stack.enter_context(_without_progress_bar())  # ours is there
         stack.enter_context(_named_problems(path, model_class, arguments))
-        model, session.report.loading_info = model_class.from_pretrained(
+        model, session.recorder.report.loading_info = model_class.from_pretrained(
             path, output_loading_info=True, **placement, **arguments
         )
     return model

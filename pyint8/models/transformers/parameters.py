@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -21,7 +20,7 @@ from pyint8.models.delivery import cast_in_bands, deliver_cast, find_overflow
 from pyint8.models.transformers.ahead import MadeAhead
 from pyint8.models.transformers.plan import LoadPlan, Target
 from pyint8.quantizer import Int8Quantizer, TensorSource
-from pyint8.report import LoadReport
+from pyint8.report import Recorder
 from pyint8.streaming import Delivery, EarlyTensor, HeadStart, StreamSource, TensorStream, Transport
 
 
@@ -72,10 +71,8 @@ class ParameterMaker:
         checkpoint: Where the bytes lie.
         places: Where parameters go and as what.
         quantizer: Makes int8 parameters.
-        report: Counts.
+        recorder: Told of bytes and parameters.
         options: How to move bytes.
-        on_bytes: Called with numbers of bytes as they land, from one thread at a time.
-        on_total: Called once with the number of bytes that will be read.
         head_start: What was begun before there was a plan; taken over.
     """
 
@@ -86,10 +83,8 @@ class ParameterMaker:
         checkpoint: Checkpoint,
         places: dict[str, Place],
         quantizer: Int8Quantizer,
-        report: LoadReport,
+        recorder: Recorder,
         options: StreamOptions,
-        on_bytes: Callable[[int], None],
-        on_total: Callable[[int], None],
         head_start: HeadStart | None = None,
     ) -> None:
         self._plan = plan
@@ -97,28 +92,26 @@ class ParameterMaker:
         self._checkpoint = checkpoint
         self._places = places
         self._quantizer = quantizer
-        self._report = report
-        self._counting = threading.Lock()
+        self._recorder = recorder
         self._makers: dict[torch.device, MadeAhead] = {}
         self._groups = self._grouped()
         wanted = {device: [d for t in group for d in self._deliveries(t)] for device, group in self._groups.items()}
-        on_total(sum(delivery.entry.nbytes for deliveries in wanted.values() for delivery in deliveries))
+        recorder.expect(sum(delivery.entry.nbytes for deliveries in wanted.values() for delivery in deliveries))
         early: dict[str, EarlyTensor] = {}
         if head_start is None:
             self._transport = Transport(options, gpus=len(self._groups))
         else:
             self._transport, early = head_start.take()
         self._streams: dict[torch.device, TensorStream] = {}
-        count = _one_at_a_time(on_bytes)
         for device, deliveries in wanted.items():
             mine = early if len(wanted) == 1 else {name: t for name, t in early.items() if t.lane.device == device}
             self._streams[device] = TensorStream(
-                deliveries, options, on_bytes=count, transport=self._transport, early=mine
+                deliveries, options, recorder=recorder, transport=self._transport, early=mine
             )
 
     def close(self) -> None:
         """Gives back threads, files and memory; the report keeps what the engine did."""
-        self._report.engine = self._transport.engine.stats()
+        self._recorder.set_engine(self._transport.engine.stats())
         for maker in self._makers.values():
             maker.stop()
         self._transport.close()  # what they wait for ends here
@@ -154,7 +147,7 @@ class ParameterMaker:
         loading_info.unexpected_keys.update(self._plan.also_unexpected)
         if self._stays_on_disk(target):
             loading_info.missing_keys.discard(target.name)
-            self._count("left on disk")
+            self._recorder.count("left on disk")
             return {}
         if target.converter is not None:
             return self._converted(target, stream, loading_info)
@@ -162,17 +155,13 @@ class ParameterMaker:
         entry, place = self._checkpoint[target.source], self._places[target.name]
         if self._quantizer.check_quantized_param(target.name):
             return {target.name: self._quantized(target, stream, entry, place)}
-        self._count("as stored" if entry.torch_dtype == place.dtype else "cast")
+        self._recorder.count("as stored" if entry.torch_dtype == place.dtype else "cast")
         health = self._quantizer.health
         return {target.name: deliver_cast(stream, entry, target.name, place.dtype, place.device, health)}
 
     @cached_property
     def _buffers(self) -> set[str]:
         return {name for name, _ in self._model.named_buffers()}
-
-    def _count(self, kind: str) -> None:
-        with self._counting:
-            self._report.tensors[kind] += 1
 
     def _stays_on_disk(self, target: Target) -> bool:
         """Whether accelerate will read it from the checkpoint itself, whenever a forward pass needs it."""
@@ -206,7 +195,7 @@ class ParameterMaker:
         return torch.device("cpu") if on_cpu else self._places[target.name].device
 
     def _quantized(self, target: Target, stream: TensorStream, entry: Entry, place: Place) -> torch.Tensor:
-        self._count("pre-quantized" if self._quantizer.pre_quantized else "int8")
+        self._recorder.count("pre-quantized" if self._quantizer.pre_quantized else "int8")
         if target.format is not None:
             checks.require_row_major(int(stream.whole(target.format)), entry)
         return self._quantizer.create_quantized_param(
@@ -243,7 +232,7 @@ class ParameterMaker:
     def _finished(self, name: str, value: Any, sources: list[Entry]) -> torch.Tensor:
         """One result of a conversion, quantized where that is wanted, on its device."""
         tensor: torch.Tensor = value[0] if isinstance(value, list) else value
-        self._count("converted")
+        self._recorder.count("converted")
         place = self._places.get(name)
         if place is None:  # no place in the model; transformers says so
             return tensor
@@ -255,16 +244,6 @@ class ParameterMaker:
         return self._quantizer.create_quantized_param(
             name, TensorSource(tensor), model_dtype=place.dtype, device=place.device
         )
-
-
-def _one_at_a_time(on_bytes: Callable[[int], None]) -> Callable[[int], None]:
-    lock = threading.Lock()
-
-    def call(nbytes: int) -> None:
-        with lock:
-            on_bytes(nbytes)
-
-    return call
 
 
 def _are_fed_side_by_side(devices: Iterable[torch.device]) -> bool:

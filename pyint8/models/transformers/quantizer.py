@@ -208,13 +208,13 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.session.close()
-        with self.session.report.phase("finish"):
+        with self.session.recorder.phase("finish"):
             self.int8.postprocess_model(model, locate=self.session.locate)
             model._weight_conversions = self.session.plan.used
             genuine = Bnb8BitHfQuantizer(self.quantization_config, pre_quantized=self._was_pre_quantized)
             genuine.modules_to_not_convert = self.int8.skip
             model.hf_quantizer = genuine
-            tell_unquantized(model, self.int8, self.session.report)
+            tell_unquantized(model, self.int8, self.session.recorder.report)
         if self.session.is_drop_in:
-            announce(self.session.report, model.name_or_path)
+            announce(self.session.recorder.report, model.name_or_path)
         return model

@@ -19,14 +19,10 @@ from pyint8.models.transformers.plan import LoadPlan, make_plan
 from pyint8.models.transformers.settle import check_tensors, settle_modules
 from pyint8.quantizer import Int8Quantizer
 from pyint8.read_ahead import ReadAhead
-from pyint8.report import LoadReport
+from pyint8.report import Recorder
 from pyint8.streaming import HeadStart
 
 _active: ContextVar[LoadSession | None] = ContextVar("pyint8_load_session", default=None)
-
-
-def _ignore(nbytes: int) -> None:
-    """Nobody watches the progress."""
 
 
 class LoadSession:
@@ -36,9 +32,7 @@ class LoadSession:
         options: How to move bytes.
         strict: See `pyint8.load`.
         checkpoint: If it was opened already.
-        report: Filled on the way.
-        on_bytes: Called with numbers of bytes as they land.
-        on_total: Called once with the number of bytes that will be read.
+        recorder: Told of all that happens.
         read_ahead: Closed when the stream starts, which reads by itself.
         head_start: What was begun before; the caller closes it if the load fails before it is taken over.
         budgets: What a planned device map may use of each device (see `pyint8.packing`); None for transformers' rule.
@@ -60,9 +54,7 @@ class LoadSession:
         *,
         strict: bool = True,
         checkpoint: Checkpoint | None = None,
-        report: LoadReport | None = None,
-        on_bytes: Callable[[int], None] = _ignore,
-        on_total: Callable[[int], None] = _ignore,
+        recorder: Recorder | None = None,
         read_ahead: ReadAhead | None = None,
         head_start: HeadStart | None = None,
         budgets: Mapping[Any, int] | None = None,
@@ -70,7 +62,7 @@ class LoadSession:
     ) -> None:
         self._maker: ParameterMaker | None = None  # first: `close` looks at it
         self.strict = strict
-        self.report = LoadReport() if report is None else report
+        self.recorder = Recorder() if recorder is None else recorder
         self.budgets = budgets
         self.quantizer: Int8Quantizer
         self.device_map: Mapping[str, Any] | None = None
@@ -83,8 +75,6 @@ class LoadSession:
         self.on_start: Callable[[], object] = lambda: None
         self._options = options
         self._checkpoint = checkpoint
-        self._on_bytes = on_bytes
-        self._on_total = on_total
         self._allow_mismatched_shapes = allow_mismatched_shapes
         self._building = NoInitializationOnMeta()
         self._made_at = time.perf_counter()
@@ -128,13 +118,13 @@ class LoadSession:
         if self._maker is not None:
             self._maker.close()
             self._maker = None
-            self.report.seconds["stream"] += time.perf_counter() - self._stream_start
+            self.recorder.add_seconds("stream", time.perf_counter() - self._stream_start)
 
     def open_files(self, files: Sequence[str]) -> None:
         """The files that transformers resolved; read again only if they are others than those opened before."""
         self.on_files()
         if self._checkpoint is None or set(self._checkpoint.files) != set(files):
-            with self.report.phase("read headers"):
+            with self.recorder.phase("read headers"):
                 self._checkpoint = checkpoint_of_files(files, strict=self.strict)
 
     def make_plan(self, model: Any, conversions: list[Any], dtype: torch.dtype) -> LoadPlan:
@@ -212,8 +202,8 @@ class LoadSession:
         assert self._checkpoint is not None
         self._stream_start = time.perf_counter()
         if self.is_drop_in:
-            seconds = self.report.seconds
-            seconds["build"] += self._stream_start - self._made_at - seconds["read headers"]
+            headers = self.recorder.report.seconds["read headers"]
+            self.recorder.add_seconds("build", self._stream_start - self._made_at - headers)
         if self._read_ahead is not None:
             self._read_ahead.close()
         self._maker = ParameterMaker(
@@ -222,19 +212,8 @@ class LoadSession:
             self._checkpoint,
             find_places(self.plan, self.dtypes, self.device_map),
             self.quantizer,
-            self.report,
+            self.recorder,
             self._options,
-            self._count_bytes(),
-            self._on_total,
             self._head_start,
         )
         self.on_start()
-
-    def _count_bytes(self) -> Callable[[int], None]:
-        report, on_bytes = self.report, self._on_bytes  # not this object, which would never go by itself
-
-        def count(nbytes: int) -> None:
-            report.checkpoint_bytes += nbytes
-            on_bytes(nbytes)
-
-        return count

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pyint8 import collector
+from pyint8.host import garbage
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_it_collects_where_memory_is_short_and_used(
     monkeypatch.setattr(torch, "cuda", cuda)
     collected: list[int] = []
     monkeypatch.setattr(gc, "collect", lambda: collected.append(1))
-    collector.make_room(100)
+    garbage.collect_if_short(100)
     assert len(collected) == collects
 
 
@@ -43,7 +43,7 @@ def test_it_collects_where_memory_is_short_and_used(
 def test_it_is_as_before_afterwards(was_on: bool) -> None:
     (gc.enable if was_on else gc.disable)()
     try:
-        with collector.held_off(), collector.held_off():
+        with garbage.paused(), garbage.paused():
             assert not gc.isenabled()
         assert gc.isenabled() == was_on
     finally:
@@ -63,7 +63,7 @@ def test_what_came_is_not_looked_through_afterwards() -> None:
         """To be found again."""
 
     gc.collect()
-    with collector.held_off():
+    with garbage.paused():
         kept = [Kept() for _ in range(5000)]
     oldest = {id(value) for value in gc.get_objects(generation=2)}
     assert all(id(value) in oldest for value in kept)
@@ -74,6 +74,6 @@ def test_what_came_is_not_looked_through_afterwards() -> None:
 def test_what_somebody_froze_stays_frozen() -> None:
     gc.freeze()
     frozen = gc.get_freeze_count()
-    with collector.held_off():
+    with garbage.paused():
         pass
     assert gc.get_freeze_count() >= frozen - 100  # some of it goes by its reference counts

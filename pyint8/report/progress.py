@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
-from pyint8.imports import imported
+from pyint8.host.imports import imported
 
 
 class ByteProgress:
@@ -21,21 +20,20 @@ class ByteProgress:
     """
 
     def __init__(self, shown: bool | None) -> None:
-        self._shown = _is_wanted() if shown is None else shown
+        self._asked = shown
         self._bar: Any = None
 
-    def __enter__(self) -> ByteProgress:
-        return self
+    @property
+    def is_shown(self) -> bool:
+        return _is_wanted() if self._asked is None else self._asked
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
 
     def start(self, total: int) -> None:
         """Begins a bar of `total` bytes."""
-        if self._shown:
+        if self.is_shown:
             self._bar = _bar_maker()(total=total, unit="B", unit_scale=True, desc="Loading int8", file=sys.stderr)
 
     def advance(self, nbytes: int) -> None:

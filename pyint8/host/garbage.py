@@ -1,4 +1,4 @@
-"""Python's garbage collector, held off while a model is made."""
+"""Python's garbage collector, paused while a model is made."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pyint8.imports import imported
+from pyint8.host.imports import imported
 
 
 @contextmanager
-def held_off() -> Iterator[None]:
+def paused() -> Iterator[None]:
     """Collects nothing while it lasts, in any thread, and afterwards as before.
 
-    Modules and configurations are many objects at once, all of which stay. They make Python look through everything
-    that lives, for nothing: 0.15 to 0.2 s with torch and transformers imported, once or twice in a load. What a load
-    leaves behind goes by its reference counts. So afterwards what came is taken for old, as if it had been looked
-    through (0.13 s where a load imported torch and transformers).
+    A load makes many objects at once, all of which stay; for each part of them Python would traverse everything that
+    lives, and find nothing. What has come meanwhile goes to the oldest generation, as if it had been traversed.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -24,16 +22,16 @@ def held_off() -> Iterator[None]:
         yield
     finally:
         if was_on:
-            if not gc.get_freeze_count():  # else what somebody froze would thaw
+            if not gc.get_freeze_count():  # unfreeze() would also release objects frozen by others
                 gc.freeze()
                 gc.unfreeze()  # to the oldest generation
             gc.enable()
 
 
-def make_room(nbytes: int) -> None:
+def collect_if_short(nbytes: int) -> None:
     """Collects once if memory is in use on a GPU that has less than `nbytes` free.
 
-    A model with accelerate's hooks is a cycle: deleted, it keeps its memory until it is found.
+    A model with accelerate's hooks is a reference cycle: deleted, it keeps its memory until it is collected.
     """
     torch = imported("torch")
     if torch is None or not torch.cuda.is_initialized():

@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 import html
-import logging
-import threading
-import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
-
-logger = logging.getLogger("pyint8")
 
 _GB = 1e9
 _NAMED_AT_MOST = 3
@@ -72,17 +65,6 @@ class LoadReport:
         """Checkpoint bytes over all seconds of the load, in 1e9 bytes per second."""
         seconds = self.total_seconds
         return self.checkpoint_bytes / _GB / seconds if seconds else 0.0
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Adds the time of the block to a phase; time in a phase inside it counts for that one only."""
-        start = time.perf_counter()
-        before = self.total_seconds
-        try:
-            yield
-        finally:
-            nested = self.total_seconds - before
-            self.seconds[name] += time.perf_counter() - start - nested
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON has it: dicts, lists (sets are sorted), strings and numbers; the two properties too."""
@@ -149,28 +131,3 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_as_json(each) for each in value]
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
-
-
-_listening = threading.Lock()
-_listeners: list[list[LoadReport]] = []
-
-
-@contextmanager
-def collected() -> Iterator[list[LoadReport]]:
-    """Collects the reports of all loads that end while it lasts, in any thread."""
-    reports: list[LoadReport] = []
-    with _listening:
-        _listeners.append(reports)
-    try:
-        yield reports
-    finally:
-        with _listening:
-            _listeners[:] = [each for each in _listeners if each is not reports]
-
-
-def announce(report: LoadReport, what: str) -> None:
-    """Says in one line that a load has ended, and hands its report to whoever collects them."""
-    logger.info("loaded %s: %s", what, report.summary())
-    with _listening:
-        for reports in _listeners:
-            reports.append(report)

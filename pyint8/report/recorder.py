@@ -1,0 +1,98 @@
+"""Who is told what a load does, from whatever thread; it fills the report and moves the bar."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+
+from pyint8.report.load_report import LoadReport
+from pyint8.report.progress import ByteProgress
+
+logger = logging.getLogger("pyint8")
+
+
+class Recorder:
+    """Thread-safe; as a context manager it closes its bar.
+
+    Args:
+        progress: Whether to show a bar in bytes (see `ByteProgress`).
+
+    Attributes:
+        report: What it fills.
+    """
+
+    def __init__(self, progress: bool | None = False) -> None:
+        self.report = LoadReport()
+        self._bar = ByteProgress(progress)
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time of the block to a phase; time in a phase inside it counts for that one only."""
+        start = time.perf_counter()
+        before = self.report.total_seconds
+        try:
+            yield
+        finally:
+            nested = self.report.total_seconds - before
+            self.add_seconds(name, time.perf_counter() - start - nested)
+
+    def add_seconds(self, phase: str, seconds: float) -> None:
+        with self._lock:
+            self.report.seconds[phase] += seconds
+
+    def expect(self, nbytes: int) -> None:
+        """So many bytes of the checkpoint will land."""
+        self._bar.start(nbytes)
+
+    def landed(self, nbytes: int) -> None:
+        """So many more bytes of the checkpoint are on their device."""
+        with self._lock:
+            self.report.checkpoint_bytes += nbytes
+            self._bar.advance(nbytes)
+
+    def count(self, kind: str) -> None:
+        """One more parameter or buffer of a kind (see `LoadReport.tensors`)."""
+        with self._lock:
+            self.report.tensors[kind] += 1
+
+    def set_engine(self, stats: Mapping[str, float]) -> None:
+        """What the extension's workers did (see `LoadReport.engine`)."""
+        self.report.engine = dict(stats)
+
+
+_listening = threading.Lock()
+_listeners: list[list[LoadReport]] = []
+
+
+@contextmanager
+def collected() -> Iterator[list[LoadReport]]:
+    """Collects the reports of all loads that end while it lasts, in any thread."""
+    reports: list[LoadReport] = []
+    with _listening:
+        _listeners.append(reports)
+    try:
+        yield reports
+    finally:
+        with _listening:
+            _listeners[:] = [each for each in _listeners if each is not reports]
+
+
+def announce(report: LoadReport, what: str) -> None:
+    """Says in one line that a load has ended, and hands its report to whoever collects them."""
+    logger.info("loaded %s: %s", what, report.summary())
+    with _listening:
+        for reports in _listeners:
+            reports.append(report)

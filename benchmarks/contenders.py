@@ -88,7 +88,8 @@ def _raw_engine(folder: Path) -> tuple[Any, dict[str, Any]]:
 
     from pyint8.checkpoint import open_checkpoint
     from pyint8.config import StreamOptions
-    from pyint8.streaming import Delivery, TensorStream, Transport
+    from pyint8.streaming.stream import Delivery, TensorStream
+    from pyint8.streaming.transport import Transport
 
     checkpoint = open_checkpoint(str(folder))
     devices = [torch.device("cuda", gpu) for gpu in range(torch.cuda.device_count())] or [torch.device("cpu")]

@@ -6,19 +6,16 @@ import logging
 import os
 import reprlib
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
-from types import ModuleType
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
-from pyint8.checkpoint import Checkpoint
 from pyint8.checkpoint.find import base_of_adapter, check_path, find_checkpoint
 from pyint8.config import Int8Config, StreamOptions
 from pyint8.errors import OptionError
 from pyint8.host import garbage
 from pyint8.host.imports import importing
 from pyint8.host.memory import peak_resident_bytes
-from pyint8.keywords import int8_config, refuse_misplaced
+from pyint8.models.keywords import int8_config, refuse_misplaced
 from pyint8.models.transformers.compat import require_transformers
 from pyint8.models.transformers.parallel import refuse_split_models
 from pyint8.report import LoadReport, Recorder, announce
@@ -28,8 +25,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from pyint8.read_ahead import ReadAhead
-    from pyint8.streaming import HeadStart
+    from pyint8.checkpoint import Checkpoint
+    from pyint8.models.request import LoadRequest
+    from pyint8.streaming.preparation import Preparation
 
 logger = logging.getLogger("pyint8")
 
@@ -168,170 +166,84 @@ def load(
     check_path(path, hub_and_model_kwargs, is_plain=is_plain)
     base = None if is_plain else base_of_adapter(path, hub_and_model_kwargs)
     options = StreamOptions.from_environment() if options is None else options
-    with ExitStack() as begun:
-        recorder = begun.enter_context(Recorder(progress))
+    with ExitStack() as stack:
+        recorder = stack.enter_context(Recorder(progress))
         # Before anything heavy is imported: a folder is checked, and the disk has something to do.
-        read_ahead = None
         with garbage.paused(), recorder.phase("read headers"):
             checkpoint = find_checkpoint(base or path, hub_and_model_kwargs, strict=strict)
         if checkpoint is not None:
             garbage.collect_if_short(checkpoint.most_bytes_loaded)
-            begun.enter_context(garbage.paused())  # not for as long as a download takes
-            read_ahead = begun.enter_context(_reading_ahead(checkpoint, options))
-        arguments = _import_libraries(is_plain=is_plain)
-        arguments.check_model(model)
-        arguments.check_device_map(device_map)
-        arguments.check_max_memory(max_memory)
-        left_free = arguments.check_headroom(headroom, device_map)
-        if left_free is not None:
-            from pyint8.packing import budgets
-
-            max_memory = budgets(max_memory, left_free, options.device_bytes)
-        _warn_of_ranks(device_map in arguments.PLANNED_MAPS if isinstance(device_map, str) else False)
-        dtype = arguments.check_dtype(dtype)
-        request = _Request(
+            stack.enter_context(garbage.paused())  # not for as long as a download takes
+        preparation = stack.enter_context(_preparation(checkpoint, options))
+        _import_libraries(is_plain=is_plain)
+        request = _request(
             path=path,
             base=base or path,
-            checkpoint=checkpoint,
-            read_ahead=read_ahead,
             device_map=device_map,
             dtype=dtype,
             max_memory=max_memory,
-            tightly=left_free is not None,
+            headroom=headroom,
             config=config,
             offload_folder=offload_folder,
             strict=strict,
             options=options,
+            arguments=hub_and_model_kwargs,
         )
-        begun.enter_context(_measured_memory(recorder.report))
-        if model is None or isinstance(model, type):
-            result = _load_transformers(request, model, recorder, hub_and_model_kwargs)
-        else:
-            result = _load_plain(request, model, recorder, hub_and_model_kwargs)
+        stack.enter_context(_measured_memory(recorder.report))
+        result = _load_as(model, request, preparation, recorder)
     announce(recorder.report, path)
     return (result, recorder.report) if return_report else result
 
 
-def _warn_of_ranks(is_planned: bool) -> None:
-    if is_planned and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        logger.warning(
-            "a planned device map under torchrun spreads a model over all visible GPUs in every rank; pass "
-            'device_map="cuda" for one whole model on each rank\'s own GPU'
-        )
+def _preparation(checkpoint: Checkpoint | None, options: StreamOptions) -> Preparation:
+    from pyint8.streaming.preparation import Preparation  # the extension: `import pyint8` does without
+
+    return Preparation(checkpoint, options)
 
 
-def _import_libraries(*, is_plain: bool) -> ModuleType:
-    """Imports all that a load needs; returns the checks of its arguments."""
+def _import_libraries(*, is_plain: bool) -> None:
+    """Imports all that a load needs."""
     with importing:
-        import pyint8.quantizer
-        import pyint8.streaming
-        from pyint8 import arguments
-
         if is_plain:
             import pyint8.models.plain
         else:
             import pyint8.models.transformers.loading  # noqa: F401
-    return arguments
 
 
-@dataclass(frozen=True)
-class _Request:
-    """The arguments that both roads share."""
+def _request(
+    *, device_map: Any, dtype: Any, max_memory: Any, headroom: Any, options: StreamOptions, **checked: Any
+) -> LoadRequest:
+    """The arguments that need torch to be checked, checked."""
+    from pyint8.models.request import LoadRequest, check_dtype
+    from pyint8.placement.budget import memory_budget
+    from pyint8.placement.device_map import check_device_map, is_planned
 
-    path: str
-    base: str  # where the model is: the same, or what the adapter in `path` was made for
-    checkpoint: Checkpoint | None  # known already, if `base` is a folder or a file
-    read_ahead: ReadAhead | None
-    device_map: Any
-    dtype: torch.dtype | str | Mapping[str, torch.dtype | str] | None
-    max_memory: Mapping[Any, Any] | None
-    tightly: bool  # whether `max_memory` is what may be used, all of it
-    config: Int8Config | None
-    offload_folder: str | os.PathLike[str] | None
-    strict: bool
-    options: StreamOptions
-
-
-def _reading_ahead(checkpoint: Checkpoint, options: StreamOptions) -> closing[ReadAhead]:
-    from pyint8.read_ahead import ReadAhead  # the extension: `import pyint8` does without
-
-    return closing(ReadAhead(checkpoint, options))
-
-
-def _load_transformers(request: _Request, model_class: type | None, recorder: Recorder, kwargs: dict[str, Any]) -> Any:
-    from pyint8.streaming import begin
-
-    with ExitStack() as begun:
-        head_start = None
-        if request.checkpoint is not None:
-            head_start = begin(request.checkpoint, request.device_map, request.max_memory, request.options)
-        if head_start is not None:
-            begun.enter_context(closing(head_start))
-        return _load_session(request, model_class, recorder, kwargs, head_start)
-
-
-def _load_session(
-    request: _Request,
-    model_class: type | None,
-    recorder: Recorder,
-    kwargs: dict[str, Any],
-    head_start: HeadStart | None,
-) -> Any:
-    from pyint8.models.transformers.loading import load_pretrained
-    from pyint8.models.transformers.session import LoadSession
-    from pyint8.quantizer import Int8Quantizer
-
-    int8 = Int8Quantizer(request.config or Int8Config())
-    int8.validate_environment(from_tf=kwargs.pop("from_tf", False), from_flax=kwargs.pop("from_flax", False))
-    session = LoadSession(
-        request.options,
-        strict=request.strict,
-        checkpoint=request.checkpoint,
-        read_ahead=request.read_ahead,
-        head_start=head_start,
-        budgets=request.max_memory if request.tightly else None,
-        recorder=recorder,
-        allow_mismatched_shapes=kwargs.get("ignore_mismatched_sizes", False),
-    )
-    placement = {
-        "device_map": request.device_map,
-        "dtype": int8.update_dtype(request.dtype),
-        "max_memory": None if request.max_memory is None else dict(request.max_memory),  # accelerate writes into it
-        "offload_folder": request.offload_folder,
-    }
-    return load_pretrained(
-        request.path,
-        session,
-        base=request.base,
-        model_class=model_class,
-        int8_config=request.config,
-        placement=placement,
-        arguments=kwargs,
+    check_device_map(device_map)
+    if is_planned(device_map) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        logger.warning(
+            "a planned device map under torchrun spreads a model over all visible GPUs in every rank; pass "
+            'device_map="cuda" for one whole model on each rank\'s own GPU'
+        )
+    return LoadRequest(
+        device_map=device_map,
+        dtype=check_dtype(dtype),
+        budget=memory_budget(max_memory, headroom, device_map, options.device_bytes),
+        options=options,
+        **checked,
     )
 
 
-def _load_plain(request: _Request, module: nn.Module, recorder: Recorder, kwargs: dict[str, Any]) -> nn.Module:
-    if kwargs:
-        raise OptionError(f"these arguments mean nothing for a module of your own: {', '.join(sorted(kwargs))}")
-    if isinstance(request.dtype, Mapping):
-        raise OptionError("dtype is a dict, which is for the parts of a transformers model; give one torch.dtype")
-    assert request.checkpoint is not None
+def _load_as(model: Any, request: LoadRequest, preparation: Preparation, recorder: Recorder) -> Any:
+    from pyint8.models.request import check_model
 
+    check_model(model)
+    if model is None or isinstance(model, type):
+        from pyint8.models.transformers.loading import load_pretrained
+
+        return load_pretrained(model, request, preparation, recorder)
     from pyint8.models.plain import fill_module
 
-    return fill_module(
-        module,
-        request.checkpoint,
-        device_map=request.device_map,
-        dtype=request.dtype,
-        max_memory=request.max_memory,
-        tightly=request.tightly,
-        config=request.config or Int8Config(),
-        offload_folder=request.offload_folder,
-        strict=request.strict,
-        options=request.options,
-        recorder=recorder,
-    )
+    return fill_module(model, request, preparation, recorder)
 
 
 def _decoded(path: Any) -> str:

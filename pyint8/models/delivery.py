@@ -8,7 +8,7 @@ import torch
 
 from pyint8.checkpoint import Entry
 from pyint8.quantizer import BadWeight, WeightHealth, first_overflow
-from pyint8.streaming import TensorStream
+from pyint8.streaming.stream import TensorStream
 
 # Below this a tensor is cast at once: it takes no memory worth speaking of.
 _BAND_WORTHY_BYTES = 1 << 20

@@ -13,59 +13,61 @@ from torch import nn
 
 from pyint8.checkpoint import Checkpoint, Entry
 from pyint8.config import Int8Config, StreamOptions
-from pyint8.errors import CheckpointError
+from pyint8.errors import CheckpointError, OptionError
 from pyint8.models import checks
 from pyint8.models.delivery import cast_in_bands, deliver_cast
+from pyint8.models.request import LoadRequest
 from pyint8.models.unquantized import tell_unquantized
-from pyint8.placement import dispatch, landing_device, plan_device_map
-from pyint8.quantizer import Int8Quantizer, device_of, first_overflow, modules_to_keep
+from pyint8.placement.budget import MemoryBudget
+from pyint8.placement.device_map import device_of, landing_device
+from pyint8.placement.dispatch import dispatch
+from pyint8.placement.planner import ModelSizes, plan_device_map
+from pyint8.quantizer import Int8Quantizer, first_overflow, modules_to_keep, tensor_bytes
 from pyint8.report import Recorder
-from pyint8.streaming import Delivery, StreamSource, TensorStream
+from pyint8.streaming.preparation import Preparation
+from pyint8.streaming.stream import Delivery, StreamSource, TensorStream
 
 logger = logging.getLogger("pyint8")
 
 
-def fill_module(
-    module: nn.Module,
-    checkpoint: Checkpoint,
-    *,
-    device_map: Any,
-    dtype: torch.dtype | str | None,
-    max_memory: Mapping[Any, Any] | None,
-    tightly: bool,
-    config: Int8Config,
-    offload_folder: Any,
-    strict: bool,
-    options: StreamOptions,
-    recorder: Recorder,
-) -> nn.Module:
-    """Makes `module`'s linear layers int8 and fills it from the checkpoint; see `pyint8.load` for the arguments.
-
-    With `tightly`, `max_memory` is what a plan may use (see `pyint8.packing`).
+def fill_module(module: nn.Module, request: LoadRequest, preparation: Preparation, recorder: Recorder) -> nn.Module:
+    """Makes `module`'s linear layers int8 and fills it from the checkpoint.
 
     Parameters that the checkpoint lacks keep the values they have.
 
     Raises:
+        OptionError: An argument that is for transformers models.
         CheckpointError: A parameter on meta has no tensor in the checkpoint, or a shape is wrong.
     """
+    checkpoint = preparation.checkpoint
+    assert checkpoint is not None
+    _refuse_arguments_for_transformers(request)
     _warn_of_own_saving(module)
-    quantizer = Int8Quantizer(
-        config, pre_quantized=any(name.endswith(f".{checks.SCALES}") for name in checkpoint), strict=strict
-    )
+    pre_quantized = any(name.endswith(f".{checks.SCALES}") for name in checkpoint)
+    quantizer = Int8Quantizer(request.config or Int8Config(), pre_quantized=pre_quantized, strict=request.strict)
     with _undone_on_failure(module, quantizer):
         with recorder.phase("build"):
             quantizer.validate_environment()
-            dtype = quantizer.update_dtype(dtype)
-            filler = _Filler(module, checkpoint, quantizer, None if isinstance(dtype, str) else dtype, recorder)
-            filler.replace_modules(quantizer.update_device_map(device_map), max_memory, tightly)
+            dtype = quantizer.update_dtype(request.dtype)
+            filler = _Filler(module, checkpoint, quantizer, dtype if isinstance(dtype, torch.dtype) else None, recorder)
+            filler.replace_modules(quantizer.update_device_map(request.device_map), request.budget)
         with recorder.phase("stream"):
-            filler.fill(options)
+            preparation.stop_prefetch()
+            filler.fill(request.options)
         with recorder.phase("finish"):
             filler.place_the_rest()
             quantizer.postprocess_model(module, locate=filler.locate)
-            tell_unquantized(module, quantizer, recorder.report)
-            dispatch(module, filler.device_map, offload_folder, filler.left_in_files)
+            dispatch(module, filler.device_map, request.offload_folder, filler.left_in_files)
+    tell_unquantized(module, quantizer, recorder.report)
     return module
+
+
+def _refuse_arguments_for_transformers(request: LoadRequest) -> None:
+    if request.arguments:
+        named = ", ".join(sorted(request.arguments))
+        raise OptionError(f"these arguments mean nothing for a module of your own: {named}")
+    if isinstance(request.dtype, Mapping):
+        raise OptionError("dtype is a dict, which is for the parts of a transformers model; give one torch.dtype")
 
 
 def _warn_of_own_saving(module: nn.Module) -> None:
@@ -111,7 +113,7 @@ class _Filler:
         self._ties = _tied_names(module)
         self._loaded: set[str] = set()
 
-    def replace_modules(self, device_map: Any, max_memory: Mapping[Any, Any] | None, tightly: bool) -> None:
+    def replace_modules(self, device_map: Any, budget: MemoryBudget) -> None:
         """Puts int8 layers in place, refuses what cannot be filled, and decides where everything goes."""
         config = self._quantizer.config
         skip = modules_to_keep(self._module) if config.skip_modules is None else list(config.skip_modules)
@@ -121,12 +123,26 @@ class _Filler:
         for name, value in self._module.state_dict().items():
             if name in self._checkpoint:
                 self._check_tensor(name, self._checkpoint[name], tuple(value.shape))
+        self.device_map = plan_device_map(
+            self._module, device_map, budget, self._sizes(), self._quantizer.adjust_max_memory
+        )
+        self._quantizer.validate_environment(device_map=self.device_map)
+
+    def _sizes(self) -> ModelSizes:
         dtypes = {
             name: self._target_dtype(self._checkpoint[name].torch_dtype if name in self._checkpoint else tensor.dtype)
             for name, tensor in self._module.named_parameters()
         }
-        self.device_map = plan_device_map(
-            self._module, device_map, max_memory, self._quantizer, dtypes=dtypes, tightly=tightly
+        quantized = {
+            name: self._quantizer.adjust_target_dtype(parameter.dtype)
+            for name, parameter in self._module.named_parameters()
+            if self._quantizer.check_quantized_param(name)
+        }
+        return ModelSizes(
+            dtypes=quantized,
+            exact_dtypes={**dtypes, **({} if self._quantizer.config.has_fp16_weight else quantized)},
+            nbytes=tensor_bytes(self._module, self._quantizer, dtypes),
+            no_split=getattr(self._module, "_no_split_modules", None) or (),
         )
 
     def _settle_modules(self) -> None:

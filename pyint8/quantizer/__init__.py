@@ -1,8 +1,9 @@
 """The int8 lifecycle: the only importer of bitsandbytes."""
 
 from pyint8.quantizer.health import BadWeight, WeightHealth, first_overflow
-from pyint8.quantizer.lifecycle import Int8Quantizer, device_of
+from pyint8.quantizer.lifecycle import Int8Quantizer
 from pyint8.quantizer.modules import modules_to_keep
+from pyint8.quantizer.sizes import tensor_bytes
 from pyint8.quantizer.weights import TensorSource, WeightSource
 
 __all__ = [
@@ -11,7 +12,7 @@ __all__ = [
     "TensorSource",
     "WeightHealth",
     "WeightSource",
-    "device_of",
     "first_overflow",
     "modules_to_keep",
+    "tensor_bytes",
 ]

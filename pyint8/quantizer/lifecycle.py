@@ -15,6 +15,7 @@ from torch import nn
 
 from pyint8.config import Int8Config
 from pyint8.errors import PlacementError, QuantizationStateError
+from pyint8.placement.device_map import DeviceMap, device_of
 from pyint8.quantizer import requirements, weights
 from pyint8.quantizer.health import WeightHealth
 from pyint8.quantizer.modules import is_conv1d, replace_with_int8
@@ -23,7 +24,6 @@ from pyint8.quantizer.weights import WeightSource
 
 logger = logging.getLogger("pyint8")
 
-DeviceMap = Mapping[str, Any]
 _Dtype = TypeVar("_Dtype")
 _OFF_DEVICE = ("cpu", "disk")
 _NAMED_AT_MOST = 5
@@ -288,10 +288,3 @@ class Int8Quantizer:
 
 def _device_name(device: Any) -> str:
     return device.type if isinstance(device, torch.device) else str(device)
-
-
-def device_of(name: str, device_map: DeviceMap) -> Any:
-    """The map's entry for the longest prefix of `name` that is a module in it; None without one."""
-    while name not in device_map and name:
-        name = name.rpartition(".")[0]
-    return device_map.get(name)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pyint8.errors import DeviceError
-from pyint8.extension import _core
+from pyint8.streaming.extension import _core
 from pyint8.streaming.scratch import ScratchRing
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pyint8.extension import _core
+from pyint8.streaming.extension import _core
 from pyint8.streaming.lane import Lane, LaneOpener, open_lane
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import logging
 import torch
 
 from pyint8.errors import DeviceError
-from pyint8.extension import _core
+from pyint8.streaming.extension import _core
 from pyint8.streaming.lane import Lane
 
 logger = logging.getLogger("pyint8")

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from pyint8 import StreamOptions, _core
 from pyint8.checkpoint import open_checkpoint
 from pyint8.errors import TruncatedError
-from pyint8.streaming import Delivery, TensorStream
+from pyint8.streaming.stream import Delivery, TensorStream
 
 CUDA = torch.device("cuda", 0)
 

@@ -27,7 +27,7 @@ import pyint8
 from pyint8 import errors
 from pyint8.checkpoint import read_header
 from pyint8.report.progress import ByteProgress
-from pyint8.streaming import TensorStream
+from pyint8.streaming.stream import TensorStream
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 

@@ -23,7 +23,7 @@ import pyint8
 from pyint8 import StreamOptions
 from pyint8.checkpoint import Entry, open_checkpoint, read_pickled
 from pyint8.errors import CheckpointError, CheckpointNotFoundError, Pyint8Error, TruncatedError
-from pyint8.streaming import Delivery, TensorStream
+from pyint8.streaming.stream import Delivery, TensorStream
 
 CPU = torch.device("cpu")
 TINY = StreamOptions(threads=2, slot_bytes=8192, host_scratch=1 << 20)

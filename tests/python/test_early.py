@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from pyint8 import StreamOptions
 from pyint8.checkpoint import Checkpoint, open_checkpoint
-from pyint8.streaming import early
+from pyint8.streaming import first_tensors
 
 TENSORS = ["h.10.weight", "h.9.weight", "a.weight", "h.9.bias"]
 
@@ -34,8 +34,8 @@ def begun(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> Any:
         def head_start(device: torch.device, entries: Any, nbytes: int, _: Any, **more: int) -> dict[str, Any]:
             return {"device": str(device), "names": [entry.name for entry in entries], "nbytes": nbytes, **more}
 
-        monkeypatch.setattr(early, "HeadStart", head_start)
-        return early.begin(checkpoint, device_map, max_memory, StreamOptions())  # type: ignore[return-value]
+        monkeypatch.setattr(first_tensors, "HeadStart", head_start)
+        return first_tensors.start_head_start(checkpoint, device_map, max_memory, StreamOptions())  # type: ignore[return-value]
 
     return begin
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from zoo import ZOO, CheckpointStore
 
 import pyint8
 from pyint8.errors import Pyint8Error
+from pyint8.streaming import preparation
 
 REPO = "people/llama"
 REVISIONS = {"main": "1" * 40, "older": "2" * 40}
@@ -61,7 +61,13 @@ def test_an_id_is_found_in_the_cache(
 def test_the_cache_is_begun_with(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its files are known, and read ahead, before transformers is asked."""
     seen: list[Any] = []
-    monkeypatch.setattr("pyint8.loader._reading_ahead", lambda checkpoint, _: seen.append(checkpoint) or nullcontext())
+    prefetch = preparation.PageCachePrefetch
+
+    def note(checkpoint: Any, options: Any) -> Any:
+        seen.append(checkpoint)
+        return prefetch(checkpoint, options)
+
+    monkeypatch.setattr(preparation, "PageCachePrefetch", note)
     pyint8.load(REPO, "cpu", cache_dir=str(cache), local_files_only=True)
     assert len(seen[0].files) > 1
 

@@ -28,8 +28,8 @@ from zoo import PREQUANTIZED, ZOO
 
 from pyint8.models.transformers.session import LoadSession
 from pyint8.quantizer import Int8Quantizer
-from pyint8.streaming import TensorStream
 from pyint8.streaming.lane import Lane
+from pyint8.streaming.stream import TensorStream
 
 SERIALIZABLE = "modules//attributes/is_8bit_serializable"
 IDS = torch.tensor([[5, 6, 7, 8]])

@@ -15,13 +15,17 @@ from torch import nn
 from zoo import PREQUANTIZED, ZOO
 
 import pyint8
-from pyint8 import Int8Config, StreamOptions, packing
+from pyint8 import Int8Config, StreamOptions
 from pyint8.errors import OptionError
+from pyint8.models.request import LoadRequest
 from pyint8.models.transformers.parameters import find_dtypes
 from pyint8.models.transformers.quantizer import StreamedInt8HfQuantizer
 from pyint8.models.transformers.session import LoadSession
-from pyint8.packing import budgets, tensor_bytes, tight_memory
-from pyint8.quantizer import Int8Quantizer, device_of
+from pyint8.placement import budget
+from pyint8.placement.budget import MemoryBudget, exact_bytes, memory_budget
+from pyint8.placement.device_map import device_of
+from pyint8.placement.tight import tight_memory
+from pyint8.quantizer import Int8Quantizer, tensor_bytes
 
 MIB = 1 << 20
 
@@ -45,7 +49,8 @@ def llama(skip: Sequence[str] = ("lm_head",), **fields: Any) -> tuple[Any, Int8Q
 
 
 def sizes_of(model: Any, quantizer: Int8Quantizer) -> dict[str, int]:
-    return tensor_bytes(model, quantizer, find_dtypes(model, model.state_dict(), torch.float16, quantizer))
+    dtypes = find_dtypes(model, model.state_dict(), torch.float16, quantizer)
+    return tensor_bytes(model, quantizer, dtypes, model.all_tied_weights_keys)
 
 
 def tight(model: Any, budgets: dict[Any, int], spread: Any, quantizer: Int8Quantizer, plan: Any) -> dict[Any, float]:
@@ -53,7 +58,8 @@ def tight(model: Any, budgets: dict[Any, int], spread: Any, quantizer: Int8Quant
     sizes = sizes_of(model, quantizer)
     int8 = [weight for name, weight in model.named_parameters() if quantizer.check_quantized_param(name)]
     scales = sum(len(weight) * 4 for weight in int8)
-    return tight_memory(model, budgets, spread, sizes, lambda some: plan(max_memory=some), uncounted=scales)
+    no_split = model._no_split_modules
+    return tight_memory(model, budgets, spread, sizes, no_split, lambda some: plan(max_memory=some), uncounted=scales)
 
 
 def plan_of(model: Any, quantizer: Int8Quantizer) -> tuple[Any, Any]:
@@ -89,7 +95,7 @@ def test_no_byte_is_forgotten(name: str, checkpoint: str, load: Any, monkeypatch
 
     def note(self: LoadSession) -> None:
         dtypes = find_dtypes(self._model, self._model.state_dict(), self._dtype, self.quantizer)
-        planned.append(tensor_bytes(self._model, self.quantizer, dtypes))
+        planned.append(tensor_bytes(self._model, self.quantizer, dtypes, self._model.all_tied_weights_keys))
         start(self)
 
     monkeypatch.setattr(LoadSession, "start", note)
@@ -174,7 +180,7 @@ def test_transformers_asks_for_it(converted: int, monkeypatch: pytest.MonkeyPatc
     hf_quantizer.session.quantizer, hf_quantizer._model = quantizer, model
     hf_quantizer.session.dtypes = find_dtypes(model, model.state_dict(), torch.float16, quantizer)
     assert hf_quantizer.adjust_max_memory(dict(enough)) == {device: 0.9 * size for device, size in enough.items()}
-    hf_quantizer.session.budgets = enough
+    hf_quantizer.session.request = LoadRequest(budget=MemoryBudget(enough, is_exact=True))
     memory = hf_quantizer.adjust_max_memory(dict(enough))
     device_map = transformers.integrations.accelerate.infer_auto_device_map(
         model, max_memory=memory, no_split_module_classes=model._no_split_modules, hf_quantizer=hf_quantizer
@@ -195,7 +201,9 @@ def test_a_conversion_needs_memory_too(load: Any, monkeypatch: pytest.MonkeyPatc
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """With 1000 MiB free, of which torch holds and does not use 10 on the second; and 500 MiB in the host."""
-    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: {0: 1000 * MIB, 1: 990 * MIB, "cpu": 500 * MIB})
+    monkeypatch.setattr(
+        "pyint8.placement.budget.get_max_memory", lambda: {0: 1000 * MIB, 1: 990 * MIB, "cpu": 500 * MIB}
+    )
     held, free = {0: 0, 1: 10 * MIB}, {0: 1000 * MIB, 1: 990 * MIB}
     cuda = SimpleNamespace(
         is_available=lambda: True,
@@ -204,39 +212,44 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         memory_allocated=lambda gpu: 0,
         mem_get_info=lambda gpu: (free[gpu], 1 << 40),
     )
-    monkeypatch.setattr(packing.torch, "cuda", cuda)
+    monkeypatch.setattr(budget.torch, "cuda", cuda)
 
 
 @pytest.mark.usefixtures("two_gpus")
 def test_budgets_of_a_device_that_only_accelerate_knows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: {2: 800 * MIB})
-    assert budgets(None, 600 * MIB, 0) == {2: 200 * MIB}
+    monkeypatch.setattr("pyint8.placement.budget.get_max_memory", lambda: {2: 800 * MIB})
+    assert exact_bytes(None, 600 * MIB) == {2: 200 * MIB}
 
 
 @pytest.mark.usefixtures("two_gpus")
 def test_budgets() -> None:
-    assert budgets(None, 0, 600 * MIB) == {0: 400 * MIB, 1: 400 * MIB, "cpu": 450 * MIB}
-    assert budgets(None, 700 * MIB, 600 * MIB) == {0: 300 * MIB, 1: 300 * MIB, "cpu": 450 * MIB}
-    assert budgets({1: "100MiB", "cpu": "1GiB"}, 700 * MIB, 0) == {1: 100 * MIB, "cpu": 1024 * MIB}
-    assert budgets({0: "2GiB"}, 0, 2000 * MIB) == {0: 0}
-    unsorted = budgets({"cpu": 5, 1: 2e9, 0: 3e8, 7: "1GiB"}, 0, 0)  # there is no GPU 7
+    assert memory_budget(None, 0, "auto", 600 * MIB).per_device == {0: 400 * MIB, 1: 400 * MIB, "cpu": 450 * MIB}
+    assert memory_budget(None, 700 * MIB, "auto", 600 * MIB).per_device == {
+        0: 300 * MIB,
+        1: 300 * MIB,
+        "cpu": 450 * MIB,
+    }
+    assert exact_bytes({1: "100MiB", "cpu": "1GiB"}, 700 * MIB) == {1: 100 * MIB, "cpu": 1024 * MIB}
+    assert exact_bytes({0: "2GiB"}, 2000 * MIB) == {0: 0}
+    unsorted = exact_bytes({"cpu": 5, 1: 2e9, 0: 3e8, 7: "1GiB"}, 0)  # there is no GPU 7
     assert list(unsorted.items()) == [(0, 300000000), (1, 1000 * MIB), (7, 1 << 30), ("cpu", 5)]
 
 
 def test_a_load_with_headroom(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[Any, int, int]] = []
+    seen: list[tuple[Any, int]] = []
 
-    def note(max_memory: Any, headroom: int, load_bytes: int) -> dict[Any, int]:
-        seen.append((max_memory, headroom, load_bytes))
+    def note(max_memory: Any, left_free: int) -> dict[Any, int]:
+        seen.append((max_memory, left_free))
         return {"cpu": 1 << 30}
 
-    monkeypatch.setattr(packing, "budgets", note)
+    monkeypatch.setattr(budget, "exact_bytes", note)
     started: list[Any] = []
     start = LoadSession.start
-    monkeypatch.setattr(LoadSession, "start", lambda self: (started.append(self.budgets), start(self)))
-    load(device_map="auto", headroom="2GiB", options=StreamOptions(device_scratch=300 * MIB))
-    assert seen == [(None, 2 << 30, 556 * MIB)]
-    assert started == [{"cpu": 1 << 30}]
+    monkeypatch.setattr(LoadSession, "start", lambda self: (started.append(self.request.budget), start(self)))
+    load(device_map="auto", headroom="2GiB")
+    load(device_map="auto", headroom=5, options=StreamOptions(device_scratch=300 * MIB))
+    assert seen == [(None, 2 << 30), (None, 556 * MIB)]
+    assert started == [MemoryBudget({"cpu": 1 << 30}, is_exact=True)] * 2
 
 
 @pytest.mark.parametrize("headroom", ["much", -1, "-1GiB", True, 1.5, "5"])
@@ -255,17 +268,18 @@ def test_a_module_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) ->
     """Planned by accelerate itself, with the same rule."""
     from safetensors.torch import save_file
 
-    from pyint8 import placement
+    from pyint8.placement import planner
 
     module = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(4)))
     save_file(module.state_dict(), tmp_path / "model.safetensors")
     config = Int8Config(skip_modules=[])
     need = 4 * (64 * 64 + 64 * 4)
     maps: list[Any] = []
-    plan = placement.plan_device_map
+    plan = planner.plan_device_map
 
-    def note(model: Any, device_map: Any, max_memory: Any, quantizer: Int8Quantizer, **rest: Any) -> Any:
-        maps.append(plan(model, device_map, {0: need, "cpu": 1 << 30}, quantizer, **rest))
+    def note(model: Any, device_map: Any, asked: MemoryBudget, *rest: Any) -> Any:
+        assert asked.is_exact
+        maps.append(plan(model, device_map, MemoryBudget({0: need, "cpu": 1 << 30}, is_exact=True), *rest))
         return {"": "cpu"}
 
     monkeypatch.setattr("pyint8.models.plain.plan_device_map", note)

@@ -13,8 +13,8 @@ from transformers import modeling_utils
 from zoo import ZOO, CheckpointStore
 
 import pyint8
-from pyint8.arguments import PLANNED_MAPS
 from pyint8.models.transformers.session import LoadSession
+from pyint8.placement.device_map import PLANNED_MAPS
 
 # Of the model's number of parameters, which is about its bytes in int8.
 BUDGETS: dict[str, dict[int | str, float]] = {
@@ -39,6 +39,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]],
 
     monkeypatch.setattr(modeling_utils, "_get_device_map", stop)
     monkeypatch.setattr(LoadSession, "start", lambda _: None)  # there is no GPU to open
+    monkeypatch.setattr("pyint8.models.transformers.quantizer.check_device_map", lambda _: None)
 
     def map_of(load: Callable[[], object]) -> Any:
         with pytest.raises(PlannedError) as caught:

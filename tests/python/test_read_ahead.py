@@ -16,7 +16,7 @@ from zoo import ZOO, CheckpointStore
 import pyint8
 from pyint8 import StreamOptions
 from pyint8.checkpoint import Checkpoint, checkpoint_of_files
-from pyint8.read_ahead import ReadAhead, _cold_steps
+from pyint8.streaming.prefetch import PageCachePrefetch, _cold_steps
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 MIB = 1 << 20
@@ -54,14 +54,14 @@ def evict(path: str) -> None:
 def test_what_is_cached_is_not_read(checkpoint: Checkpoint) -> None:
     for path in checkpoint.files:
         Path(path).read_bytes()
-    assert not ReadAhead(checkpoint, OPTIONS).is_reading
+    assert not PageCachePrefetch(checkpoint, OPTIONS).is_reading
 
 
 def test_what_is_cold_is_read(checkpoint: Checkpoint) -> None:
     hot, cold = checkpoint.files
     Path(hot).read_bytes()
     evict(cold)
-    ahead = ReadAhead(checkpoint, OPTIONS)
+    ahead = PageCachePrefetch(checkpoint, OPTIONS)
     assert ahead.is_reading
     deadline = time.monotonic() + 20
     while resident(cold) < 1 and time.monotonic() < deadline:
@@ -74,7 +74,7 @@ def test_what_is_cold_is_read(checkpoint: Checkpoint) -> None:
 def test_it_can_be_stopped_at_once(checkpoint: Checkpoint) -> None:
     for path in checkpoint.files:
         evict(path)
-    ReadAhead(checkpoint, OPTIONS).close()
+    PageCachePrefetch(checkpoint, OPTIONS).close()
 
 
 def test_the_last_step_may_be_short(tmp_path: Path) -> None:
@@ -87,14 +87,14 @@ def test_the_last_step_may_be_short(tmp_path: Path) -> None:
 def test_direct_io_leaves_the_page_cache_alone(checkpoint: Checkpoint) -> None:
     for path in checkpoint.files:
         evict(path)
-    assert not ReadAhead(checkpoint, StreamOptions(direct_io=True)).is_reading
+    assert not PageCachePrefetch(checkpoint, StreamOptions(direct_io=True)).is_reading
 
 
 def test_no_more_than_half_of_the_memory_is_filled(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in checkpoint.files:
         evict(path)
-    monkeypatch.setattr("pyint8.read_ahead._available_memory", lambda: 2 * MIB)
-    assert not ReadAhead(checkpoint, OPTIONS).is_reading
+    monkeypatch.setattr("pyint8.streaming.prefetch.available_memory", lambda: 2 * MIB)
+    assert not PageCachePrefetch(checkpoint, OPTIONS).is_reading
 
 
 def test_a_cold_checkpoint_loads_as_a_hot_one_does(checkpoints: CheckpointStore, tmp_path: Path) -> None:

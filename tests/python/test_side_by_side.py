@@ -21,7 +21,7 @@ from pyint8 import errors
 from pyint8.models.transformers import parameters
 from pyint8.models.transformers.ahead import MadeAhead
 from pyint8.models.transformers.parameters import ParameterMaker
-from pyint8.streaming import TensorStream
+from pyint8.streaming.stream import TensorStream
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "two_devices")
 

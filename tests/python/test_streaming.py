@@ -21,10 +21,12 @@ from hypothesis import strategies as st
 from pyint8 import StreamOptions
 from pyint8.checkpoint import DTYPES, Checkpoint, Entry, open_checkpoint
 from pyint8.errors import CancelledError, CheckpointError, DeviceError, ReadError, TruncatedError
-from pyint8.extension import _core
 from pyint8.report import Recorder
-from pyint8.streaming import Delivery, EarlyTensor, HeadStart, Lane, StreamSource, TensorStream, Transport, open_lane
-from pyint8.streaming.transport import Read
+from pyint8.streaming.extension import _core
+from pyint8.streaming.head_start import EarlyTensor, HeadStart
+from pyint8.streaming.lane import Lane, open_lane
+from pyint8.streaming.stream import Delivery, StreamSource, TensorStream
+from pyint8.streaming.transport import Read, Transport
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 

@@ -19,9 +19,13 @@ from pyint8.checkpoint.find import cached_file, named_by_adapter
 from pyint8.config import Int8Config
 from pyint8.errors import CheckpointError, CheckpointNotFoundError, ModelNotSupportedError, OptionError
 from pyint8.host import garbage
-from pyint8.keywords import unknown
+from pyint8.models.keywords import unknown
+from pyint8.models.request import LoadRequest
 from pyint8.models.transformers.quantizer import METHOD
 from pyint8.models.transformers.session import LoadSession
+from pyint8.quantizer import Int8Quantizer
+from pyint8.report import Recorder
+from pyint8.streaming.preparation import Preparation
 
 # from_pretrained changes the process while it runs (the default dtype, PreTrainedModel's methods, progress bars): two
 # at once leave weights on meta, without an error. And configurations and models are imported when they are first named.
@@ -48,49 +52,50 @@ _ASKS_FOR_TRUST = "trust_remote_code=True"
 
 
 def load_pretrained(
-    path: str,
-    session: LoadSession,
-    *,
-    base: str,
-    model_class: Any,
-    int8_config: Int8Config | None,
-    placement: dict[str, Any],
-    arguments: dict[str, Any],
-) -> Any:
-    """Loads with transformers' own from_pretrained.
+    model_class: Any, request: LoadRequest, preparation: Preparation, recorder: Recorder
+) -> transformers.PreTrainedModel:
+    """Loads with transformers' own from_pretrained, and pyint8's quantizer in it.
 
     Args:
-        path: Folder or hub id, of a model or of an adapter.
-        base: That of the model.
-        session: Carries the stream; active during the call.
         model_class: A transformers class (Auto classes included), or None for what the configuration names.
-        int8_config: What to quantize; None for the defaults, or a pre-quantized checkpoint's own.
-        placement: dtype, device_map and the like, for from_pretrained.
-        arguments: The rest: where the checkpoint is found, and what is for the configuration or the model.
+        request: What was asked for.
+        preparation: What is under way already.
+        recorder: Told of all that happens; its report's `loading_info` is filled.
 
     Returns:
-        The model, in evaluation mode. `session.recorder.report.loading_info` is filled.
+        The model, in evaluation mode.
 
     Raises:
         ModelNotSupportedError: transformers does not know the configuration, or it is quantized by another method.
     """
+    int8 = Int8Quantizer(request.config or Int8Config())
+    int8.validate_environment(**{name: request.arguments.get(name, False) for name in ("from_tf", "from_flax")})
+    preparation.start_head(request.device_map, request.budget)
+    memory = request.budget.per_device
+    placement = {
+        "device_map": request.device_map,
+        "dtype": int8.update_dtype(request.dtype),
+        "max_memory": None if memory is None else dict(memory),  # accelerate writes into it
+        "offload_folder": request.offload_folder,
+    }
+    session = LoadSession(request, preparation, recorder)
     with _one_at_a_time, ExitStack() as stack:
-        model_class, arguments = _resolve(path, base, model_class, int8_config, arguments)
+        model_class, arguments = _resolve(model_class, request)
         stack.enter_context(session.activate())
-        stack.enter_context(session.recorder.phase("build"))
+        stack.enter_context(recorder.phase("build"))
         session.on_files = lambda: stack.enter_context(garbage.paused())  # downloads are over
         session.on_start = lambda: stack.enter_context(_without_progress_bar())  # ours is there
-        stack.enter_context(_named_problems(path, model_class, arguments))
-        model, session.recorder.report.loading_info = model_class.from_pretrained(
-            path, output_loading_info=True, **placement, **arguments
+        stack.enter_context(_named_problems(request.path, model_class, arguments))
+        model, recorder.report.loading_info = model_class.from_pretrained(
+            request.path, output_loading_info=True, **placement, **arguments
         )
     return model
 
 
-def _resolve(
-    path: str, base: str, model_class: Any, int8_config: Int8Config | None, arguments: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
+def _resolve(model_class: Any, request: LoadRequest) -> tuple[Any, dict[str, Any]]:
     """The class to load, and what its from_pretrained is given beside the placement."""
+    path, base = request.path, request.base
+    arguments = dict(request.arguments)
     hub = {name: value for name, value in arguments.items() if name in _HUB_ARGUMENTS}
     config_class = getattr(model_class, "config_class", None) or transformers.AutoConfig
     with named_by_adapter(path, base):
@@ -102,9 +107,9 @@ def _resolve(
         arguments = {name: value for name, value in arguments.items() if name != "code_revision"}
     stored = _stored_quantization(config)
     if stored is None:
-        return model_class, {**arguments, "quantization_config": int8_config or Int8Config()}
+        return model_class, {**arguments, "quantization_config": request.config or Int8Config()}
     config, unused = config_class.from_pretrained(base, return_unused_kwargs=True, **arguments)
-    config.quantization_config = _pre_quantized_fields(stored, int8_config, base)
+    config.quantization_config = _pre_quantized_fields(stored, request.config, base)
     return model_class, {**unused, **hub, "config": config}
 
 

@@ -13,7 +13,6 @@ from transformers.core_model_loading import build_glob_alternation
 from transformers.integrations.accelerate import expand_device_map
 
 from pyint8.checkpoint import Checkpoint, Entry
-from pyint8.config import StreamOptions
 from pyint8.errors import QuantizationStateError
 from pyint8.models import checks
 from pyint8.models.delivery import cast_in_bands, deliver_cast, find_overflow
@@ -21,7 +20,8 @@ from pyint8.models.transformers.ahead import MadeAhead
 from pyint8.models.transformers.plan import LoadPlan, Target
 from pyint8.quantizer import Int8Quantizer, TensorSource
 from pyint8.report import Recorder
-from pyint8.streaming import Delivery, EarlyTensor, HeadStart, StreamSource, TensorStream, Transport
+from pyint8.streaming.preparation import Preparation
+from pyint8.streaming.stream import Delivery, StreamSource, TensorStream
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,7 @@ class ParameterMaker:
         places: Where parameters go and as what.
         quantizer: Makes int8 parameters.
         recorder: Told of bytes and parameters.
-        options: How to move bytes.
-        head_start: What was begun before there was a plan; taken over.
+        preparation: What was begun before there was a plan; its transport is taken over.
     """
 
     def __init__(
@@ -84,8 +83,7 @@ class ParameterMaker:
         places: dict[str, Place],
         quantizer: Int8Quantizer,
         recorder: Recorder,
-        options: StreamOptions,
-        head_start: HeadStart | None = None,
+        preparation: Preparation,
     ) -> None:
         self._plan = plan
         self._model = model
@@ -97,16 +95,12 @@ class ParameterMaker:
         self._groups = self._grouped()
         wanted = {device: [d for t in group for d in self._deliveries(t)] for device, group in self._groups.items()}
         recorder.expect(sum(delivery.entry.nbytes for deliveries in wanted.values() for delivery in deliveries))
-        early: dict[str, EarlyTensor] = {}
-        if head_start is None:
-            self._transport = Transport(options, gpus=len(self._groups))
-        else:
-            self._transport, early = head_start.take()
+        self._transport, early = preparation.take_transport(len(self._groups))
         self._streams: dict[torch.device, TensorStream] = {}
         for device, deliveries in wanted.items():
             mine = early if len(wanted) == 1 else {name: t for name, t in early.items() if t.lane.device == device}
             self._streams[device] = TensorStream(
-                deliveries, options, recorder=recorder, transport=self._transport, early=mine
+                deliveries, preparation.options, recorder=recorder, transport=self._transport, early=mine
             )
 
     def close(self) -> None:

@@ -18,14 +18,14 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from pyint8.arguments import check_device_map
-from pyint8.config import Int8Config, StreamOptions, bitsandbytes_field
+from pyint8.config import Int8Config, bitsandbytes_field
 from pyint8.models.transformers.conversion import PlannedConverter, PlannedRenaming
 from pyint8.models.transformers.parallel import refuse_split_models
 from pyint8.models.transformers.session import LoadSession
 from pyint8.models.unquantized import tell_unquantized
-from pyint8.packing import tensor_bytes, tight_memory
-from pyint8.quantizer import Int8Quantizer
+from pyint8.placement.device_map import check_device_map
+from pyint8.placement.tight import tight_memory
+from pyint8.quantizer import Int8Quantizer, tensor_bytes
 from pyint8.report import announce
 
 METHOD = "pyint8"
@@ -77,8 +77,8 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         super().__init__(genuine, **kwargs)
         self._was_pre_quantized: bool = kwargs.get("pre_quantized", True)
         # The session of the pyint8.load under way, or one of its own for a from_pretrained of somebody else.
-        self.session = LoadSession.active() or LoadSession(
-            StreamOptions.from_environment(), strict=isinstance(quantization_config, Int8Config)
+        self.session = LoadSession.active() or LoadSession.of_other_code(
+            strict=isinstance(quantization_config, Int8Config)
         )
         self.session.quantizer = Int8Quantizer(
             Int8Config(
@@ -88,7 +88,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
                 fp32_cpu_offload=genuine.llm_int8_enable_fp32_cpu_offload,
             ),
             pre_quantized=self._was_pre_quantized,
-            strict=self.session.strict,
+            strict=self.session.request.strict,
         )
 
     @property
@@ -107,24 +107,25 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         return self.int8.update_device_map(device_map)
 
     def adjust_max_memory(self, max_memory: dict[str, Any]) -> dict[str, Any]:
-        if self.session.budgets is None:
+        budget = self.session.request.budget
+        if not budget.is_exact or budget.per_device is None:
             return self.int8.adjust_max_memory(max_memory)
-        blocks = getattr(self._model, "_no_split_modules", None)
+        blocks = getattr(self._model, "_no_split_modules", None) or ()
 
         def plan(memory: dict[Any, float]) -> dict[str, Any]:
-            found: dict[str, Any] = infer_auto_device_map(self._model, memory, blocks, hf_quantizer=self)
+            found: dict[str, Any] = infer_auto_device_map(self._model, memory, list(blocks), hf_quantizer=self)
             return found
 
         converted = self.session.conversion_bytes()
-        budgets = {
+        per_device = {
             device: max(0, size - converted) if isinstance(device, int) else size
-            for device, size in self.session.budgets.items()
+            for device, size in budget.per_device.items()
         }
-        return tight_memory(self._model, budgets, max_memory, self._tensor_bytes, plan)
+        return tight_memory(self._model, per_device, max_memory, self._tensor_bytes, blocks, plan)
 
     @cached_property
     def _tensor_bytes(self) -> dict[str, int]:
-        return tensor_bytes(self._model, self.int8, self.session.dtypes)
+        return tensor_bytes(self._model, self.int8, self.session.dtypes, self._model.all_tied_weights_keys)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return self.int8.check_quantized_param(param_name)
@@ -134,7 +135,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         tensors have begun to land, it would come on top of them."""
         if self.session.reserves_memory:
             return 0
-        if self.session.budgets is not None and param_name in self._tensor_bytes:
+        if self.session.request.budget.is_exact and param_name in self._tensor_bytes:
             return self._tensor_bytes[param_name] / max(1, param.numel())
         return super().param_element_size(model, param_name, param)  # type: ignore[no-any-return]
 

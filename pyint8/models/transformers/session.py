@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from transformers.core_model_loading import SkipParameters
 
-from pyint8.checkpoint import Checkpoint, checkpoint_of_files
+from pyint8.checkpoint import checkpoint_of_files
 from pyint8.config import StreamOptions
+from pyint8.models.request import LoadRequest
 from pyint8.models.transformers.initialization import NoInitializationOnMeta
 from pyint8.models.transformers.parameters import ParameterMaker, find_dtypes, find_places
 from pyint8.models.transformers.plan import LoadPlan, make_plan
 from pyint8.models.transformers.settle import check_tensors, settle_modules
 from pyint8.quantizer import Int8Quantizer
-from pyint8.read_ahead import ReadAhead
 from pyint8.report import Recorder
-from pyint8.streaming import HeadStart
+from pyint8.streaming.preparation import Preparation
 
 _active: ContextVar[LoadSession | None] = ContextVar("pyint8_load_session", default=None)
 
@@ -29,16 +29,13 @@ class LoadSession:
     """One load.
 
     Args:
-        options: How to move bytes.
-        strict: See `pyint8.load`.
-        checkpoint: If it was opened already.
+        request: What was asked for.
+        preparation: What is under way already; whoever made it closes it.
         recorder: Told of all that happens.
-        read_ahead: Closed when the stream starts, which reads by itself.
-        head_start: What was begun before; the caller closes it if the load fails before it is taken over.
-        budgets: What a planned device map may use of each device (see `pyint8.packing`); None for transformers' rule.
-        allow_mismatched_shapes: Leave tensors of a wrong shape to transformers, which reports or reinitializes them.
 
     Attributes:
+        request: As given.
+        recorder: As given.
         quantizer: Set when transformers constructs its quantizer.
         device_map: Modules to devices, once transformers has decided.
         plan: What every tensor is for, once transformers has said how it renames.
@@ -48,36 +45,29 @@ class LoadSession:
         on_start: Called when the stream has started.
     """
 
-    def __init__(
-        self,
-        options: StreamOptions,
-        *,
-        strict: bool = True,
-        checkpoint: Checkpoint | None = None,
-        recorder: Recorder | None = None,
-        read_ahead: ReadAhead | None = None,
-        head_start: HeadStart | None = None,
-        budgets: Mapping[Any, int] | None = None,
-        allow_mismatched_shapes: bool = True,
-    ) -> None:
+    def __init__(self, request: LoadRequest, preparation: Preparation, recorder: Recorder) -> None:
         self._maker: ParameterMaker | None = None  # first: `close` looks at it
-        self.strict = strict
-        self.recorder = Recorder() if recorder is None else recorder
-        self.budgets = budgets
+        self.request = request
+        self.recorder = recorder
         self.quantizer: Int8Quantizer
         self.device_map: Mapping[str, Any] | None = None
-        self._read_ahead = read_ahead
-        self._head_start = head_start
+        self._preparation = preparation
         self.plan: LoadPlan
         self.dtypes: dict[str, torch.dtype]
         self.is_planned = False
         self.on_files: Callable[[], object] = lambda: None
         self.on_start: Callable[[], object] = lambda: None
-        self._options = options
-        self._checkpoint = checkpoint
-        self._allow_mismatched_shapes = allow_mismatched_shapes
+        self._checkpoint = preparation.checkpoint
         self._building = NoInitializationOnMeta()
         self._made_at = time.perf_counter()
+
+    @staticmethod
+    def of_other_code(*, strict: bool) -> LoadSession:
+        """The session of a from_pretrained that is not within `pyint8.load`; `PYINT8_*` variables are its options."""
+        request = LoadRequest(
+            strict=strict, options=StreamOptions.from_environment(), arguments={"ignore_mismatched_sizes": True}
+        )
+        return LoadSession(request, Preparation(None, request.options), Recorder())
 
     @property
     def is_drop_in(self) -> bool:
@@ -87,7 +77,7 @@ class LoadSession:
     @property
     def reserves_memory(self) -> bool:
         """Whether the memory of the GPU was seen to, and tensors lie in it already: once the stream has started."""
-        return self._maker is not None and self._head_start is not None and self._head_start.reserves
+        return self._maker is not None and self._preparation.reserves_memory
 
     @staticmethod
     def active() -> LoadSession | None:
@@ -125,7 +115,7 @@ class LoadSession:
         self.on_files()
         if self._checkpoint is None or set(self._checkpoint.files) != set(files):
             with self.recorder.phase("read headers"):
-                self._checkpoint = checkpoint_of_files(files, strict=self.strict)
+                self._checkpoint = checkpoint_of_files(files, strict=self.request.strict)
 
     def make_plan(self, model: Any, conversions: list[Any], dtype: torch.dtype) -> LoadPlan:
         """Decides what every tensor is for, and which of the replaced modules are put back.
@@ -144,7 +134,7 @@ class LoadSession:
             parameters,
             pre_quantized=self.quantizer.pre_quantized,
         )
-        allow = self._allow_mismatched_shapes
+        allow = self.request.allows_mismatched_shapes
         if settle_modules(
             self.plan, model, parameters, self._checkpoint, self.quantizer, allow_mismatched_shapes=allow
         ):
@@ -204,8 +194,7 @@ class LoadSession:
         if self.is_drop_in:
             headers = self.recorder.report.seconds["read headers"]
             self.recorder.add_seconds("build", self._stream_start - self._made_at - headers)
-        if self._read_ahead is not None:
-            self._read_ahead.close()
+        self._preparation.stop_prefetch()
         self._maker = ParameterMaker(
             self.plan,
             self._model,
@@ -213,7 +202,6 @@ class LoadSession:
             find_places(self.plan, self.dtypes, self.device_map),
             self.quantizer,
             self.recorder,
-            self._options,
-            self._head_start,
+            self._preparation,
         )
         self.on_start()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pyint8.arguments import PLANNED_MAPS
+from pyint8.placement.device_map import is_planned
 from pyint8.streaming.head_start import HeadStart
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _EARLY_PART = 0.95
 _PLANNED_PART = 0.8
 
 
-def begin(
+def start_head_start(
     checkpoint: Checkpoint, device_map: Any, max_memory: Mapping[Any, Any] | None, options: StreamOptions
 ) -> HeadStart | None:
     """A head start for a load of `checkpoint`; None where no GPU will be used, or it is not known which.
@@ -40,7 +40,7 @@ def begin(
     early = int(least * _EARLY_PART)
     if takes_all:
         return HeadStart(gpu, entries, early, options, reserved=least)
-    if torch.cuda.device_count() == 1 and max_memory is None and device_map in PLANNED_MAPS:
+    if torch.cuda.device_count() == 1 and max_memory is None and is_planned(device_map):
         most = checkpoint.most_bytes_loaded + early
         return HeadStart(gpu, entries, early, options, reserved=least, if_free=int(most / _PLANNED_PART))
     return HeadStart(gpu, (), 0, options, gpus=torch.cuda.device_count())
@@ -54,7 +54,7 @@ def first_gpu(device_map: Any) -> tuple[torch.device, bool] | None:
     if device_map is None:  # where torch makes tensors if that is a GPU (source: transformers, as the next rule)
         default = torch.get_default_device()
         return (default if default.type == "cuda" and default.index is not None else current), True
-    if isinstance(device_map, str) and device_map in PLANNED_MAPS:
+    if is_planned(device_map):
         return current, False
     if device_map == "cuda":
         device_map = int(os.environ.get("LOCAL_RANK", 0))  # of the processes that torchrun starts

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pyint8.extension import _core
+from pyint8.host.memory import available_memory
+from pyint8.streaming.extension import _core
 
 if TYPE_CHECKING:
     from pyint8.checkpoint import Checkpoint
@@ -21,7 +21,7 @@ _STEP = 4 << 20
 _SAMPLES = 16
 
 
-class ReadAhead:
+class PageCachePrefetch:
     """Reads what is cold of a checkpoint, in the order of its files, until it is closed; nothing if all is cached.
 
     Reading leaves no trace but the page cache, and takes at most half of the memory that is available for it. Errors
@@ -30,7 +30,7 @@ class ReadAhead:
 
     def __init__(self, checkpoint: Checkpoint, options: StreamOptions) -> None:
         self._engine: _core.Engine | None = None
-        left = 0 if options.direct_io else _available_memory() // 2
+        left = 0 if options.direct_io else available_memory() // 2
         for path in checkpoint.files:
             reads = [(offset, nbytes) for offset, nbytes in _cold_steps(path) if (left := left - nbytes) >= 0]
             if not reads:
@@ -79,12 +79,3 @@ def _is_cached(descriptor: int, offset: int) -> bool:
     except OSError:
         return True
     return True
-
-
-def _available_memory() -> int:
-    """Bytes that can be had without swapping, the page cache included; 0 where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)

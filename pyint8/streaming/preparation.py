@@ -1,0 +1,77 @@
+"""What a load has under way before there is a model: the page cache fills, the first tensors land."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from pyint8.streaming.prefetch import PageCachePrefetch
+
+if TYPE_CHECKING:
+    from pyint8.checkpoint import Checkpoint
+    from pyint8.config import StreamOptions
+    from pyint8.placement.budget import MemoryBudget
+    from pyint8.streaming.head_start import EarlyTensor, HeadStart
+    from pyint8.streaming.transport import Transport
+
+
+class Preparation:
+    """Owned by the load; as a context manager it stops all that nobody has taken over.
+
+    Args:
+        checkpoint: What will be loaded, if that is known yet; its cold parts are read into the page cache from now on.
+        options: How to move bytes.
+
+    Attributes:
+        checkpoint: As given.
+        options: As given.
+    """
+
+    def __init__(self, checkpoint: Checkpoint | None, options: StreamOptions) -> None:
+        self.checkpoint = checkpoint
+        self.options = options
+        self._prefetch = None if checkpoint is None else PageCachePrefetch(checkpoint, options)
+        self._head_start: HeadStart | None = None
+
+    def __enter__(self) -> Preparation:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop_prefetch()
+        if self._head_start is not None:
+            self._head_start.close()
+
+    def start_head(self, device_map: Any, budget: MemoryBudget) -> None:
+        """Lets the first tensors land, if it is known where; imports torch."""
+        from pyint8.streaming.first_tensors import start_head_start
+
+        if self.checkpoint is not None:
+            self._head_start = start_head_start(self.checkpoint, device_map, budget.per_device, self.options)
+
+    @property
+    def reserves_memory(self) -> bool:
+        """Whether the head start saw to the GPU's memory; known once its transport is taken."""
+        return self._head_start is not None and self._head_start.reserves
+
+    def stop_prefetch(self) -> None:
+        """The stream reads by itself from now on. Idempotent."""
+        if self._prefetch is not None:
+            self._prefetch.close()
+
+    def take_transport(self, gpus: int) -> tuple[Transport, dict[str, EarlyTensor]]:
+        """What moves the bytes, the caller's to close from now on, and by name what is on its way there.
+
+        Args:
+            gpus: How many GPUs tensors will land on.
+
+        Raises:
+            ReadError: A file cannot be opened.
+            DeviceError: The driver refuses, or memory cannot be pinned.
+        """
+        from pyint8.streaming.transport import Transport
+
+        if self._head_start is None:
+            return Transport(self.options, gpus=gpus), {}
+        return self._head_start.take()

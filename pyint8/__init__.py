@@ -8,7 +8,7 @@ Importing pyint8 imports neither torch nor transformers nor bitsandbytes; loadin
 
 from contextlib import AbstractContextManager
 
-from pyint8.config import Int8Config, StreamOptions
+from pyint8.config import Int8Config, StreamOptions, set_registration
 from pyint8.errors import Pyint8Error
 from pyint8.host.imports import importing
 from pyint8.loader import load
@@ -17,6 +17,16 @@ from pyint8.report import LoadReport
 
 __all__ = ["Int8Config", "LoadReport", "Pyint8Error", "StreamOptions", "load", "takeover"]
 __version__ = "0.1.0"
+
+
+def _register_quantizer() -> None:
+    """For `from_pretrained(..., quantization_config=Int8Config())`."""
+    require_transformers()
+    with importing:
+        import pyint8.models.transformers.hooks  # noqa: F401
+
+
+set_registration(_register_quantizer)
 
 
 def takeover() -> AbstractContextManager[list[LoadReport]]:

@@ -8,16 +8,19 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from pyint8.errors import OptionError
 from pyint8.host.cpus import processes_on_host, usable_cpus
-from pyint8.host.imports import importing
 
 logger = logging.getLogger("pyint8")
 
+METHOD = "pyint8"
+"""The name under which transformers knows pyint8's quantizer."""
+
+_register: Callable[[], None] | None = None
 _MIB = 1 << 20
 # 8 fill a PCIe 5 x16 bus where the page cache gives a thread 8 GB/s (an H200's host), 14 where it gives 4 (an H100's).
 _THREADS_FOR_A_GPU = 14
@@ -78,12 +81,8 @@ class Int8Config:
     @property
     def quant_method(self) -> str:
         """What transformers asks a `quantization_config` for; with it, pyint8's quantizer is registered there."""
-        from pyint8.models.transformers.compat import require_transformers
-
-        require_transformers()
-        with importing:
-            from pyint8.models.transformers.quantizer import METHOD
-
+        if _register is not None:
+            _register()
         return METHOD
 
     if not TYPE_CHECKING:  # which knows the fields there are
@@ -103,6 +102,15 @@ class Int8Config:
             "llm_int8_enable_fp32_cpu_offload": self.fp32_cpu_offload,
             "llm_int8_has_fp16_weight": self.has_fp16_weight,
         }
+
+
+def set_registration(register: Callable[[], None]) -> None:
+    """Says what registers pyint8's quantizer with transformers, before that is asked for; idempotent itself.
+
+    It lies above this module, and importing it imports transformers: so `pyint8/__init__` wires it.
+    """
+    global _register
+    _register = register
 
 
 def bitsandbytes_field(config: Any, name: str) -> Any:

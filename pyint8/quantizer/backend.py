@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from pyint8.errors import EnvironmentNotSupportedError
 from pyint8.quantizer.requirements import require_packages
 
 _PACKAGE = "bitsandbytes"
@@ -63,4 +64,18 @@ else:
     with deferred_compile():
         import bitsandbytes
 
-__all__ = ["bitsandbytes"]
+__all__ = ["bitsandbytes", "deferred_compile", "require_device"]
+
+
+def require_device() -> None:
+    """Raises EnvironmentNotSupportedError where bitsandbytes has a backend for none of this machine's devices."""
+    available = {"cpu"}
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None:
+        available.add(accelerator.type)
+    supported = set(getattr(bitsandbytes, "supported_torch_devices", {"cuda"}))
+    if not available & supported:
+        raise EnvironmentNotSupportedError(
+            f"bitsandbytes {bitsandbytes.__version__} quantizes on {sorted(supported)}, and this machine has "
+            f"{sorted(available)}; install a bitsandbytes with a backend for it"
+        )

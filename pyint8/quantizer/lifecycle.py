@@ -17,6 +17,7 @@ from pyint8.config import Int8Config
 from pyint8.errors import PlacementError, QuantizationStateError
 from pyint8.placement.device_map import DeviceMap, device_of
 from pyint8.quantizer import requirements, weights
+from pyint8.quantizer.backend import require_device
 from pyint8.quantizer.health import WeightHealth
 from pyint8.quantizer.modules import is_conv1d, replace_with_int8
 from pyint8.quantizer.skip_list import Matches, check_entry, name_matches, tell_dead_entries
@@ -70,7 +71,7 @@ class Int8Quantizer:
         """
         requirements.require_packages()
         requirements.refuse_foreign_weights(arguments)
-        requirements.require_device()
+        require_device()
         if self._preprocessed and isinstance(device_map, Mapping):
             self._check_placement(device_map)
 

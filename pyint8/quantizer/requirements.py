@@ -8,7 +8,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from pyint8.errors import DependencyVersionError, EnvironmentNotSupportedError, MissingDependencyError, OptionError
+from pyint8.errors import DependencyVersionError, MissingDependencyError, OptionError
 
 MINIMUM_BITSANDBYTES = "0.37.2"
 _MINIMUM_TRAINABLE = "0.37.0"
@@ -51,24 +51,6 @@ def refuse_foreign_weights(arguments: dict[str, Any]) -> None:
                 f"{name}=True: int8 models are not made from {framework} weights; convert them to PyTorch first "
                 "(load them with transformers, then save_pretrained)"
             )
-
-
-def require_device() -> None:
-    """Raises EnvironmentNotSupportedError where bitsandbytes has a backend for none of this machine's devices."""
-    import torch
-
-    from pyint8.quantizer.backend import bitsandbytes
-
-    available = {"cpu"}
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator is not None:
-        available.add(accelerator.type)
-    supported = set(getattr(bitsandbytes, "supported_torch_devices", {"cuda"}))
-    if not available & supported:
-        raise EnvironmentNotSupportedError(
-            f"bitsandbytes {bitsandbytes.__version__} quantizes on {sorted(supported)}, and this machine has "
-            f"{sorted(available)}; install a bitsandbytes with a backend for it"
-        )
 
 
 def is_serializable() -> bool:

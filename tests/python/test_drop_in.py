@@ -28,7 +28,7 @@ from zoo import PREQUANTIZED, ZOO, CheckpointStore
 import pyint8
 from pyint8.checkpoint import open_checkpoint
 from pyint8.errors import CheckpointError, NonFiniteWeightError
-from pyint8.models.transformers.quantizer import StreamedInt8HfQuantizer
+from pyint8.models.transformers.hooks import StreamedInt8HfQuantizer
 from pyint8.models.transformers.session import LoadSession
 
 CPU = {"": "cpu"}
@@ -283,7 +283,7 @@ def test_a_program_is_run(as_module: bool, checkpoints: CheckpointStore, tmp_pat
     assert done.returncode == 0, done.stderr
     paths, first, second = done.stdout.splitlines()[-3:]
     assert paths == "1"  # once, and only because that is where the program is
-    assert first == f"__main__ {[folder, '--more']} pyint8.models.transformers.quantizer"
+    assert first == f"__main__ {[folder, '--more']} pyint8.models.transformers.hooks"
     assert second == "Bnb8BitHfQuantizer True"
 
 

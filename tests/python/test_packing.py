@@ -18,8 +18,8 @@ import pyint8
 from pyint8 import Int8Config, StreamOptions
 from pyint8.errors import OptionError
 from pyint8.models.request import LoadRequest
+from pyint8.models.transformers.hooks import StreamedInt8HfQuantizer
 from pyint8.models.transformers.parameters import find_dtypes
-from pyint8.models.transformers.quantizer import StreamedInt8HfQuantizer
 from pyint8.models.transformers.session import LoadSession
 from pyint8.placement import budget
 from pyint8.placement.budget import MemoryBudget, exact_bytes, memory_budget

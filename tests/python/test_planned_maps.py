@@ -39,7 +39,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]],
 
     monkeypatch.setattr(modeling_utils, "_get_device_map", stop)
     monkeypatch.setattr(LoadSession, "start", lambda _: None)  # there is no GPU to open
-    monkeypatch.setattr("pyint8.models.transformers.quantizer.check_device_map", lambda _: None)
+    monkeypatch.setattr("pyint8.models.transformers.hooks.check_device_map", lambda _: None)
 
     def map_of(load: Callable[[], object]) -> Any:
         with pytest.raises(PlannedError) as caught:

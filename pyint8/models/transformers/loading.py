@@ -16,12 +16,12 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from safetensors import SafetensorError
 
 from pyint8.checkpoint.find import cached_file, named_by_adapter
-from pyint8.config import Int8Config
+from pyint8.config import METHOD, Int8Config
 from pyint8.errors import CheckpointError, CheckpointNotFoundError, ModelNotSupportedError, OptionError
 from pyint8.host import garbage
 from pyint8.models.keywords import unknown
 from pyint8.models.request import LoadRequest
-from pyint8.models.transformers.quantizer import METHOD
+from pyint8.models.transformers import hooks  # noqa: F401  registers pyint8's quantizer with transformers
 from pyint8.models.transformers.session import LoadSession
 from pyint8.quantizer import Int8Quantizer
 from pyint8.report import Recorder

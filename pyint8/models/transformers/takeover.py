@@ -10,7 +10,7 @@ from typing import Any
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from pyint8.errors import OptionError
-from pyint8.models.transformers.quantizer import StreamedInt8HfQuantizer
+from pyint8.models.transformers.hooks import StreamedInt8HfQuantizer
 from pyint8.report import LoadReport, collected
 
 _INT8 = "bitsandbytes_8bit"

@@ -18,7 +18,7 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from pyint8.config import Int8Config, bitsandbytes_field
+from pyint8.config import METHOD, Int8Config, bitsandbytes_field
 from pyint8.models.transformers.conversion import PlannedConverter, PlannedRenaming
 from pyint8.models.transformers.parallel import refuse_split_models
 from pyint8.models.transformers.session import LoadSession
@@ -27,9 +27,6 @@ from pyint8.placement.device_map import check_device_map
 from pyint8.placement.tight import tight_memory
 from pyint8.quantizer import Int8Quantizer, tensor_bytes
 from pyint8.report import announce
-
-METHOD = "pyint8"
-
 
 _KEPT = "in its class's list of modules to keep in float32"
 # Of a BitsAndBytesConfig's fields, those that its constructor does not take, or that are said anyway.

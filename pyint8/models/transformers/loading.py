@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from pyint8 import collector
 from pyint8.checkpoint.find import cached_file
 from pyint8.config import Int8Config
-from pyint8.errors import CheckpointError, CheckpointNotFoundError, ModelNotSupportedError, OptionError
+from pyint8.errors import CheckpointNotFoundError, FileChangedError, ModelNotSupportedError, OptionError
 from pyint8.models.transformers.quantizer import METHOD
 from pyint8.models.transformers.session import LoadSession
 
@@ -97,7 +97,9 @@ def load_pretrained(
                 path, output_loading_info=True, **placement, **arguments
             )
         except SafetensorError as error:  # of files whose headers pyint8 had read
-            raise CheckpointError(f"a file of {path} changed while it was loaded ({error}); fetch it again") from error
+            raise FileChangedError(
+                f"a file of {path} changed while it was loaded ({error}); load it again, once nothing writes to it"
+            ) from error
     return model
 
 

@@ -97,6 +97,10 @@ class TruncatedError(CheckpointError):
     """A file that ends before the tensors its header promises."""
 
 
+class FileChangedError(CheckpointError):
+    """A file that was replaced, or written to, after its header was read and before its tensors were."""
+
+
 class ShapeMismatchError(CheckpointError):
     """A tensor whose shape is not the one of the parameter it is meant for."""
 
@@ -157,4 +161,6 @@ def from_core(code: str, message: str, path: str, offset: int | None, errno: int
         return ReadError(message, path=path or None, offset=offset, errno=errno or None)
     if code == "truncated":
         return TruncatedError(message, path=path or None, offset=offset)
+    if code == "changed":
+        return FileChangedError(message, path=path or None, offset=offset)
     return _FROM_CORE.get(code, Pyint8Error)(message)

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <tuple>
 
 #include "device_cuda.hpp"
@@ -19,6 +20,8 @@ namespace {
 // How long a wait may keep Python from handling Ctrl-C.
 constexpr std::chrono::milliseconds kSignalInterval{50};
 
+// Device, inode, size and mtime_ns.
+using StampTuple = std::tuple<std::uint64_t, std::uint64_t, std::int64_t, std::int64_t>;
 using ReadTuple = std::tuple<std::uint32_t, std::uint64_t, std::uint64_t, Address>;
 
 // The class and its fields are chosen in pyint8/errors.py.
@@ -30,6 +33,12 @@ void raise(const Error& error) {
           .attr("from_core")(name_of(error.code()), error.message(), path,
                              offset ? py::object(py::int_(*offset)) : py::none(), error.system_errno());
   PyErr_SetObject(py::type::handle_of(exception).ptr(), exception.ptr());
+}
+
+std::uint32_t add_file(Engine& engine, const std::string& path, const std::optional<StampTuple>& stamp) {
+  if (!stamp.has_value()) return engine.add_file(path);
+  const auto& [device, inode, size, mtime_ns] = *stamp;
+  return engine.add_file(path, FileStamp{device, inode, size, mtime_ns});
 }
 
 Ticket submit(Engine& engine, std::uint32_t lane, const std::vector<ReadTuple>& tuples, StreamHandle stream,
@@ -106,7 +115,7 @@ PYBIND11_MODULE(_core, module) {
              return EngineHolder(new Engine({threads, spare_slots, slot_bytes, direct_io}));
            }),
            py::kw_only(), "threads"_a, "spare_slots"_a, "slot_bytes"_a, "direct_io"_a)
-      .def("add_file", &Engine::add_file, "path"_a, py::call_guard<py::gil_scoped_release>())
+      .def("add_file", &add_file, "path"_a, "stamp"_a = py::none(), py::call_guard<py::gil_scoped_release>())
       .def(
           "add_host_device",
           [](Engine& engine, std::size_t threads) {
@@ -121,6 +130,7 @@ PYBIND11_MODULE(_core, module) {
       .def("wait", &wait, "ticket"_a, "stream"_a)
       .def("turn_to_half", &turn, "lane"_a, "source"_a, "dtype"_a, "through_bfloat16"_a, "rows"_a,
            "columns"_a, "destination"_a, "destination_stride"_a, "stream"_a)
+      .def("require_unchanged", &Engine::require_unchanged, py::call_guard<py::gil_scoped_release>())
       .def("close", &Engine::close, py::call_guard<py::gil_scoped_release>())
       .def("stats", &stats);
 

@@ -52,8 +52,8 @@ Engine::~Engine() {
   }
 }
 
-std::uint32_t Engine::add_file(const std::string& path) {
-  auto file = std::make_unique<File>(path, options_.direct_io);
+std::uint32_t Engine::add_file(const std::string& path, const std::optional<FileStamp>& expected) {
+  auto file = std::make_unique<File>(path, options_.direct_io, expected);
   const std::lock_guard lock(mutex_);
   files_.push_back(std::move(file));
   return static_cast<std::uint32_t>(files_.size() - 1);
@@ -233,6 +233,11 @@ bool Engine::wait(Ticket ticket, StreamHandle stream, std::chrono::milliseconds 
 
 void Engine::turn_to_half(std::uint32_t lane, const Turn& turn, StreamHandle stream) {
   device(lane).turn_to_half(turn, stream);
+}
+
+void Engine::require_unchanged() const {
+  const std::lock_guard lock(mutex_);
+  for (const auto& file : files_) file->require_unchanged();
 }
 
 void Engine::close() {

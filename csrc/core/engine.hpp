@@ -11,6 +11,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -49,8 +50,8 @@ class Engine {
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
 
-  // Returns the file's number, for `Range::file`.
-  std::uint32_t add_file(const std::string& path);
+  // Returns the file's number, for `Range::file`. Throws kChanged if it is in another state than `expected`.
+  std::uint32_t add_file(const std::string& path, const std::optional<FileStamp>& expected = std::nullopt);
   // Returns the lane's number.
   std::uint32_t add_device(std::unique_ptr<Device> device);
 
@@ -68,6 +69,9 @@ class Engine {
 
   // Turns a weight on a lane (see transpose.hpp), on `stream`.
   void turn_to_half(std::uint32_t lane, const Turn& turn, StreamHandle stream);
+
+  // Throws kChanged if one of the files is in another state than when it was opened.
+  void require_unchanged() const;
 
   // Drops what has not begun, joins the workers and waits until no copy is under way, so that slots and
   // destinations may be given back. Idempotent; waits for tickets throw kCancelled from then on.

@@ -13,6 +13,8 @@ const char* name_of(ErrorCode code) {
       return "io";
     case ErrorCode::kTruncated:
       return "truncated";
+    case ErrorCode::kChanged:
+      return "changed";
     case ErrorCode::kDriver:
       return "driver";
     case ErrorCode::kCancelled:
@@ -23,9 +25,14 @@ const char* name_of(ErrorCode code) {
 
 Error::Error(ErrorCode code, std::string message) : code_(code), message_(std::move(message)) {}
 
-Error Error::at(std::string path, std::uint64_t offset) const {
+Error Error::at(std::string path) const {
   Error placed = *this;
   placed.path_ = std::move(path);
+  return placed;
+}
+
+Error Error::at(std::string path, std::uint64_t offset) const {
+  Error placed = at(std::move(path));
   placed.offset_ = offset;
   return placed;
 }

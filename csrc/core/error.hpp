@@ -12,6 +12,7 @@ enum class ErrorCode {
   kInvalidArgument,  // a caller's value that cannot be used
   kIo,               // the operating system refused; `system_errno` says why
   kTruncated,        // the file ends before the bytes that were asked for
+  kChanged,          // the file is not, or no longer, in the state that was expected
   kDriver,           // the GPU's driver is absent or refused a call
   kCancelled,        // somebody stopped the work
 };
@@ -23,7 +24,8 @@ class Error : public std::exception {
  public:
   Error(ErrorCode code, std::string message);
 
-  // The same error, with its place in a file.
+  // The same error, with its place in a file, or only the file.
+  Error at(std::string path) const;
   Error at(std::string path, std::uint64_t offset) const;
   // An operating-system failure: `what` was tried, `system_errno` is why it failed.
   static Error io(const std::string& what, int system_errno, std::string path,

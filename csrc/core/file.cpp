@@ -21,31 +21,63 @@ const char* advice_for(int open_errno) {
   return "cannot open the file (is it there, and readable by this user?)";
 }
 
+int open_direct([[maybe_unused]] const std::string& path) {
+#ifdef O_DIRECT
+  return ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
+#else
+  return -1;
+#endif
+}
+
+FileStamp stamp_of(int descriptor, const std::string& path) {
+  struct stat status{};
+  if (::fstat(descriptor, &status) != 0)
+    throw Error::io("cannot look at the file", errno, path, std::nullopt);
+  return {status.st_dev, status.st_ino, status.st_size,
+          status.st_mtim.tv_sec * 1'000'000'000 + status.st_mtim.tv_nsec};
+}
+
+Error changed() {
+  return Error(ErrorCode::kChanged,
+               "the file changed while it was loaded; load it again, once nothing writes to it");
+}
+
 }  // namespace
 
-File::File(std::string path, bool direct) : path_(std::move(path)), direct_(-1) {
-  buffered_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC);
-  if (buffered_ < 0) throw Error::io(advice_for(errno), errno, path_, std::nullopt);
-#ifdef O_DIRECT
-  if (direct) {
-    twin_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
-    direct_.store(twin_, std::memory_order_relaxed);
-    struct stat status{};
-    if (twin_ >= 0 && ::fstat(buffered_, &status) == 0 && status.st_size > 0) {
-      mapped_ = static_cast<std::uint64_t>(status.st_size);
-      map_ = ::mmap(nullptr, mapped_, PROT_READ, MAP_SHARED, buffered_, 0);
-      if (map_ == MAP_FAILED) map_ = nullptr;
-    }
-  }
-#else
-  (void)direct;
-#endif
+Descriptor::~Descriptor() {
+  if (number_ >= 0) ::close(number_);
+}
+
+File::File(std::string path, bool direct, const std::optional<FileStamp>& expected)
+    : path_(std::move(path)),
+      buffered_(::open(path_.c_str(), O_RDONLY | O_CLOEXEC)),
+      twin_(buffered_.number() >= 0 && direct ? open_direct(path_) : -1),
+      direct_(twin_.number()) {
+  if (buffered_.number() < 0) throw Error::io(advice_for(errno), errno, path_, std::nullopt);
+  stamp_ = stamp_of(buffered_.number(), path_);
+  if (expected.has_value()) require(buffered_.number(), *expected);
+  if (twin_.number() < 0) return;
+  require(twin_.number(), stamp_);  // it was opened by the same path, but later
+  map_for_direct_reads();
 }
 
 File::~File() {
   if (map_ != nullptr) ::munmap(map_, mapped_);
-  if (twin_ >= 0) ::close(twin_);
-  ::close(buffered_);
+}
+
+void File::map_for_direct_reads() {
+  if (stamp_.size <= 0) return;
+  mapped_ = static_cast<std::uint64_t>(stamp_.size);
+  map_ = ::mmap(nullptr, mapped_, PROT_READ, MAP_SHARED, buffered_.number(), 0);
+  if (map_ == MAP_FAILED) map_ = nullptr;
+}
+
+void File::require(int descriptor, const FileStamp& expected) const {
+  if (stamp_of(descriptor, path_) != expected) throw changed().at(path_);
+}
+
+void File::require_unchanged() const {
+  require(buffered_.number(), stamp_);
 }
 
 // Whether all pages of a range are in the page cache. What only looks so (the kernel does not tell everybody
@@ -62,14 +94,14 @@ bool File::is_cached(std::uint64_t offset, std::size_t nbytes) const {
 int File::descriptor_for(const std::byte* out, std::size_t capacity, std::uint64_t offset) const {
   const int direct = direct_.load(std::memory_order_relaxed);
   const bool aligned = (reinterpret_cast<std::uintptr_t>(out) | capacity | offset) % kDirectAlignment == 0;
-  return direct >= 0 && aligned && !is_cached(offset, capacity) ? direct : buffered_;
+  return direct >= 0 && aligned && !is_cached(offset, capacity) ? direct : buffered_.number();
 }
 
 void File::throw_truncated(std::uint64_t wanted, std::size_t missing) const {
-  struct stat status{};
-  const std::uint64_t end =
-      ::fstat(buffered_, &status) == 0 ? static_cast<std::uint64_t>(status.st_size) : wanted;
-  const std::uint64_t at = std::min(wanted, end);  // a read may lie wholly behind the end
+  const FileStamp now = stamp_of(buffered_.number(), path_);
+  // A read may lie wholly behind the end.
+  const std::uint64_t at = std::min(wanted, static_cast<std::uint64_t>(now.size));
+  if (now != stamp_) throw changed().at(path_, at);
   throw Error(ErrorCode::kTruncated, "the file ends here, " + std::to_string(wanted - at + missing) +
                                          " bytes before the tensor does; fetch it again")
       .at(path_, at);
@@ -84,7 +116,7 @@ void File::read_at(std::byte* out, std::size_t needed, std::size_t capacity, std
       got += static_cast<std::size_t>(count);
     } else if (count == 0) {
       throw_truncated(offset + got, needed - got);
-    } else if (errno == EINVAL && descriptor != buffered_) {
+    } else if (errno == EINVAL && descriptor != buffered_.number()) {
       direct_.store(-1, std::memory_order_relaxed);
     } else if (errno != EINTR) {
       throw Error::io("cannot read the file (check the disk or the network it lies on, and load again)",

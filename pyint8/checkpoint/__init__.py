@@ -11,11 +11,13 @@ from .entry import DTYPES, Entry
 from .index import Checkpoint, checkpoint_of_files, open_checkpoint
 from .pickled import PickledFile, read_pickled
 from .safetensors import SafetensorsFile, read_header
+from .stamp import FileStamp
 
 __all__ = [
     "DTYPES",
     "Checkpoint",
     "Entry",
+    "FileStamp",
     "PickledFile",
     "SafetensorsFile",
     "checkpoint_of_files",

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from pyint8.errors import CheckpointError
 
+from ._reading import os_errors
+from .stamp import FileStamp, reading
+
 if TYPE_CHECKING:
     import torch
 
@@ -57,6 +60,7 @@ class Entry:
         stride: Steps between elements, as torch has them, of a tensor that is not contiguous; `nbytes` then reaches
             from its first element to its last.
         value: The tensor itself, of a format whose files cannot be read by offset.
+        stamp: The state of the file that this was said of; None if nobody minds another.
     """
 
     name: str
@@ -67,6 +71,7 @@ class Entry:
     nbytes: int
     stride: tuple[int, ...] | None = None
     value: torch.Tensor | None = field(default=None, compare=False, repr=False)
+    stamp: FileStamp | None = None
 
     @property
     def place(self) -> dict[str, Any]:
@@ -119,14 +124,19 @@ class Entry:
         return (*self.shape[:-1], self.shape[-1] // 2)
 
     def read(self) -> torch.Tensor:
-        """The tensor in memory of its own, read at once: for a question that is seldom asked."""
+        """The tensor in memory of its own, read at once: for a question that is seldom asked.
+
+        Raises:
+            FileChangedError: The file is no longer the one whose header was read.
+            ReadError: The operating system refused to open or read it; `errno` says why.
+        """
         import torch
 
         if self.value is not None:
             return self.value
         if self.nbytes == 0:
             return torch.empty(self.torch_shape, dtype=self.torch_dtype)
-        with open(self.path, "rb") as file:
+        with os_errors(self.path), open(self.path, "rb") as file, reading(self.path, file, self.stamp):
             file.seek(self.offset)
             stored = bytearray(file.read(self.nbytes))
         return self.shaped(torch.frombuffer(stored, dtype=self.torch_dtype))

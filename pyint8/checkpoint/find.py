@@ -133,7 +133,8 @@ def find_checkpoint(path: str, kwargs: Mapping[str, Any], *, strict: bool = True
 
     Args:
         path: Folder, file or hub id.
-        kwargs: `subfolder`, `variant`, `use_safetensors`, and for the hub `cache_dir` and `revision`.
+        kwargs: `subfolder`, `variant`, `use_safetensors`, and for the hub `cache_dir`, `revision` and `force_download`,
+            with which the cache has nothing of use.
         strict: See `open_checkpoint`.
     """
     names = ("subfolder", "variant", "use_safetensors")
@@ -142,6 +143,8 @@ def find_checkpoint(path: str, kwargs: Mapping[str, Any], *, strict: bool = True
         named = _weights_named_in_config(os.path.join(path, kwargs.get("subfolder") or ""))
         return open_checkpoint(path, **where) if named is None else open_checkpoint(named, strict=strict)
 
+    if kwargs.get("force_download"):
+        return None
     try:
         config = cached_file(path, "config.json", kwargs)
         return None if config is None else open_checkpoint(os.path.dirname(config), **where)

@@ -17,6 +17,7 @@ from .entry import Entry
 from .foreign import advice_for_file, advice_for_folder
 from .pickled import EXTENSIONS, PickledFile, read_pickled
 from .safetensors import SafetensorsFile, read_header
+from .stamp import FileStamp, changed, has_changed
 
 logger = logging.getLogger("pyint8")
 
@@ -37,6 +38,7 @@ class Checkpoint(Mapping[str, Entry]):
     Attributes:
         entries: The tensors by name.
         files: The paths of the files, in order.
+        stamps: By path, the state that each of them had when its header was read.
         metadata: The `__metadata__` of the files together; of two values for a key, the earlier file's.
         nbytes: The bytes of all tensors together.
 
@@ -57,13 +59,25 @@ class Checkpoint(Mapping[str, Entry]):
             self.metadata = {**file.metadata, **self.metadata}
             self._nonempty[file.path] = [entry for entry in file.entries.values() if entry.nbytes]
         self.entries: Mapping[str, Entry] = MappingProxyType(entries)
-        self.files = tuple(file.path for file in files)
+        self.stamps: Mapping[str, FileStamp] = MappingProxyType({file.path: file.stamp for file in files})
+        self.files = tuple(self.stamps)
         self.nbytes = sum(entry.nbytes for entry in entries.values())
 
     @property
     def most_bytes_loaded(self) -> int:
         """What a model made of it takes at most: 16 bit loaded as 32."""
         return 2 * self.nbytes
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether any of the paths is not that of the file any more whose header was read, in the state it had."""
+        return any(has_changed(path, stamp) for path, stamp in self.stamps.items())
+
+    def require_unchanged(self, paths: Iterable[str]) -> None:
+        """Raises FileChangedError if one of these of `files` was replaced, removed or written to since."""
+        for path in paths:
+            if has_changed(path, self.stamps[path]):
+                raise changed(path)
 
     def tensor_at(self, path: str, offset: int) -> str | None:
         """Say which tensor holds a byte.

@@ -12,7 +12,7 @@ import os
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pyint8.errors import CheckpointError, Pyint8Error
@@ -20,6 +20,7 @@ from pyint8.errors import CheckpointError, Pyint8Error
 from ._reading import LFS_POINTER, LFS_PREFIX, os_errors
 from .archive import AGAIN, SIGNATURE, TorchArchive
 from .entry import DTYPES, Entry
+from .stamp import FileStamp, reading
 
 if TYPE_CHECKING:
     import torch
@@ -37,11 +38,13 @@ class PickledFile:
     Attributes:
         path: The file.
         entries: Its tensors by name, in order of offset. Tensors that share memory there overlap.
+        stamp: Its state when it was read.
         metadata: Empty: the format has none.
     """
 
     path: str
     entries: dict[str, Entry]
+    stamp: FileStamp
     metadata: dict[str, str] = field(default_factory=dict)
 
 
@@ -51,10 +54,11 @@ def read_pickled(path: str | os.PathLike[str]) -> PickledFile:
     Raises:
         CheckpointError: It is damaged, wants to run code, or holds something else than tensors by name.
         CheckpointNotFoundError: There is no such file.
+        FileChangedError: The file was written to meanwhile.
         ReadError: The operating system refused to open or read it; `errno` says why.
     """
     path = os.fspath(path)
-    with os_errors(path), open(path, "rb") as file:
+    with os_errors(path), open(path, "rb") as file, reading(path, file) as stamp:
         start = file.read(9)
         _refuse_other_formats(path, start)
         entries = _entries_in_archive(path, file) if start.startswith(SIGNATURE) else None
@@ -62,7 +66,7 @@ def read_pickled(path: str | os.PathLike[str]) -> PickledFile:
             tensors = _tensors(path, _load(path, file))
             entries = [_in_memory(path, name, tensor) for name, tensor in tensors.items()]
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
-    return PickledFile(path, {entry.name: entry for entry in entries})
+    return PickledFile(path, {entry.name: replace(entry, stamp=stamp) for entry in entries}, stamp)
 
 
 def _refuse_other_formats(path: str, start: bytes) -> None:

@@ -15,6 +15,7 @@ from pyint8.errors import HeaderError, TruncatedError
 
 from ._reading import DOWNLOAD_AGAIN, LFS_POINTER, LFS_PREFIX, JsonError, brief, os_errors, parse_json
 from .entry import DTYPES, Entry
+from .stamp import FileStamp, reading
 
 MAX_HEADER_BYTES = 100_000_000
 """The longest header that the format allows, in bytes."""
@@ -33,12 +34,14 @@ class SafetensorsFile:
         size: Its length in bytes.
         entries: Its tensors by name, in order of offset.
         metadata: Its `__metadata__`; empty if it has none.
+        stamp: Its state when it was read.
     """
 
     path: str
     size: int
     entries: dict[str, Entry]
     metadata: dict[str, str]
+    stamp: FileStamp
 
 
 def read_header(path: str | os.PathLike[str]) -> SafetensorsFile:
@@ -56,23 +59,23 @@ def read_header(path: str | os.PathLike[str]) -> SafetensorsFile:
         HeaderError: The header breaks a rule of the format.
         TruncatedError: The file ends before its header or its tensors do.
         CheckpointNotFoundError: There is no such file.
+        FileChangedError: The file was written to meanwhile.
         ReadError: The operating system refused to open or read it; `errno` says why.
     """
     path = os.fspath(path)
-    size, raw = _read(path)
+    stamp, raw = _read(path)
     header = _parse(path, raw)
     metadata = _metadata(path, header.pop("__metadata__", None))
     data_start = _LENGTH_BYTES + len(raw)
-    entries = [_entry(path, name, info, data_start) for name, info in header.items()]
+    entries = [_entry(path, name, info, data_start, stamp) for name, info in header.items()]
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
     data_end = _check_cover(path, entries, data_start)
-    _check_size(path, entries, data_end, size)
-    return SafetensorsFile(path, size, {entry.name: entry for entry in entries}, metadata)
+    _check_size(path, entries, data_end, stamp.size)
+    return SafetensorsFile(path, stamp.size, {entry.name: entry for entry in entries}, metadata, stamp)
 
 
-def _read(path: str) -> tuple[int, bytes]:
-    with os_errors(path), open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
+def _read(path: str) -> tuple[FileStamp, bytes]:
+    with os_errors(path), open(path, "rb") as file, reading(path, file) as stamp:
         prefix = file.read(_LENGTH_BYTES)
         if len(prefix) < _LENGTH_BYTES:
             raise TruncatedError(
@@ -83,14 +86,14 @@ def _read(path: str) -> tuple[int, bytes]:
         length = int.from_bytes(prefix, "little")
         if length > MAX_HEADER_BYTES:
             raise HeaderError(_not_a_length(prefix, length), path=path, offset=0)
-        raw = file.read(min(length, max(0, size - _LENGTH_BYTES)))
+        raw = file.read(min(length, max(0, stamp.size - _LENGTH_BYTES)))
     if len(raw) < length:
         raise TruncatedError(
             f"the header's length is {length}, but the file ends {length - len(raw)} bytes earlier; {DOWNLOAD_AGAIN}",
             path=path,
             offset=_LENGTH_BYTES + len(raw),
         )
-    return size, raw
+    return stamp, raw
 
 
 def _not_a_length(prefix: bytes, length: int) -> str:
@@ -128,7 +131,7 @@ def _metadata(path: str, value: object) -> dict[str, str]:
     return value
 
 
-def _entry(path: str, name: str, info: object, data_start: int) -> Entry:
+def _entry(path: str, name: str, info: object, data_start: int, stamp: FileStamp) -> Entry:
     if not isinstance(info, dict):
         raise _broken(path, name, f"is described by {brief(info)}, not by an object")
     missing = [field for field in _FIELDS if field not in info]
@@ -146,7 +149,7 @@ def _entry(path: str, name: str, info: object, data_start: int) -> Entry:
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _broken(path, name, f"its data_offsets {brief(offsets)} are not [begin, end] with 0 <= begin <= end")
     begin, end = offsets
-    entry = Entry(name, dtype, tuple(shape), path, data_start + begin, end - begin)
+    entry = Entry(name, dtype, tuple(shape), path, data_start + begin, end - begin, stamp=stamp)
     _check_nbytes(entry)
     return entry
 

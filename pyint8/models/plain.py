@@ -55,6 +55,7 @@ def fill_module(module: nn.Module, request: LoadRequest, preparation: Preparatio
             preparation.stop_prefetch()
             filler.fill(request.options)
         with recorder.phase("finish"):
+            filler.require_unchanged()
             filler.place_the_rest()
             quantizer.postprocess_model(module, locate=filler.locate)
             dispatch(module, filler.device_map, request.offload_folder, filler.left_in_files)
@@ -234,6 +235,7 @@ class _Filler:
             for name in names:
                 self._set(name, self._make(name, stream))
             self._recorder.set_engine(stream.stats())
+            stream.require_unchanged()
 
     def _stays_on_disk(self, name: str) -> bool:
         """Whether accelerate can read it from the checkpoint itself, whenever a forward pass needs it."""
@@ -251,6 +253,10 @@ class _Filler:
             "weight_name": name,
             "dtype": str(dtype).removeprefix("torch."),
         }
+
+    def require_unchanged(self) -> None:
+        """Raises FileChangedError if a file that accelerate will read later is not the one whose header was read."""
+        self._checkpoint.require_unchanged({left["safetensors_file"] for left in self.left_in_files.values()})
 
     def place_the_rest(self) -> None:
         """Moves what the checkpoint did not hold (fresh heads, buffers) and ties again what was tied."""

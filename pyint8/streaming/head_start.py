@@ -82,6 +82,7 @@ class HeadStart:
         """The transport, now the caller's to close, and by name what is on its way.
 
         Raises:
+            FileChangedError: A file is not the one whose header was read.
             ReadError: A file cannot be opened.
             DeviceError: The driver refuses, or memory cannot be pinned.
         """
@@ -129,7 +130,7 @@ class HeadStart:
                 wanted.append((entry, torch.UntypedStorage(entry.nbytes, device=lane.device)))
             except torch.OutOfMemoryError:  # the load itself may need less at a time
                 break
-        reads = [Read(entry.path, entry.offset, entry.nbytes, storage) for entry, storage in wanted]
+        reads = [Read(entry.path, entry.offset, entry.nbytes, storage, stamp=entry.stamp) for entry, storage in wanted]
         first = self._transport.submit(lane, reads) if reads else 0
         for ticket, (entry, storage) in enumerate(wanted, first):
             self._early[entry.name] = EarlyTensor(entry, lane, storage, ticket)

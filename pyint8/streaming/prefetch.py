@@ -25,13 +25,16 @@ class PageCachePrefetch:
     """Reads what is cold of a checkpoint, in the order of its files, until it is closed; nothing if all is cached.
 
     Reading leaves no trace but the page cache, and takes at most half of the memory that is available for it. Errors
-    are nobody's here: whoever needs the bytes will meet them.
+    of reading are nobody's here: whoever needs the bytes will meet them.
+
+    Raises:
+        FileChangedError: A file is not the one any more whose header was read.
     """
 
     def __init__(self, checkpoint: Checkpoint, options: StreamOptions) -> None:
         self._engine: _core.Engine | None = None
         left = 0 if options.direct_io else available_memory() // 2
-        for path in checkpoint.files:
+        for path, stamp in checkpoint.stamps.items():
             reads = [(offset, nbytes) for offset, nbytes in _cold_steps(path) if (left := left - nbytes) >= 0]
             if not reads:
                 continue
@@ -40,7 +43,7 @@ class PageCachePrefetch:
                     threads=options.worker_threads(), spare_slots=1, slot_bytes=_STEP, direct_io=False
                 )
                 lane = self._engine.add_discarding_device()
-            file = self._engine.add_file(os.fsencode(path))
+            file = self._engine.add_file(os.fsencode(path), stamp)
             self._engine.submit(lane, [(file, offset, nbytes, 0) for offset, nbytes in reads], 0, False)
 
     @property

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pyint8.errors import ReadError, TruncatedError
+from pyint8.errors import FileChangedError, ReadError, TruncatedError
 from pyint8.report import Recorder
 from pyint8.streaming.lane import Lane, LaneOpener, open_lane
 from pyint8.streaming.transport import Read, Transport
@@ -79,6 +79,7 @@ class TensorStream:
         early: What is on its way there; what of it nobody wants is dropped.
 
     Raises:
+        FileChangedError: A file is not the one whose header was read.
         ReadError: A file cannot be opened.
         DeviceError: The driver refuses.
     """
@@ -128,6 +129,10 @@ class TensorStream:
         self._transport.close()
         self._chunks.clear()
         self._pending = []
+
+    def require_unchanged(self) -> None:
+        """Raises FileChangedError if a file was written to since it was opened."""
+        self._transport.require_unchanged()
 
     def stats(self) -> dict[str, float]:
         """What the engine did so far (see `LoadReport.engine`)."""
@@ -281,7 +286,8 @@ class TensorStream:
             assert chunk.memory is not None
             share = chunk.nbytes // len(chunk.entries)
             for number, entry in enumerate(chunk.entries):
-                reads.append(Read(entry.path, entry.offset + chunk.start, share, chunk.memory, number * share))
+                offset = entry.offset + chunk.start
+                reads.append(Read(entry.path, offset, share, chunk.memory, number * share, entry.stamp))
         ticket = self._transport.submit(chunks[0].lane, reads, first=first)
         for chunk in chunks:
             chunk.ticket = ticket
@@ -303,7 +309,7 @@ class TensorStream:
         try:
             for ticket in range(chunk.ticket, chunk.ticket + len(chunk.entries)):
                 self._engine.wait(ticket, chunk.lane.stream)
-        except (ReadError, TruncatedError) as error:
+        except (FileChangedError, ReadError, TruncatedError) as error:
             error.tensor = self._tensor_at(error.path, error.offset)
             raise
         self._recorder.landed(chunk.nbytes)

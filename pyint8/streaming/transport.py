@@ -12,6 +12,7 @@ from pyint8.streaming.extension import _core
 from pyint8.streaming.lane import Lane, LaneOpener, open_lane
 
 if TYPE_CHECKING:
+    from pyint8.checkpoint import FileStamp
     from pyint8.config import StreamOptions
 
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 class Read:
     """A range of a file, in bytes, and the memory (a tensor of uint8, or a storage, on a lane's device) it fills.
 
-    It begins at byte `at` of the memory.
+    It begins at byte `at` of the memory. The file must be in the state of `stamp`, if one is given.
     """
 
     path: str
@@ -27,6 +28,7 @@ class Read:
     nbytes: int
     memory: torch.Tensor | torch.UntypedStorage
     at: int = 0
+    stamp: FileStamp | None = None
 
 
 class Transport:
@@ -46,7 +48,7 @@ class Transport:
         self._opener = opener
         self._lanes: dict[torch.device, Lane] = {}
         self._opened: list[Lane] = []
-        self._files: dict[str, int] = {}
+        self._files: dict[tuple[str, FileStamp | None], int] = {}
         self.engine = _core.Engine(
             threads=options.worker_threads(gpus),
             spare_slots=options.slots_in_flight(gpus),
@@ -74,11 +76,16 @@ class Transport:
         """Asks for `reads` in that order, `first` ahead of all that waits; the ticket of the first, the others follow.
 
         Raises:
+            FileChangedError: A file is not the one whose header was read.
             ReadError: A file cannot be opened.
             DeviceError: Memory cannot be pinned.
         """
-        wanted = [(self._file(read.path), read.offset, read.nbytes, read.memory.data_ptr() + read.at) for read in reads]
+        wanted = [(self._file(read), read.offset, read.nbytes, read.memory.data_ptr() + read.at) for read in reads]
         return self.engine.submit(lane.index, wanted, lane.stream, first)
+
+    def require_unchanged(self) -> None:
+        """Raises FileChangedError if a file was written to since it was opened."""
+        self.engine.require_unchanged()
 
     def close(self) -> None:
         """Stop reading, join the workers, wait for the copies under way, give back pinned memory and scratch."""
@@ -86,8 +93,9 @@ class Transport:
         for lane in self._opened:
             lane.release()
 
-    def _file(self, path: str) -> int:
-        number = self._files.get(path)
+    def _file(self, read: Read) -> int:
+        number = self._files.get((read.path, read.stamp))
         if number is None:
-            number = self._files[path] = self.engine.add_file(os.fsencode(path))
+            number = self.engine.add_file(os.fsencode(read.path), read.stamp)
+            self._files[read.path, read.stamp] = number
         return number

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <cstdarg>
 
 namespace pyint8::testing {
 namespace {
@@ -31,6 +32,17 @@ extern "C" int mincore(void* address, std::size_t nbytes, unsigned char* pages) 
   if (const int failed = real(address, nbytes, pages)) return failed;
   for (std::size_t page = 0; page * 4096 < nbytes; ++page) pages[page] = page < cached_pages ? 1 : 0;
   return 0;
+}
+
+extern "C" int open(const char* path, int flags, ...) {
+  using namespace pyint8::testing;
+  static const auto real = reinterpret_cast<decltype(&open)>(::dlsym(RTLD_NEXT, "open"));
+  std::va_list rest;
+  va_start(rest, flags);
+  const mode_t mode = (flags & (O_CREAT | O_TMPFILE)) != 0 ? va_arg(rest, mode_t) : 0;
+  va_end(rest);
+  if ((flags & O_DIRECT) != 0 && before_direct_open) before_direct_open();
+  return real(path, flags, mode);
 }
 
 extern "C" ssize_t pread(int descriptor, void* out, size_t nbytes, off_t offset) {

@@ -1,10 +1,11 @@
-// Stands before libc's pread and mincore in the tests: to make reads fail, to see which go past the page
-// cache, and to say what is in it.
+// Stands before libc's pread, mincore and open in the tests: to make reads fail, to see which go past the
+// page cache, to say what is in it, and to do something between the two times that a file is opened.
 #pragma once
 
 #include <atomic>
 #include <cstddef>
 #include <deque>
+#include <functional>
 
 namespace pyint8::testing {
 
@@ -19,6 +20,9 @@ inline thread_local std::deque<Fate> fates;
 
 // What mincore answers: so many pages of a range that is asked about are in the page cache.
 inline std::atomic<std::size_t> cached_pages = 0;
+
+// Called before a file is opened for direct reads, on this thread.
+inline thread_local std::function<void()> before_direct_open;
 
 // Calls so far of the whole process: through O_DIRECT, and in all.
 std::size_t direct_reads();

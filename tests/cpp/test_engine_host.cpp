@@ -1,3 +1,6 @@
+#include <sys/stat.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <thread>
@@ -57,6 +60,26 @@ TEST_CASE("tickets count up from 0, over submissions and empty ones") {
   CHECK(engine.submit(0, {}, 0, false) == 2);
   wait_for(engine, 1, 0);
   wait_for(engine, 0, 0);
+}
+
+TEST_CASE("files in another state than they were, or should be in") {
+  const Checkpoint checkpoint({1000, 2000});
+  const std::string& path = checkpoint.files[1].path();
+  struct stat status{};
+  REQUIRE(::stat(path.c_str(), &status) == 0);
+  FileStamp stamp{status.st_dev, status.st_ino, status.st_size,
+                  status.st_mtim.tv_sec * 1'000'000'000 + status.st_mtim.tv_nsec};
+  Engine engine({});
+  CHECK(engine.add_file(checkpoint.files[0].path()) == 0);
+  CHECK(engine.add_file(path, stamp) == 1);
+  CHECK_NOTHROW(engine.require_unchanged());
+  ++stamp.size;
+  CHECK(error_of([&] { engine.add_file(path, stamp); }).code() == ErrorCode::kChanged);
+  CHECK_NOTHROW(engine.require_unchanged());
+  REQUIRE(::truncate(path.c_str(), 3) == 0);
+  const Error error = error_of([&] { engine.require_unchanged(); });
+  CHECK(error.code() == ErrorCode::kChanged);
+  CHECK(error.path() == path);
 }
 
 TEST_CASE("lanes, files and tickets that do not exist, and a ticket waited for twice") {

@@ -22,6 +22,8 @@ TEST_CASE("at() places a copy") {
   CHECK(placed.path() == "/a/file");
   CHECK(placed.offset() == 0);
   CHECK_FALSE(error.offset().has_value());
+  CHECK(error.at("/a/file").path() == "/a/file");
+  CHECK_FALSE(error.at("/a/file").offset().has_value());
 }
 
 TEST_CASE("an operating-system failure says why") {
@@ -38,6 +40,7 @@ TEST_CASE("every code has the name that pyint8/errors.py knows") {
   CHECK(std::string(name_of(ErrorCode::kInvalidArgument)) == "invalid_argument");
   CHECK(std::string(name_of(ErrorCode::kIo)) == "io");
   CHECK(std::string(name_of(ErrorCode::kTruncated)) == "truncated");
+  CHECK(std::string(name_of(ErrorCode::kChanged)) == "changed");
   CHECK(std::string(name_of(ErrorCode::kDriver)) == "driver");
   CHECK(std::string(name_of(ErrorCode::kCancelled)) == "cancelled");
 }

@@ -1,8 +1,11 @@
+#include <fcntl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <array>
 #include <cerrno>
+#include <cstdio>
 #include <cstdlib>
 #include <memory>
 
@@ -24,6 +27,26 @@ Aligned aligned_bytes(std::size_t nbytes) {
 }
 
 constexpr std::size_t kOdd = 3 * kDirectAlignment + 123;
+
+FileStamp stamp_of(const std::string& path) {
+  struct stat status{};
+  REQUIRE(::stat(path.c_str(), &status) == 0);
+  return {status.st_dev, status.st_ino, status.st_size,
+          status.st_mtim.tv_sec * 1'000'000'000 + status.st_mtim.tv_nsec};
+}
+
+// Makes it a file that was last written at another time.
+void touch(const std::string& path) {
+  const timespec times[2] = {{0, UTIME_OMIT}, {12345, 678}};
+  REQUIRE(::utimensat(AT_FDCWD, path.c_str(), times, 0) == 0);
+}
+
+void check_changed(const Error& error, const std::string& path) {
+  CHECK(error.code() == ErrorCode::kChanged);
+  CHECK(contains(error.message(), "changed while it was loaded; load it again"));
+  CHECK(error.path() == path);
+  CHECK_FALSE(error.offset().has_value());
+}
 
 }  // namespace
 
@@ -180,6 +203,63 @@ TEST_CASE("a path that cannot be opened, or not be read") {
   const TempFile forbidden(random_bytes(10, 9));
   ::chmod(forbidden.path().c_str(), 0);
   CHECK(error_of([&] { File(forbidden.path(), false); }).system_errno() == EACCES);
+}
+
+TEST_CASE("a file in another state than the expected one is not opened") {
+  const TempFile temporary(random_bytes(kOdd, 13));
+  const FileStamp right = stamp_of(temporary.path());
+  const std::size_t before = open_files();
+  for (const bool direct : {false, true}) {
+    CHECK_NOTHROW(File(temporary.path(), direct, right));
+    for (const auto& [device, inode, size, mtime_ns] :
+         {std::array<int, 4>{1, 0, 0, 0}, {0, 1, 0, 0}, {0, 0, 1, 0}, {0, 0, 0, 1}}) {
+      FileStamp wrong = right;
+      wrong.device += device, wrong.inode += inode, wrong.size += size, wrong.mtime_ns += mtime_ns;
+      check_changed(error_of([&] { File(temporary.path(), direct, wrong); }), temporary.path());
+    }
+  }
+  CHECK(open_files() == before);
+}
+
+TEST_CASE("a file that is written to while it is open is not the one that was opened") {
+  const TempFile temporary(random_bytes(kOdd, 14));
+  const File file(temporary.path(), false);
+  CHECK_NOTHROW(file.require_unchanged());
+  touch(temporary.path());
+  check_changed(error_of([&] { file.require_unchanged(); }), temporary.path());
+}
+
+TEST_CASE("a file that is replaced while it is open stays what it was, by whatever name") {
+  const Bytes content = random_bytes(kOdd, 15);
+  const TempFile temporary(content), other(random_bytes(kOdd, 16));
+  const File file(temporary.path(), false, stamp_of(temporary.path()));
+  REQUIRE(std::rename(other.path().c_str(), temporary.path().c_str()) == 0);
+  Bytes out(kOdd);
+  file.read_at(out.data(), kOdd, kOdd, 0);
+  CHECK(out == content);
+  CHECK_NOTHROW(file.require_unchanged());
+}
+
+TEST_CASE("a file that is cut while it is open has changed, rather than being too short") {
+  const TempFile temporary(random_bytes(kOdd, 17));
+  const File file(temporary.path(), false);
+  REQUIRE(::truncate(temporary.path().c_str(), 100) == 0);
+  Bytes out(kOdd);
+  const Error error = error_of([&] { file.read_at(out.data(), kOdd, kOdd, 0); });
+  CHECK(error.code() == ErrorCode::kChanged);
+  CHECK(error.path() == temporary.path());
+  CHECK(error.offset() == 100);
+}
+
+TEST_CASE("a file that is replaced before its direct twin is opened is refused") {
+  const TempFile temporary(random_bytes(kOdd, 18)), other(random_bytes(kOdd, 19));
+  if (!File(temporary.path(), true).direct()) return;
+  before_direct_open = [&] { REQUIRE(std::rename(other.path().c_str(), temporary.path().c_str()) == 0); };
+  const std::size_t before = open_files();
+  const Error error = error_of([&] { File(temporary.path(), true); });
+  before_direct_open = nullptr;
+  check_changed(error, temporary.path());
+  CHECK(open_files() == before);
 }
 
 TEST_CASE("descriptors are given back") {

@@ -28,6 +28,7 @@ from pyint8 import errors
 from pyint8.checkpoint import read_header
 from pyint8.report.progress import ByteProgress
 from pyint8.streaming.stream import TensorStream
+from pyint8.streaming.transport import Transport
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -283,26 +284,30 @@ def test_a_file_cut_while_it_is_loaded(copy_of: Copy, monkeypatch: pytest.Monkey
     folder = copy_of("llama")
     entry = read_header(folder / FILE).entries[Q_PROJ]
     monkeypatch.setattr(ByteProgress, "start", lambda *_: os.truncate(folder / FILE, entry.offset + 11))
-    with pytest.raises(
-        errors.CheckpointError, match=rf"a file of {folder} changed while it was loaded .*; fetch it again"
-    ):
+    with pytest.raises(errors.FileChangedError, match="changed while it was loaded; load it again") as caught:
         pyint8.load(folder, "cpu")
+    assert caught.value.path == entry.path
 
 
 def test_a_file_cut_while_it_is_streamed(copy_of: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = copy_of("llama")
     entry = read_header(folder / FILE).entries[Q_PROJ]
     size = (folder / FILE).stat().st_size
-    stream = TensorStream.__init__
+    stream, opened = TensorStream.__init__, Transport._file
 
-    def cut(*args: object, **kwargs: object) -> None:
+    def cut(*args: Any) -> int:
+        number = opened(*args)
         os.truncate(folder / FILE, entry.offset + 11)
-        stream(*args, **kwargs)  # type: ignore[arg-type]
+        return number
+
+    def begin(*args: Any, **kwargs: Any) -> None:
+        stream(*args, **kwargs)
         time.sleep(0.5)  # the workers have come to the end
         os.truncate(folder / FILE, size)  # so that transformers, which looks at the header, does not mind
 
-    monkeypatch.setattr(TensorStream, "__init__", cut)
-    with pytest.raises(errors.TruncatedError, match=r"the file ends here.*fetch it again") as caught:
+    monkeypatch.setattr(Transport, "_file", cut)
+    monkeypatch.setattr(TensorStream, "__init__", begin)
+    with pytest.raises(errors.FileChangedError, match="changed while it was loaded; load it again") as caught:
         pyint8.load(folder, "cpu")
     assert (caught.value.tensor, caught.value.path) == (Q_PROJ, entry.path)
     assert caught.value.offset == entry.offset + 11

@@ -23,6 +23,7 @@ BUILTINS: dict[type[Pyint8Error], type[Exception]] = {
     errors.CheckpointNotFoundError: FileNotFoundError,
     errors.HeaderError: ValueError,
     errors.TruncatedError: ValueError,
+    errors.FileChangedError: ValueError,
     errors.ShapeMismatchError: ValueError,
     errors.QuantizationStateError: ValueError,
     errors.NonFiniteWeightError: ValueError,
@@ -105,6 +106,10 @@ def test_the_extensions_errors_have_their_places() -> None:
     cut = from_core("truncated", "ends here", "/a/b", 0, 0)
     assert isinstance(cut, TruncatedError)
     assert (cut.path, cut.offset) == ("/a/b", 0)
+    for offset in (None, 7):
+        changed = from_core("changed", "no longer", "/a/b", offset, 0)
+        assert type(changed) is errors.FileChangedError
+        assert (changed.path, changed.offset) == ("/a/b", offset)
 
 
 def test_importing_is_cheap() -> None:

@@ -13,6 +13,7 @@ from oracle import compare_models, show
 from zoo import ZOO, CheckpointStore
 
 import pyint8
+from pyint8.checkpoint.find import find_checkpoint
 from pyint8.errors import Pyint8Error
 from pyint8.streaming import preparation
 
@@ -70,6 +71,11 @@ def test_the_cache_is_begun_with(cache: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(preparation, "PageCachePrefetch", note)
     pyint8.load(REPO, "cpu", cache_dir=str(cache), local_files_only=True)
     assert len(seen[0].files) > 1
+
+
+def test_what_will_be_downloaded_again_is_not_begun_with(cache: Path) -> None:
+    assert find_checkpoint(REPO, {"cache_dir": str(cache)}) is not None
+    assert find_checkpoint(REPO, {"cache_dir": str(cache), "force_download": True}) is None
 
 
 def test_what_the_cache_lacks_is_said(cache: Path) -> None:

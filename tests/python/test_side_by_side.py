@@ -22,6 +22,7 @@ from pyint8.models.transformers import parameters
 from pyint8.models.transformers.ahead import MadeAhead
 from pyint8.models.transformers.parameters import ParameterMaker
 from pyint8.streaming.stream import TensorStream
+from pyint8.streaming.transport import Transport
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "two_devices")
 
@@ -81,16 +82,21 @@ def test_an_error_on_a_thread_is_that_of_the_load(copy_of: Any, monkeypatch: pyt
     folder = copy_of("llama", "bf16")
     file = folder / "model.safetensors"
     size = os.path.getsize(file)
-    build = ParameterMaker.__init__
+    build, opened = ParameterMaker.__init__, Transport._file
 
-    def cut(*args: Any, **kwargs: Any) -> None:
+    def cut(*args: Any) -> int:
+        number = opened(*args)
         os.truncate(file, size - 5000)
+        return number
+
+    def begin(*args: Any, **kwargs: Any) -> None:
         build(*args, **kwargs)
         time.sleep(0.5)  # the workers have come to the end
         os.truncate(file, size)  # so that transformers, which looks at the header, does not mind
 
-    monkeypatch.setattr(ParameterMaker, "__init__", cut)
-    with pytest.raises(errors.TruncatedError) as caught:
+    monkeypatch.setattr(Transport, "_file", cut)
+    monkeypatch.setattr(ParameterMaker, "__init__", begin)
+    with pytest.raises(errors.FileChangedError) as caught:
         pyint8.load(folder, **KWARGS)
     assert caught.value.path == str(file)
 

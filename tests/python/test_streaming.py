@@ -8,7 +8,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,12 @@ def content(tensor: torch.Tensor) -> bytes:
     return tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
-def deliveries(checkpoint: Checkpoint, *, in_bands: bool = False) -> list[Delivery]:
+def unstamped(checkpoint: Checkpoint) -> dict[str, Entry]:
+    """Entries that are read of the file in whatever state."""
+    return {name: replace(entry, stamp=None) for name, entry in checkpoint.items()}
+
+
+def deliveries(checkpoint: Mapping[str, Entry], *, in_bands: bool = False) -> list[Delivery]:
     return [Delivery(entry, CPU, in_bands) for entry in checkpoint.values()]
 
 
@@ -246,7 +251,7 @@ def test_a_file_cut_after_its_header_was_read(tmp_path: Path, in_bands: bool) ->
     cut = checkpoint["b"].offset + 150_001
     os.truncate(checkpoint.files[0], cut)
     options = StreamOptions(threads=1, slot_bytes=8192, host_scratch=MIB)
-    with TensorStream(deliveries(checkpoint, in_bands=in_bands), options) as stream:
+    with TensorStream(deliveries(unstamped(checkpoint), in_bands=in_bands), options) as stream:
         assert content(stream.whole("a")) == stored(checkpoint["a"])
         for name in ("b", "c"):
             with pytest.raises(TruncatedError, match=r"the file ends here, \d+ bytes before the tensor does") as caught:
@@ -317,7 +322,7 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return write(tmp_path_factory.mktemp("experts") / "model.safetensors", EXPERTS)
 
 
-def in_batches(experts: Checkpoint) -> list[Delivery]:
+def in_batches(experts: Mapping[str, Entry]) -> list[Delivery]:
     return [Delivery(entry, CPU, batch="b" if name == "other" else "a") for name, entry in experts.items()]
 
 
@@ -364,7 +369,7 @@ def test_what_landed_early_is_in_no_batch(experts: Checkpoint) -> None:
     lane = transport.lane(CPU)
     entry = experts["gate.7"]
     storage = torch.UntypedStorage(entry.nbytes)
-    ticket = transport.submit(lane, [Read(entry.path, entry.offset, entry.nbytes, storage)])
+    ticket = transport.submit(lane, [Read(entry.path, entry.offset, entry.nbytes, storage, stamp=entry.stamp)])
     early[entry.name] = EarlyTensor(entry, lane, storage, ticket)
     with TensorStream(in_batches(experts), TINY, transport=transport, early=early) as stream:
         found = {name: stream.batched(name, experts[name].torch_dtype) for name in experts}
@@ -378,7 +383,9 @@ def test_an_error_names_the_tensor_of_a_batch(tmp_path: Path) -> None:
     checkpoint = write(tmp_path / "x", EXPERTS)
     cut = checkpoint["gate.70"].offset + 1
     os.truncate(checkpoint.files[0], cut)
-    with TensorStream(in_batches(checkpoint), StreamOptions(threads=1, slot_bytes=8192, host_scratch=MIB)) as stream:
+    with TensorStream(
+        in_batches(unstamped(checkpoint)), StreamOptions(threads=1, slot_bytes=8192, host_scratch=MIB)
+    ) as stream:
         for name in list(checkpoint)[:64]:
             stream.batched(name, torch.float32)
         with pytest.raises(TruncatedError) as caught:
@@ -481,8 +488,9 @@ def test_a_head_start_that_fails_fails_when_it_is_taken(tmp_path: Path) -> None:
 def test_a_file_cut_while_it_is_begun_early_names_the_tensor(tmp_path: Path) -> None:
     checkpoint = write(tmp_path / "x.safetensors", {"x": ("U8", (100,)), "y": ("U8", (100_000,))})
     os.truncate(checkpoint["y"].path, checkpoint["y"].offset + 10)
-    start = HeadStart(CPU, list(checkpoint.values()), 1 << 30, TINY)
-    stream = TensorStream(deliveries(checkpoint), TINY, **taken(start))
+    entries = unstamped(checkpoint)
+    start = HeadStart(CPU, list(entries.values()), 1 << 30, TINY)
+    stream = TensorStream(deliveries(entries), TINY, **taken(start))
     with stream, pytest.raises(TruncatedError) as caught:
         list(map(stream.whole, checkpoint))
     assert caught.value.tensor == "y"

@@ -205,7 +205,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         return [PlannedRenaming(plan), PlannedConverter(plan, self.session.make)]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        self.session.close()
+        self.session.finish()
         with self.session.recorder.phase("finish"):
             self.int8.postprocess_model(model, locate=self.session.locate)
             model._weight_conversions = self.session.plan.used

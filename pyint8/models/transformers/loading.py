@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from pyint8.checkpoint.find import cached_file, named_by_adapter
 from pyint8.config import METHOD, Int8Config
-from pyint8.errors import CheckpointError, CheckpointNotFoundError, ModelNotSupportedError, OptionError
+from pyint8.errors import CheckpointNotFoundError, FileChangedError, ModelNotSupportedError, OptionError
 from pyint8.host import garbage
 from pyint8.models.keywords import unknown
 from pyint8.models.request import LoadRequest
@@ -119,7 +119,9 @@ def _named_problems(path: str, model_class: Any, arguments: Mapping[str, Any]) -
     try:
         yield
     except SafetensorError as error:  # of files whose headers pyint8 had read
-        raise CheckpointError(f"a file of {path} changed while it was loaded ({error}); fetch it again") from error
+        raise FileChangedError(
+            f"a file of {path} changed while it was loaded ({error}); load it again, once nothing writes to it"
+        ) from error
     except TypeError as error:
         found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if found is None or found[1] not in arguments:

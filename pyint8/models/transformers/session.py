@@ -110,10 +110,23 @@ class LoadSession:
             self._maker = None
             self.recorder.add_seconds("stream", time.perf_counter() - self._stream_start)
 
+    def finish(self) -> None:
+        """Closes, after the last parameter.
+
+        transformers reads the files too, by their paths: names before the stream, and later what is left on the disk.
+
+        Raises:
+            FileChangedError: A file is not the one any more whose header was read.
+        """
+        assert self._checkpoint is not None
+        self.close()
+        self._checkpoint.require_unchanged(self._checkpoint.files)
+
     def open_files(self, files: Sequence[str]) -> None:
-        """The files that transformers resolved; read again only if they are others than those opened before."""
+        """The files that transformers resolved; read again only if they are not those opened before, as they were."""
         self.on_files()
-        if self._checkpoint is None or set(self._checkpoint.files) != set(files):
+        known = self._checkpoint
+        if known is None or set(known.files) != set(files) or known.has_changed:
             with self.recorder.phase("read headers"):
                 self._checkpoint = checkpoint_of_files(files, strict=self.request.strict)
 

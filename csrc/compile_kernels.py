@@ -1,4 +1,4 @@
-"""Compile kernels.cu with NVRTC and write it as a C++ source file: `compile_kernels.py kernels.cu out.cpp`.
+"""Compile device/kernels.cu with NVRTC and write it as a C++ source file: `compile_kernels.py kernels.cu out.cpp`.
 
 NVRTC 12.0 (a build requirement of 23 MB; no toolkit, headers or GPU needed) writes PTX ISA 8.0 and machine code that
 every driver since 525 accepts; nvcc 13 would write ISA 9.0 and need 580. The PTX, for Volta and all that came after,
@@ -21,7 +21,7 @@ _PTX_FOR = 70
 _TEMPLATE = """// Written by csrc/compile_kernels.py.
 #include <array>
 
-#include "kernel_images.hpp"
+#include "device/kernel_images.hpp"
 
 namespace pyint8 {{
 namespace {{

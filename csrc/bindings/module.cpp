@@ -4,11 +4,11 @@
 
 #include <tuple>
 
-#include "device_cuda.hpp"
-#include "device_host.hpp"
-#include "engine.hpp"
+#include "device/device_cuda.hpp"
+#include "device/device_host.hpp"
+#include "device/kernel_images.hpp"
 #include "error.hpp"
-#include "kernel_images.hpp"
+#include "transfer/engine.hpp"
 
 namespace py = pybind11;
 using namespace py::literals;

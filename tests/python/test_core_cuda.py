@@ -28,7 +28,7 @@ HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 class FakeDriver:
-    """The fake's controls (tests/cpp/fake_cuda.h), and what torch would do beside us."""
+    """The fake's controls (tests/cpp/support/fake_cuda.h), and what torch would do beside us."""
 
     def __init__(self, path: str) -> None:
         self.path = path

@@ -1,0 +1,95 @@
+#include "storage/file.hpp"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <utility>
+#include <vector>
+
+#include "error.hpp"
+
+namespace pyint8 {
+namespace {
+
+const char* advice_for(int open_errno) {
+  if (open_errno == EMFILE || open_errno == ENFILE) return "cannot open the file (raise `ulimit -n`)";
+  return "cannot open the file (is it there, and readable by this user?)";
+}
+
+}  // namespace
+
+File::File(std::string path, bool direct) : path_(std::move(path)), direct_(-1) {
+  buffered_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC);
+  if (buffered_ < 0) throw Error::io(advice_for(errno), errno, path_, std::nullopt);
+#ifdef O_DIRECT
+  if (direct) {
+    twin_ = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
+    direct_.store(twin_, std::memory_order_relaxed);
+    struct stat status{};
+    if (twin_ >= 0 && ::fstat(buffered_, &status) == 0 && status.st_size > 0) {
+      mapped_ = static_cast<std::uint64_t>(status.st_size);
+      map_ = ::mmap(nullptr, mapped_, PROT_READ, MAP_SHARED, buffered_, 0);
+      if (map_ == MAP_FAILED) map_ = nullptr;
+    }
+  }
+#else
+  (void)direct;
+#endif
+}
+
+File::~File() {
+  if (map_ != nullptr) ::munmap(map_, mapped_);
+  if (twin_ >= 0) ::close(twin_);
+  ::close(buffered_);
+}
+
+// Whether all pages of a range are in the page cache. What only looks so (the kernel does not tell everybody
+// about files of others) is read through it, as without direct reads.
+bool File::is_cached(std::uint64_t offset, std::size_t nbytes) const {
+  if (map_ == nullptr || offset >= mapped_) return false;
+  nbytes = static_cast<std::size_t>(std::min<std::uint64_t>(nbytes, mapped_ - offset));
+  std::vector<unsigned char> pages(nbytes / kDirectAlignment + 1);
+  if (::mincore(static_cast<std::byte*>(map_) + offset, nbytes, pages.data()) != 0) return false;
+  pages.resize((nbytes + kDirectAlignment - 1) / kDirectAlignment);
+  return std::ranges::all_of(pages, [](unsigned char page) { return (page & 1) != 0; });
+}
+
+int File::descriptor_for(const std::byte* out, std::size_t capacity, std::uint64_t offset) const {
+  const int direct = direct_.load(std::memory_order_relaxed);
+  const bool aligned = (reinterpret_cast<std::uintptr_t>(out) | capacity | offset) % kDirectAlignment == 0;
+  return direct >= 0 && aligned && !is_cached(offset, capacity) ? direct : buffered_;
+}
+
+void File::throw_truncated(std::uint64_t wanted, std::size_t missing) const {
+  struct stat status{};
+  const std::uint64_t end =
+      ::fstat(buffered_, &status) == 0 ? static_cast<std::uint64_t>(status.st_size) : wanted;
+  const std::uint64_t at = std::min(wanted, end);  // a read may lie wholly behind the end
+  throw Error(ErrorCode::kTruncated, "the file ends here, " + std::to_string(wanted - at + missing) +
+                                         " bytes before the tensor does; fetch it again")
+      .at(path_, at);
+}
+
+void File::read_at(std::byte* out, std::size_t needed, std::size_t capacity, std::uint64_t offset) const {
+  std::size_t got = 0;
+  while (got < needed) {
+    const int descriptor = descriptor_for(out + got, capacity - got, offset + got);
+    const ssize_t count = ::pread(descriptor, out + got, capacity - got, static_cast<off_t>(offset + got));
+    if (count > 0) {
+      got += static_cast<std::size_t>(count);
+    } else if (count == 0) {
+      throw_truncated(offset + got, needed - got);
+    } else if (errno == EINVAL && descriptor != buffered_) {
+      direct_.store(-1, std::memory_order_relaxed);
+    } else if (errno != EINTR) {
+      throw Error::io("cannot read the file (check the disk or the network it lies on, and load again)",
+                      errno, path_, offset + got);
+    }
+  }
+}
+
+}  // namespace pyint8

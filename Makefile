@@ -39,7 +39,7 @@ transformers-matrix: $(VENV)-matrix/.made
 # compute-sanitizer comes with the CUDA toolkit.
 gpu-sanitize: $(VENV)/.tests
 	for tool in memcheck racecheck initcheck; do \
-	  PYINT8_REQUIRE_GPU=1 compute-sanitizer --tool $$tool --kernel-name kernel_substring=turn_ --error-exitcode 9 \
+	  PYINT8_REQUIRE_GPU=1 compute-sanitizer --tool $$tool --kernel-name kernel_substring=transpose_ --error-exitcode 9 \
 	    $(BIN)/python $(BIN)/pytest -q tests/gpu/test_stream_gpu.py -k kernel || exit 1; \
 	done
 

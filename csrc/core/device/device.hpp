@@ -54,8 +54,8 @@ class Device {
   // Blocks until every copy issued so far has landed.
   virtual void synchronize() = 0;
 
-  // Turns and casts a weight (see transpose.hpp) on `stream`.
-  virtual void turn_to_half(const Turn& turn, StreamHandle stream) = 0;
+  // Transposes and casts a weight (see transpose.hpp) on `stream`.
+  virtual void transpose_to_half(const TransposeJob& job, StreamHandle stream) = 0;
 };
 
 // Bytes of pinned memory held by this process's devices right now.

@@ -11,13 +11,12 @@
 #include <thread>
 
 #include "device/kernel_images.hpp"
+#include "device/kernel_tile.hpp"
 #include "error.hpp"
 
 namespace pyint8 {
 namespace {
 
-constexpr unsigned kTile = 32;  // as in kernels.cu
-constexpr unsigned kRows = 8;   // as in kernels.cu
 constexpr unsigned kMostBlocksY = 65535;
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 
@@ -97,17 +96,17 @@ class PinnedMemory final : public HostMemory {
   std::byte* data_ = nullptr;
 };
 
-const char* kernel_name(const Turn& turn) {
-  switch (turn.type) {
+const char* kernel_name(const TransposeJob& job) {
+  switch (job.type) {
     case ElementType::kHalf:
-      return turn.through_bfloat16 ? "turn_half_through_bfloat16" : "turn_half";
+      return job.through_bfloat16 ? "transpose_half_through_bfloat16" : "transpose_half";
     case ElementType::kBFloat16:
-      return "turn_bfloat16";
+      return "transpose_bfloat16";
     case ElementType::kFloat:
-      return turn.through_bfloat16 ? "turn_float_through_bfloat16" : "turn_float";
+      return job.through_bfloat16 ? "transpose_float_through_bfloat16" : "transpose_float";
   }
   throw Error(ErrorCode::kInvalidArgument,
-              "unknown element type " + std::to_string(static_cast<int>(turn.type)));
+              "unknown element type " + std::to_string(static_cast<int>(job.type)));
 }
 
 }  // namespace
@@ -155,7 +154,7 @@ CudaDevice::CudaDevice(std::shared_ptr<const CudaApi> api, int ordinal)
 CudaDevice::~CudaDevice() {
   const CudaContext::Scope scope(*context_, std::nothrow);
   context_->api().stream_synchronize(copy_stream_);
-  if (last_turn_ != nullptr) context_->api().event_synchronize(handle_of(*last_turn_));
+  if (last_transpose_ != nullptr) context_->api().event_synchronize(handle_of(*last_transpose_));
   context_->api().stream_destroy(copy_stream_);
   if (module_ != nullptr) context_->api().module_unload(module_);
 }
@@ -221,33 +220,33 @@ CuModule CudaDevice::load_kernels() const {
 }
 
 // Loaded at the first Conv1D weight, not before.
-CuFunction CudaDevice::kernel_for(const Turn& turn) {
+CuFunction CudaDevice::kernel_for(const TransposeJob& job) {
   const CudaApi& api = context_->api();
   const std::lock_guard lock(module_mutex_);
   if (module_ == nullptr) module_ = load_kernels();
   CuFunction function = nullptr;
-  api.check(api.module_get_function(&function, module_, kernel_name(turn)), "cuModuleGetFunction");
+  api.check(api.module_get_function(&function, module_, kernel_name(job)), "cuModuleGetFunction");
   return function;
 }
 
-void CudaDevice::turn_to_half(const Turn& turn, StreamHandle stream) {
-  validate(turn);
-  if (turn.rows == 0 || turn.columns == 0) return;
+void CudaDevice::transpose_to_half(const TransposeJob& job, StreamHandle stream) {
+  validate(job);
+  if (job.rows == 0 || job.columns == 0) return;
   const CudaContext::Scope scope(*context_);
-  const CuFunction kernel = kernel_for(turn);
-  auto [from, to] = std::pair<CuDevicePtr, CuDevicePtr>{turn.from, turn.to};
-  unsigned long long rows = turn.rows, columns = turn.columns, to_stride = turn.to_stride;
+  const CuFunction kernel = kernel_for(job);
+  auto [from, to] = std::pair<CuDevicePtr, CuDevicePtr>{job.from, job.to};
+  unsigned long long rows = job.rows, columns = job.columns, to_stride = job.to_stride;
   std::array<void*, 5> arguments = {&from, &rows, &columns, &to, &to_stride};
-  const auto blocks_x = static_cast<unsigned>((turn.columns + kTile - 1) / kTile);
+  const auto blocks_x = static_cast<unsigned>((job.columns + kTile - 1) / kTile);
   const auto blocks_y =
-      static_cast<unsigned>(std::min<std::size_t>((turn.rows + kTile - 1) / kTile, kMostBlocksY));
+      static_cast<unsigned>(std::min<std::size_t>((job.rows + kTile - 1) / kTile, kMostBlocksY));
   const CudaApi& api = context_->api();
   api.check(api.launch_kernel(kernel, blocks_x, blocks_y, 1, kTile, kRows, 1, 0, as_stream(stream),
                               arguments.data(), nullptr),
             "cuLaunchKernel");
   const std::lock_guard lock(module_mutex_);
-  if (last_turn_ == nullptr) last_turn_ = make_event();
-  record_on(stream, *last_turn_);
+  if (last_transpose_ == nullptr) last_transpose_ = make_event();
+  record_on(stream, *last_transpose_);
 }
 
 }  // namespace pyint8

@@ -56,17 +56,17 @@ class CudaDevice final : public Device {
   void record_on(StreamHandle stream, Event& event) override;
   void stream_waits_for(StreamHandle stream, const Event& event) override;
   void synchronize() override;
-  void turn_to_half(const Turn& turn, StreamHandle stream) override;
+  void transpose_to_half(const TransposeJob& job, StreamHandle stream) override;
 
  private:
-  CuFunction kernel_for(const Turn& turn);
+  CuFunction kernel_for(const TransposeJob& job);
   CuModule load_kernels() const;
 
   std::shared_ptr<CudaContext> context_;
   CuStream copy_stream_ = nullptr;
   std::mutex module_mutex_;  // guards the two below
   CuModule module_ = nullptr;
-  std::unique_ptr<Event> last_turn_;  // the module must outlive it
+  std::unique_ptr<Event> last_transpose_;  // the module must outlive it
 };
 
 }  // namespace pyint8

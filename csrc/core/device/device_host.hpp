@@ -7,7 +7,7 @@ namespace pyint8 {
 
 class HostDevice : public Device {
  public:
-  // `threads`: how many may turn one weight.
+  // `threads`: how many may transpose one weight.
   explicit HostDevice(std::size_t threads) : threads_(threads) {}
 
   bool is_host() const override { return true; }
@@ -19,7 +19,9 @@ class HostDevice : public Device {
   void record_on(StreamHandle, Event&) override {}
   void stream_waits_for(StreamHandle, const Event&) override {}
   void synchronize() override {}
-  void turn_to_half(const Turn& turn, StreamHandle) override { pyint8::turn_to_half(turn, threads_); }
+  void transpose_to_half(const TransposeJob& job, StreamHandle) override {
+    pyint8::transpose_to_half(job, threads_);
+  }
 
  private:
   std::size_t threads_;

@@ -1,16 +1,16 @@
-// Turn and cast in one pass: source row r, column c -> destination row c, column r, as fp16 (see
+// Transpose and cast in one pass: source row r, column c -> destination row c, column r, as fp16 (see
 // transpose.hpp).
 //
-// Compiled by NVRTC, which has no headers at hand: hence the integer names and the inline conversions.
+// Compiled by NVRTC, which has no headers at hand but the core's own: hence the integer names and the
+// inline conversions.
+#include "device/kernel_tile.hpp"
 
 using u16 = unsigned short;
 using u32 = unsigned int;
 using u64 = unsigned long long;
 
-// A tile's edge. 32 fp16 are 64 bytes, two whole sectors, on either side of the turn.
-constexpr int kTile = 32;
-// Each thread moves kTile / kRows elements of a tile.
-constexpr int kRows = 8;
+constexpr int kTile = pyint8::kTile;
+constexpr int kRows = pyint8::kRows;
 
 __device__ __forceinline__ float half_to_float(u16 bits) {
   float value;
@@ -48,7 +48,7 @@ struct Float {
 };
 
 template <typename Source, bool through_bfloat16>
-__device__ __forceinline__ void turn(const Source* from, u64 rows, u64 columns, u16* to, u64 to_stride) {
+__device__ __forceinline__ void transpose(const Source* from, u64 rows, u64 columns, u16* to, u64 to_stride) {
   __shared__ u16
       tile[kTile][kTile + 1];  // one more column, so that a column's elements lie in different banks
   const u64 c0 = (u64)blockIdx.x * kTile;
@@ -71,14 +71,14 @@ __device__ __forceinline__ void turn(const Source* from, u64 rows, u64 columns, 
   }
 }
 
-#define PYINT8_TURN(name, source, through_bfloat16)                             \
+#define PYINT8_TRANSPOSE(name, source, through_bfloat16)                        \
   extern "C" __global__ void __launch_bounds__(kTile* kRows)                    \
       name(const source* from, u64 rows, u64 columns, u16* to, u64 to_stride) { \
-    turn<source, through_bfloat16>(from, rows, columns, to, to_stride);         \
+    transpose<source, through_bfloat16>(from, rows, columns, to, to_stride);    \
   }
 
-PYINT8_TURN(turn_half, Half, false)
-PYINT8_TURN(turn_half_through_bfloat16, Half, true)
-PYINT8_TURN(turn_bfloat16, BFloat16, false)
-PYINT8_TURN(turn_float, Float, false)
-PYINT8_TURN(turn_float_through_bfloat16, Float, true)
+PYINT8_TRANSPOSE(transpose_half, Half, false)
+PYINT8_TRANSPOSE(transpose_half_through_bfloat16, Half, true)
+PYINT8_TRANSPOSE(transpose_bfloat16, BFloat16, false)
+PYINT8_TRANSPOSE(transpose_float, Float, false)
+PYINT8_TRANSPOSE(transpose_float_through_bfloat16, Float, true)

@@ -122,28 +122,28 @@ void transpose_8x8(const std::uint16_t* from, std::size_t from_stride, std::uint
 }
 #endif
 
-// Writes the first `rows` x `columns` of a tile, turned.
-void write_turned(const Tile& tile, std::size_t rows, std::size_t columns, std::uint16_t* to,
-                  std::size_t to_stride) {
-  std::size_t turned_rows = 0;
-  std::size_t turned_columns = 0;
+// Writes the first `rows` x `columns` of a tile, transposed.
+void write_transposed(const Tile& tile, std::size_t rows, std::size_t columns, std::uint16_t* to,
+                      std::size_t to_stride) {
+  std::size_t whole_rows = 0;
+  std::size_t whole_columns = 0;
 #ifdef PYINT8_X86
-  turned_rows = rows / 8 * 8;
-  turned_columns = columns / 8 * 8;
-  for (std::size_t c = 0; c < turned_columns; c += 8) {
-    for (std::size_t r = 0; r < turned_rows; r += 8) {
+  whole_rows = rows / 8 * 8;
+  whole_columns = columns / 8 * 8;
+  for (std::size_t c = 0; c < whole_columns; c += 8) {
+    for (std::size_t r = 0; r < whole_rows; r += 8) {
       transpose_8x8(&tile[r * kTile + c], kTile, to + c * to_stride + r, to_stride);
     }
   }
 #endif
   for (std::size_t c = 0; c < columns; ++c) {
-    for (std::size_t r = c < turned_columns ? turned_rows : 0; r < rows; ++r) {
+    for (std::size_t r = c < whole_columns ? whole_rows : 0; r < rows; ++r) {
       to[c * to_stride + r] = tile[r * kTile + c];
     }
   }
 }
 
-// A tile's rows lie far apart, where the hardware does not prefetch: with this, turning took half the time.
+// A tile's rows lie far apart, where the hardware does not prefetch.
 template <int for_writing>
 void prefetch(const void* start, std::size_t nbytes) {
   const auto* bytes = static_cast<const char*>(start);
@@ -151,24 +151,24 @@ void prefetch(const void* start, std::size_t nbytes) {
 }
 
 // The source columns [first, last), which are destination rows, so threads write apart from each other.
-void turn_columns(const Turn& turn, ConvertRow convert, std::size_t first, std::size_t last) {
-  const auto* from = reinterpret_cast<const std::byte*>(turn.from);
-  auto* to = reinterpret_cast<std::uint16_t*>(turn.to);
-  const std::size_t size = size_of(turn.type);
+void transpose_columns(const TransposeJob& job, ConvertRow convert, std::size_t first, std::size_t last) {
+  const auto* from = reinterpret_cast<const std::byte*>(job.from);
+  auto* to = reinterpret_cast<std::uint16_t*>(job.to);
+  const std::size_t size = size_of(job.type);
   Tile tile;
   for (std::size_t c = first; c < last; c += kTile) {
     const std::size_t columns = std::min(kTile, last - c);
-    for (std::size_t r = 0; r < turn.rows; r += kTile) {
-      const std::size_t rows = std::min(kTile, turn.rows - r);
+    for (std::size_t r = 0; r < job.rows; r += kTile) {
+      const std::size_t rows = std::min(kTile, job.rows - r);
       for (std::size_t i = 0; i < columns; ++i) {
-        prefetch<1>(to + (c + i) * turn.to_stride + r, rows * sizeof(std::uint16_t));
+        prefetch<1>(to + (c + i) * job.to_stride + r, rows * sizeof(std::uint16_t));
       }
       for (std::size_t i = 0; i < rows; ++i) {
         const std::size_t ahead = r + kTile + i;
-        if (ahead < turn.rows) prefetch<0>(from + (ahead * turn.columns + c) * size, columns * size);
-        convert(from + ((r + i) * turn.columns + c) * size, columns, &tile[i * kTile]);
+        if (ahead < job.rows) prefetch<0>(from + (ahead * job.columns + c) * size, columns * size);
+        convert(from + ((r + i) * job.columns + c) * size, columns, &tile[i * kTile]);
       }
-      write_turned(tile, rows, columns, to + c * turn.to_stride + r, turn.to_stride);
+      write_transposed(tile, rows, columns, to + c * job.to_stride + r, job.to_stride);
     }
   }
 }
@@ -179,33 +179,33 @@ std::size_t size_of(ElementType type) {
   return type == ElementType::kFloat ? 4 : 2;
 }
 
-void validate(const Turn& turn) {
+void validate(const TransposeJob& job) {
   constexpr std::size_t kMost = std::numeric_limits<std::ptrdiff_t>::max() / 4;  // of 4-byte elements
-  if (turn.to_stride < turn.rows) {
-    throw Error(ErrorCode::kInvalidArgument, "a destination stride of " + std::to_string(turn.to_stride) +
-                                                 " cannot hold " + std::to_string(turn.rows) + " columns");
+  if (job.to_stride < job.rows) {
+    throw Error(ErrorCode::kInvalidArgument, "a destination stride of " + std::to_string(job.to_stride) +
+                                                 " cannot hold " + std::to_string(job.rows) + " columns");
   }
-  if (turn.columns != 0 && turn.to_stride > kMost / turn.columns) {
-    throw Error(ErrorCode::kInvalidArgument, "a weight of " + std::to_string(turn.to_stride) + " x " +
-                                                 std::to_string(turn.columns) + " elements is too large");
+  if (job.columns != 0 && job.to_stride > kMost / job.columns) {
+    throw Error(ErrorCode::kInvalidArgument, "a weight of " + std::to_string(job.to_stride) + " x " +
+                                                 std::to_string(job.columns) + " elements is too large");
   }
 }
 
-void turn_to_half(const Turn& turn, std::size_t threads) {
-  validate(turn);
-  const ConvertRow convert = choose(turn.type, turn.through_bfloat16);
-  const std::size_t tiles = (turn.columns + kTile - 1) / kTile;
-  const std::size_t useful = std::max<std::size_t>(1, turn.rows * turn.columns / kElementsPerThread);
+void transpose_to_half(const TransposeJob& job, std::size_t threads) {
+  validate(job);
+  const ConvertRow convert = choose(job.type, job.through_bfloat16);
+  const std::size_t tiles = (job.columns + kTile - 1) / kTile;
+  const std::size_t useful = std::max<std::size_t>(1, job.rows * job.columns / kElementsPerThread);
   const std::size_t count = std::max<std::size_t>(1, std::min({threads, useful, tiles}));
 
   std::vector<std::jthread> helpers;
   for (std::size_t i = 0; i < count; ++i) {
     const std::size_t first = tiles * i / count * kTile;
-    const std::size_t last = std::min(turn.columns, tiles * (i + 1) / count * kTile);
+    const std::size_t last = std::min(job.columns, tiles * (i + 1) / count * kTile);
     if (i + 1 < count) {
-      helpers.emplace_back([&turn, convert, first, last] { turn_columns(turn, convert, first, last); });
+      helpers.emplace_back([&job, convert, first, last] { transpose_columns(job, convert, first, last); });
     } else {
-      turn_columns(turn, convert, first, last);
+      transpose_columns(job, convert, first, last);
     }
   }
 }

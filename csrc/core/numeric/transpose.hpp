@@ -1,4 +1,4 @@
-// Turning a Conv1D weight [in, out] into a Linear weight [out, in], cast to fp16 on the way.
+// Transposing a Conv1D weight [in, out] into a Linear weight [out, in], cast to fp16 on the way.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +13,7 @@ std::size_t size_of(ElementType type);
 // Source row r, column c goes to destination row c, column r:
 //   to[c * to_stride + r] = half(model_dtype(from[r * columns + c]))
 // Rounding is to nearest even at both steps, as torch's casts round.
-struct Turn {
+struct TransposeJob {
   std::uintptr_t from;  // [rows, columns] elements of `type`, contiguous
   ElementType type;
   bool through_bfloat16;  // the model's dtype is bfloat16: round to it before fp16
@@ -24,9 +24,9 @@ struct Turn {
 };
 
 // Throws kInvalidArgument if `to_stride` is smaller than `rows`, or a size overflows.
-void validate(const Turn& turn);
+void validate(const TransposeJob& job);
 
 // The CPU's road, with up to `threads` threads (fewer for a small weight).
-void turn_to_half(const Turn& turn, std::size_t threads);
+void transpose_to_half(const TransposeJob& job, std::size_t threads);
 
 }  // namespace pyint8

@@ -232,8 +232,8 @@ bool Engine::wait(Ticket ticket, StreamHandle stream, std::chrono::milliseconds 
   return true;
 }
 
-void Engine::turn_to_half(std::uint32_t lane, const Turn& turn, StreamHandle stream) {
-  device(lane).turn_to_half(turn, stream);
+void Engine::transpose_to_half(std::uint32_t lane, const TransposeJob& job, StreamHandle stream) {
+  device(lane).transpose_to_half(job, stream);
 }
 
 void Engine::close() {

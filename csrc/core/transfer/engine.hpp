@@ -66,8 +66,8 @@ class Engine {
   // waited for once.
   bool wait(Ticket ticket, StreamHandle stream, std::chrono::milliseconds timeout);
 
-  // Turns a weight on a lane (see transpose.hpp), on `stream`.
-  void turn_to_half(std::uint32_t lane, const Turn& turn, StreamHandle stream);
+  // Transposes a weight on a lane (see transpose.hpp), on `stream`.
+  void transpose_to_half(std::uint32_t lane, const TransposeJob& job, StreamHandle stream);
 
   // Drops what has not begun, joins the workers and waits until no copy is under way, so that slots and
   // destinations may be given back. Idempotent; waits for tickets throw kCancelled from then on.

@@ -10,24 +10,24 @@ namespace {
 
 constexpr std::uint16_t kUntouched = 0xabcd;
 
-std::uint16_t expected(const Turn& turn, std::size_t r, std::size_t c) {
+std::uint16_t expected(const TransposeJob& job, std::size_t r, std::size_t c) {
   const std::byte* element =
-      reinterpret_cast<const std::byte*>(turn.from) + (r * turn.columns + c) * size_of(turn.type);
+      reinterpret_cast<const std::byte*>(job.from) + (r * job.columns + c) * size_of(job.type);
   std::uint16_t bits = 0;
   float value = 0;
-  if (turn.type == ElementType::kFloat) {
+  if (job.type == ElementType::kFloat) {
     std::memcpy(&value, element, sizeof value);
   } else {
     std::memcpy(&bits, element, sizeof bits);
-    value = turn.type == ElementType::kHalf ? half_to_float(bits) : bfloat16_to_float(bits);
-    if (turn.type == ElementType::kHalf && !turn.through_bfloat16) return bits;  // signalling NaN and all
+    value = job.type == ElementType::kHalf ? half_to_float(bits) : bfloat16_to_float(bits);
+    if (job.type == ElementType::kHalf && !job.through_bfloat16) return bits;  // signalling NaN and all
   }
-  const bool rounds = turn.through_bfloat16 && turn.type != ElementType::kBFloat16;
+  const bool rounds = job.through_bfloat16 && job.type != ElementType::kBFloat16;
   return float_to_half(rounds ? bfloat16_to_float(float_to_bfloat16(value)) : value);
 }
 
-void check_turn(ElementType type, bool through_bfloat16, std::size_t rows, std::size_t columns,
-                std::size_t padding, std::size_t threads) {
+void check_transposition(ElementType type, bool through_bfloat16, std::size_t rows, std::size_t columns,
+                         std::size_t padding, std::size_t threads) {
   CAPTURE(static_cast<int>(type));
   CAPTURE(through_bfloat16);
   CAPTURE(rows);
@@ -37,13 +37,14 @@ void check_turn(ElementType type, bool through_bfloat16, std::size_t rows, std::
   const Bytes source = random_bytes(rows * columns * size_of(type), rows * 1000 + columns);
   const std::size_t stride = rows + padding;
   std::vector<std::uint16_t> to(columns * stride + 1, kUntouched);
-  const Turn turn = {reinterpret_cast<std::uintptr_t>(source.data()), type,  through_bfloat16, rows, columns,
-                     reinterpret_cast<std::uintptr_t>(to.data()),     stride};
-  turn_to_half(turn, threads);
+  const TransposeJob job = {
+      reinterpret_cast<std::uintptr_t>(source.data()), type,  through_bfloat16, rows, columns,
+      reinterpret_cast<std::uintptr_t>(to.data()),     stride};
+  transpose_to_half(job, threads);
   std::size_t wrong = 0;
   for (std::size_t c = 0; c < columns; ++c) {
     for (std::size_t r = 0; r < stride; ++r) {
-      wrong += to[c * stride + r] != (r < rows ? expected(turn, r, c) : kUntouched);
+      wrong += to[c * stride + r] != (r < rows ? expected(job, r, c) : kUntouched);
     }
   }
   REQUIRE(wrong == 0);
@@ -64,7 +65,7 @@ TEST_CASE("any shape about the sizes of a block and a tile, with and without pad
   for_each_type([&](ElementType type, bool through_bfloat16) {
     for (const std::size_t rows : sizes) {
       for (const std::size_t columns : sizes) {
-        check_turn(type, through_bfloat16, rows, columns, (rows + columns) % 3, 1 + rows % 3);
+        check_transposition(type, through_bfloat16, rows, columns, (rows + columns) % 3, 1 + rows % 3);
       }
     }
   });
@@ -73,33 +74,33 @@ TEST_CASE("any shape about the sizes of a block and a tile, with and without pad
 TEST_CASE("threads share a large weight, and leave no seam between them") {
   for_each_type([](ElementType type, bool through_bfloat16) {
     for (const std::size_t threads : {1, 2, 3, 7, 100}) {
-      check_turn(type, through_bfloat16, 1001, 777, 5, threads);
+      check_transposition(type, through_bfloat16, 1001, 777, 5, threads);
     }
   });
-  check_turn(ElementType::kFloat, false, 300000, 3, 0, 8);  // more threads than tiles
-  check_turn(ElementType::kFloat, false, 3, 300000, 0, 8);
+  check_transposition(ElementType::kFloat, false, 300000, 3, 0, 8);  // more threads than tiles
+  check_transposition(ElementType::kFloat, false, 3, 300000, 0, 8);
 }
 
 TEST_CASE("random shapes") {
   Random random(11);
   for (int i = 0; i < 60; ++i) {
     for_each_type([&](ElementType type, bool through_bfloat16) {
-      check_turn(type, through_bfloat16, pick(random, 0, 150), pick(random, 0, 150), pick(random, 0, 40),
-                 pick(random, 0, 4));
+      check_transposition(type, through_bfloat16, pick(random, 0, 150), pick(random, 0, 150),
+                          pick(random, 0, 40), pick(random, 0, 4));
     });
   }
 }
 
-TEST_CASE("a threaded turn leaves no thread behind") {
+TEST_CASE("a threaded transposition leaves no thread behind") {
   const std::size_t before = running_threads();
-  check_turn(ElementType::kBFloat16, false, 1024, 1024, 0, 4);
+  check_transposition(ElementType::kBFloat16, false, 1024, 1024, 0, 4);
   CHECK(threads_become(before));
 }
 
 TEST_CASE("a stride too small, a size that overflows and an unknown type are refused") {
   constexpr std::size_t kMost = std::numeric_limits<std::size_t>::max();
-  const auto refused = [](const Turn& turn, const std::string& words) {
-    const Error error = error_of([&] { turn_to_half(turn, 1); });
+  const auto refused = [](const TransposeJob& job, const std::string& words) {
+    const Error error = error_of([&] { transpose_to_half(job, 1); });
     CHECK(error.code() == ErrorCode::kInvalidArgument);
     CHECK(contains(error.message(), words));
   };

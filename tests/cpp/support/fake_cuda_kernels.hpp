@@ -7,9 +7,11 @@
 #include <cstring>
 #include <string_view>
 
+#include "device/kernel_tile.hpp"
 #include "numeric/half.hpp"
 
 namespace fake_cuda {
+using pyint8::kTile;
 
 struct KernelArguments {  // in the order of the kernels' parameters
   std::uint64_t from, rows, columns, to, to_stride;
@@ -34,17 +36,15 @@ inline float identity(float value) {
 }
 
 inline constexpr std::array<Kernel, 5> kKernels = {{
-    {"turn_half", 2, load<std::uint16_t, pyint8::half_to_float>, false},
-    {"turn_half_through_bfloat16", 2, load<std::uint16_t, pyint8::half_to_float>, true},
-    {"turn_bfloat16", 2, load<std::uint16_t, pyint8::bfloat16_to_float>, false},
-    {"turn_float", 4, load<float, identity>, false},
-    {"turn_float_through_bfloat16", 4, load<float, identity>, true},
+    {"transpose_half", 2, load<std::uint16_t, pyint8::half_to_float>, false},
+    {"transpose_half_through_bfloat16", 2, load<std::uint16_t, pyint8::half_to_float>, true},
+    {"transpose_bfloat16", 2, load<std::uint16_t, pyint8::bfloat16_to_float>, false},
+    {"transpose_float", 4, load<float, identity>, false},
+    {"transpose_float_through_bfloat16", 4, load<float, identity>, true},
 }};
 
-inline constexpr unsigned kTile = 32;        // threads of a block, in x
-inline constexpr unsigned kBlockHeight = 8;  // and in y
-
-inline void turn_element(const Kernel& kernel, const KernelArguments& a, std::uint64_t r, std::uint64_t c) {
+inline void transpose_element(const Kernel& kernel, const KernelArguments& a, std::uint64_t r,
+                              std::uint64_t c) {
   const auto* from = reinterpret_cast<const std::byte*>(a.from);
   float value = kernel.load(from + (r * a.columns + c) * kernel.element_bytes);
   if (kernel.through_bfloat16) value = pyint8::bfloat16_to_float(pyint8::float_to_bfloat16(value));
@@ -55,7 +55,7 @@ inline void run(const Kernel& kernel, const KernelArguments& a, unsigned grid_x,
   for (std::uint64_t c = 0; c < std::uint64_t{grid_x} * kTile && c < a.columns; ++c) {
     for (std::uint64_t block_y = 0; block_y < grid_y; ++block_y) {
       for (std::uint64_t r0 = block_y * kTile; r0 < a.rows; r0 += std::uint64_t{grid_y} * kTile) {
-        for (std::uint64_t r = r0; r < r0 + kTile && r < a.rows; ++r) turn_element(kernel, a, r, c);
+        for (std::uint64_t r = r0; r < r0 + kTile && r < a.rows; ++r) transpose_element(kernel, a, r, c);
       }
     }
   }

@@ -268,7 +268,7 @@ CuResult cuLaunchKernel(CuFunction function, unsigned grid_x, unsigned grid_y, u
                         CuStream handle, void** arguments, void** extra) {
   BEGIN_IN_CONTEXT("cuLaunchKernel");
   RETURN_IF(grid_x == 0 || grid_y == 0 || grid_y > 65535 || grid_z != 1, kInvalidValue);
-  RETURN_IF(block_x != kTile || block_y != kBlockHeight || block_z != 1, kInvalidValue);
+  RETURN_IF(block_x != kTile || block_y != kRows || block_z != 1, kInvalidValue);
   RETURN_IF(shared_bytes != 0 || extra != nullptr, kInvalidValue);
   Stream* stream = find_stream(handle, call.context);
   RETURN_IF(stream == nullptr || stream->context() != call.context, kInvalidHandle);

@@ -240,24 +240,24 @@ TEST_CASE("lanes of both kinds share one engine") {
   CHECK(on_gpu == part(checkpoint, 0, 9 * kSlot));
 }
 
-TEST_CASE("a weight is turned behind its arrival, without a wait of the host") {
+TEST_CASE("a weight is transposed behind its arrival, without a wait of the host") {
   const Accounts accounts;
   const Checkpoint checkpoint({2 * 100 * 90});
-  Bytes scratch(2 * 100 * 90), turned(scratch.size()), expected(scratch.size());
+  Bytes scratch(2 * 100 * 90), transposed(scratch.size()), expected(scratch.size());
   Consumer consumer(1);
   Engine engine({.threads = 2, .slot_bytes = kSlot});
   checkpoint.open(engine);
   add_lane(engine, 1);
   const Read read = read_of(0, scratch);
   wait_for(engine, engine.submit(0, {&read, 1}, consumer.stream(), false), consumer.stream());
-  Turn turn = {read.to, ElementType::kBFloat16, false, 100, 90, reinterpret_cast<Address>(turned.data()),
-               100};
-  engine.turn_to_half(0, turn, consumer.stream());
+  TransposeJob job = {
+      read.to, ElementType::kBFloat16, false, 100, 90, reinterpret_cast<Address>(transposed.data()), 100};
+  engine.transpose_to_half(0, job, consumer.stream());
   consumer.synchronize();
-  turn.from = reinterpret_cast<Address>(checkpoint.contents[0].data());
-  turn.to = reinterpret_cast<Address>(expected.data());
-  turn_to_half(turn, 1);
-  CHECK(turned == expected);
+  job.from = reinterpret_cast<Address>(checkpoint.contents[0].data());
+  job.to = reinterpret_cast<Address>(expected.data());
+  transpose_to_half(job, 1);
+  CHECK(transposed == expected);
 }
 
 TEST_CASE("scratch is used again and again without a word to the host") {

@@ -24,7 +24,8 @@ void add_lane(Engine& engine, int ordinal) {
 // In each test destinations come before the consumers and the engine, so that they outlive all that uses
 // them.
 
-// A whole load in little: files, lanes, reads, waits, a turn, an end. Consumers outlive it, as torch does.
+// A whole load in little: files, lanes, reads, waits, a transposition, an end. Consumers outlive it, as torch
+// does.
 class Load {
  public:
   Load() : checkpoint_({10 * kSlot + 5}) {
@@ -44,7 +45,7 @@ class Load {
         wait_for(engine, tickets[lane] + i, consumers_[lane].stream());
       }
     }
-    engine.turn_to_half(1, weight_, consumers_[1].stream());
+    engine.transpose_to_half(1, weight_, consumers_[1].stream());
     engine.close();
   }
 
@@ -75,13 +76,13 @@ class Load {
                                       Reads(checkpoint_, random_, 6, 3 * kSlot),
                                       Reads(checkpoint_, random_, 6, 3 * kSlot)};
   std::array<std::uint16_t, 4> from_{}, to_{};
-  Turn weight_ = {reinterpret_cast<Address>(from_.data()),
-                  ElementType::kHalf,
-                  false,
-                  2,
-                  2,
-                  reinterpret_cast<Address>(to_.data()),
-                  2};
+  TransposeJob weight_ = {reinterpret_cast<Address>(from_.data()),
+                          ElementType::kHalf,
+                          false,
+                          2,
+                          2,
+                          reinterpret_cast<Address>(to_.data()),
+                          2};
 };
 
 int calls_in_a_load(const std::string& entry_point) {

@@ -75,7 +75,7 @@ TEST_CASE("lanes, files and tickets that do not exist, and a ticket waited for t
   CHECK(engine.add_file(checkpoint.files[0].path()) == 0);
   CHECK(engine.add_file(checkpoint.files[0].path()) == 1);
   refused("there is no ticket 0", [&] { engine.wait(0, 0, kPatience); });
-  refused("there is no lane 2", [&] { engine.turn_to_half(2, {}, 0); });
+  refused("there is no lane 2", [&] { engine.transpose_to_half(2, {}, 0); });
   engine.submit(0, one_read(1, 0, bytes), 0, false);
   engine.submit(1, one_read(1, 0, empty), 0, false);
   for (const Ticket ticket : {0, 1}) {
@@ -164,15 +164,15 @@ TEST_CASE("a wait gives up when its time is over, and may be taken up again") {
   CHECK(destinations[7] == checkpoint.contents[0]);
 }
 
-TEST_CASE("a weight is turned on the lane") {
+TEST_CASE("a weight is transposed on the lane") {
   Engine engine({});
   engine.add_device(std::make_unique<HostDevice>(2));
   const std::vector<std::uint16_t> from = {1, 2, 3, 4, 5, 6};
   std::vector<std::uint16_t> to(6);
-  engine.turn_to_half(0,
-                      {reinterpret_cast<Address>(from.data()), ElementType::kHalf, false, 2, 3,
-                       reinterpret_cast<Address>(to.data()), 2},
-                      0);
+  engine.transpose_to_half(0,
+                           {reinterpret_cast<Address>(from.data()), ElementType::kHalf, false, 2, 3,
+                            reinterpret_cast<Address>(to.data()), 2},
+                           0);
   CHECK(to == std::vector<std::uint16_t>{1, 4, 2, 5, 3, 6});
 }
 

@@ -49,7 +49,7 @@ class SpyDevice final : public Device {
   void record_on(StreamHandle, Event&) override {}
   void stream_waits_for(StreamHandle, const Event&) override {}
   void synchronize() override {}
-  void turn_to_half(const Turn&, StreamHandle) override {}
+  void transpose_to_half(const TransposeJob&, StreamHandle) override {}
 
   std::atomic<bool> passed = true;
   std::atomic<bool> fails = false;

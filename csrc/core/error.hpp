@@ -13,7 +13,7 @@ enum class ErrorCode {
   kIo,               // the operating system refused; `system_errno` says why
   kTruncated,        // the file ends before the bytes that were asked for
   kDriver,           // the GPU's driver is absent or refused a call
-  kCancelled,        // somebody stopped the work
+  kCancelled,        // the work was stopped
 };
 
 // The code's name as the Python side knows it.

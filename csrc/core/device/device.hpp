@@ -35,8 +35,8 @@ class Device {
  public:
   virtual ~Device() = default;
 
-  // Whether destinations are plain host memory, which a worker reads into without a slot between.
-  virtual bool is_host() const = 0;
+  // Whether a worker reads straight into destinations, without a slot in between.
+  virtual bool reads_in_place() const = 0;
 
   virtual std::unique_ptr<HostMemory> allocate_host(std::size_t nbytes) = 0;
   virtual std::unique_ptr<Event> make_event() = 0;

@@ -30,7 +30,7 @@ CuStream as_stream(StreamHandle handle) {
 }
 
 // Polled: an event that the driver lets a thread sleep for interrupts the CPU when it passes, and holds up
-// the copies behind it (52.1 instead of 53.3 GB/s with copies of 4 MiB).
+// the copies behind it (benchmarks/README.md, "The bus").
 class CudaEvent final : public Event {
  public:
   explicit CudaEvent(std::shared_ptr<CudaContext> context) : context_(std::move(context)) {
@@ -82,7 +82,7 @@ class PinnedMemory final : public HostMemory {
   }
   ~PinnedMemory() override {
     const CudaContext::Scope scope(*context_, std::nothrow);
-    // Pages that the driver did not let go of may still be read: rather lost than given to somebody else.
+    // Pages that the driver did not release may still be read: leak them rather than reuse them.
     if (context_->api().host_unregister(data_) == 0) ::munmap(map_, mapped_);
     pinned_bytes -= nbytes_;
   }

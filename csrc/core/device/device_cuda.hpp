@@ -47,7 +47,7 @@ class CudaDevice final : public Device {
   CudaDevice(std::shared_ptr<const CudaApi> api, int ordinal);
   ~CudaDevice() override;
 
-  bool is_host() const override { return false; }
+  bool reads_in_place() const override { return false; }
   std::unique_ptr<HostMemory> allocate_host(std::size_t nbytes) override;
   std::unique_ptr<Event> make_event() override;
   void copy(Address to, const std::byte* from, std::size_t nbytes) override;

@@ -10,7 +10,7 @@ class HostDevice : public Device {
   // `threads`: how many may transpose one weight.
   explicit HostDevice(std::size_t threads) : threads_(threads) {}
 
-  bool is_host() const override { return true; }
+  bool reads_in_place() const override { return true; }
   std::unique_ptr<HostMemory> allocate_host(std::size_t nbytes) override;
   std::unique_ptr<Event> make_event() override;
   void copy(Address to, const std::byte* from, std::size_t nbytes) override;
@@ -31,7 +31,7 @@ class HostDevice : public Device {
 class DiscardingDevice final : public HostDevice {
  public:
   DiscardingDevice() : HostDevice(1) {}
-  bool is_host() const override { return false; }
+  bool reads_in_place() const override { return false; }
   void copy(Address, const std::byte*, std::size_t) override {}
 };
 

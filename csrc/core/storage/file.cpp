@@ -47,8 +47,8 @@ File::~File() {
   ::close(buffered_);
 }
 
-// Whether all pages of a range are in the page cache. What only looks so (the kernel does not tell everybody
-// about files of others) is read through it, as without direct reads.
+// Whether all pages of a range are in the page cache. Where the kernel hides this (for files of other users)
+// it answers yes, and reads go through the page cache, as they do without `direct`.
 bool File::is_cached(std::uint64_t offset, std::size_t nbytes) const {
   if (map_ == nullptr || offset >= mapped_) return false;
   nbytes = static_cast<std::size_t>(std::min<std::uint64_t>(nbytes, mapped_ - offset));

@@ -35,7 +35,7 @@ class File final : public Source {
 
   std::string path_;
   int buffered_ = -1;
-  void* map_ = nullptr;  // the whole file, never touched: the kernel tells by it what of the file is cached
+  void* map_ = nullptr;  // the whole file, never touched: for mincore, which says what of it is cached
   std::uint64_t mapped_ = 0;
   int twin_ = -1;                    // owned for good; `direct_` is only whether to use it
   mutable std::atomic<int> direct_;  // the twin's descriptor, or -1 once the file system refused a read

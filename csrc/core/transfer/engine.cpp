@@ -24,7 +24,8 @@ const EngineOptions& validated(const EngineOptions& options) {
 }
 
 PlanLimits limits_for(const Device& device, const EngineOptions& options) {
-  if (device.is_host()) return {.piece_bytes = options.slot_bytes};  // straight into place: nothing between
+  if (device.reads_in_place())
+    return {.piece_bytes = options.slot_bytes};  // straight into place: nothing between
   return {.piece_bytes = options.slot_bytes,
           .alignment = options.direct_io ? kDirectAlignment : 1,
           .max_gap = kMaxGap};
@@ -83,7 +84,7 @@ void Engine::prepare(std::uint32_t lane) {
   Device& to = device(lane);
   const std::lock_guard lock(mutex_);
   if (closed_) throw cancelled();
-  if (!to.is_host()) make_ring(to);
+  if (!to.reads_in_place()) make_ring(to);
 }
 
 std::unique_ptr<Event> Engine::take_event(std::uint32_t lane) {
@@ -102,8 +103,8 @@ Ticket Engine::submit(std::uint32_t lane, std::span<const Read> reads, StreamHan
 
   std::unique_lock lock(mutex_);
   if (closed_) throw cancelled();
-  if (!to.is_host()) make_ring(to);  // fails here, not on a worker, where memory cannot be pinned
-  const Ticket ticket = deliveries_.size();
+  if (!to.reads_in_place()) make_ring(to);  // fails here, not on a worker, where memory cannot be pinned
+  const Ticket ticket = pending_.size();
   std::vector<Job> jobs = make_jobs(lane, reads, start);
   lock.unlock();
   workers_.push(std::move(jobs), first);
@@ -122,17 +123,17 @@ std::vector<Engine::Job> Engine::make_jobs(std::uint32_t lane, std::span<const R
   }
   std::vector<Piece> pieces = make_plan(ranges, limits_for(*devices_[lane], options_));
 
-  const std::size_t base = deliveries_.size();
-  for (std::size_t i = 0; i < reads.size(); ++i) deliveries_.push_back({lane, 0, take_event(lane)});
+  const std::size_t base = pending_.size();
+  for (std::size_t i = 0; i < reads.size(); ++i) pending_.push_back({lane, 0, take_event(lane)});
   std::vector<Job> jobs;
   jobs.reserve(pieces.size());
   for (Piece& piece : pieces) {
     Job job{lane, std::move(piece), {}, {}, start};
     for (const Segment& segment : job.piece.segments) {
-      Delivery& delivery = deliveries_[base + segment.range];
-      ++delivery.pieces_left;
+      Pending& pending = pending_[base + segment.range];
+      ++pending.pieces_left;
       job.to.push_back(reads[segment.range].to + segment.range_offset);
-      job.tickets.push_back(&delivery);  // a deque never moves its elements
+      job.tickets.push_back(&pending);  // a deque never moves its elements
     }
     jobs.push_back(std::move(job));
   }
@@ -144,7 +145,7 @@ void Engine::run(const Job& job) {
   const Source& source = *files_[job.piece.file];
   Device& to = *devices_[job.lane];
   lock.unlock();
-  if (to.is_host()) {
+  if (to.reads_in_place()) {
     read_into_host(job, source);
   } else {
     read_through_slot(job, source, to);
@@ -198,13 +199,13 @@ void Engine::complete(const Job& job, Device& to) {
   {
     const std::lock_guard lock(mutex_);
     for (std::size_t i = 0; i < job.tickets.size(); ++i) {
-      Delivery& delivery = *job.tickets[i];
+      Pending& pending = *job.tickets[i];
       delivered += job.piece.segments[i].nbytes;
-      if (delivery.pieces_left == 1) {
-        to.record(*delivery.landed);
+      if (pending.pieces_left == 1) {
+        to.record(*pending.landed);
         landed = true;
       }
-      --delivery.pieces_left;
+      --pending.pieces_left;
     }
   }
   bytes_delivered_.fetch_add(delivered, std::memory_order_relaxed);
@@ -213,22 +214,22 @@ void Engine::complete(const Job& job, Device& to) {
 
 bool Engine::wait(Ticket ticket, StreamHandle stream, std::chrono::milliseconds timeout) {
   std::unique_lock lock(mutex_);
-  if (ticket >= deliveries_.size()) {
+  if (ticket >= pending_.size()) {
     throw Error(ErrorCode::kInvalidArgument, "there is no ticket " + std::to_string(ticket));
   }
-  Delivery& delivery = deliveries_[ticket];
+  Pending& pending = pending_[ticket];
   std::exception_ptr error;
   const bool over = progress_.wait_for(lock, timeout, [&] {
-    return delivery.pieces_left == 0 || closed_ || (error = workers_.error()) != nullptr;
+    return pending.pieces_left == 0 || closed_ || (error = workers_.error()) != nullptr;
   });
   if (!over) return false;
   if (error != nullptr) std::rethrow_exception(error);
   if (closed_) throw cancelled();
-  if (delivery.landed == nullptr) {
+  if (pending.landed == nullptr) {
     throw Error(ErrorCode::kInvalidArgument, "ticket " + std::to_string(ticket) + " was waited for before");
   }
-  devices_[delivery.lane]->stream_waits_for(stream, *delivery.landed);
-  spare_events_[delivery.lane].push_back(std::move(delivery.landed));
+  devices_[pending.lane]->stream_waits_for(stream, *pending.landed);
+  spare_events_[pending.lane].push_back(std::move(pending.landed));
   return true;
 }
 
@@ -254,7 +255,7 @@ void Engine::close() {
   }
   ring_.reset();
   for (auto& events : spare_events_) events.clear();
-  for (Delivery& delivery : deliveries_) delivery.landed.reset();
+  for (Pending& pending : pending_) pending.landed.reset();
   files_.clear();
   if (error != nullptr) std::rethrow_exception(error);
 }

@@ -1,8 +1,8 @@
-// Reads in, tensors out: the engine takes ranges of files and addresses, and tells when each has arrived.
+// Reads in, tensors out: the engine takes ranges of files and addresses, and says when each has arrived.
 //
 // The way of a byte: page cache -> (pread, by a worker) -> pinned slot -> (copy stream) -> device memory. For
-// host memory the middle is left out. Nobody waits for a device as a whole; slots, tickets and destinations
-// each have an event of their own.
+// host memory the middle is left out. No thread waits for a device as a whole; slots, tickets and
+// destinations each have an event of their own.
 #pragma once
 
 #include <atomic>
@@ -69,14 +69,14 @@ class Engine {
   // Transposes a weight on a lane (see transpose.hpp), on `stream`.
   void transpose_to_half(std::uint32_t lane, const TransposeJob& job, StreamHandle stream);
 
-  // Drops what has not begun, joins the workers and waits until no copy is under way, so that slots and
+  // Discards what has not begun, joins the workers and waits until no copy is under way, so that slots and
   // destinations may be given back. Idempotent; waits for tickets throw kCancelled from then on.
   void close();
 
   Stats stats() const;
 
  private:
-  struct Delivery {  // one ticket
+  struct Pending {  // one ticket
     std::uint32_t lane;
     std::size_t pieces_left;
     std::unique_ptr<Event> landed;
@@ -89,8 +89,8 @@ class Engine {
   struct Job {
     std::uint32_t lane;
     Piece piece;
-    std::vector<Address> to;         // one for each segment
-    std::vector<Delivery*> tickets;  // one for each segment
+    std::vector<Address> to;        // one for each segment
+    std::vector<Pending*> tickets;  // one for each segment
     std::shared_ptr<Start> start;
   };
 
@@ -111,7 +111,7 @@ class Engine {
   mutable std::mutex mutex_;  // guards what follows, up to the condition
   std::deque<std::unique_ptr<Source>> files_;
   std::deque<std::unique_ptr<Device>> devices_;
-  std::deque<Delivery> deliveries_;
+  std::deque<Pending> pending_;
   std::vector<std::vector<std::unique_ptr<Event>>> spare_events_;  // by lane
   std::unique_ptr<Ring> ring_;
   bool closed_ = false;

@@ -20,7 +20,7 @@ class Workers {
       : run_(std::move(run)), on_failure_(std::move(on_failure)) {
     try {
       for (std::size_t i = 0; i < threads; ++i) threads_.emplace_back([this] { loop(); });
-    } catch (...) {  // no more threads to be had: give back those there are
+    } catch (...) {  // no more threads to be had: join those there are
       stop();
       throw;
     }
@@ -29,7 +29,7 @@ class Workers {
   Workers(const Workers&) = delete;
   Workers& operator=(const Workers&) = delete;
 
-  // `first`: ahead of everything that waits. Dropped once stopped.
+  // `first`: ahead of everything that waits. Discarded once stopped.
   void push(std::vector<Job> jobs, bool first) {
     {
       const std::lock_guard lock(mutex_);
@@ -40,14 +40,14 @@ class Workers {
     wake_.notify_all();
   }
 
-  // Lets the jobs under way end, drops the others, joins. Idempotent.
+  // Lets the jobs under way end, discards the others, joins. Idempotent.
   void stop() {
     {
       const std::lock_guard lock(mutex_);
       stopped_ = true;
     }
     wake_.notify_all();
-    const std::lock_guard joining(join_mutex_);  // somebody else may be stopping too
+    const std::lock_guard joining(join_mutex_);  // another thread may be stopping too
     for (std::thread& thread : threads_) {
       if (thread.joinable()) thread.join();
     }

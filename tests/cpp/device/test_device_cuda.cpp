@@ -26,7 +26,7 @@ TEST_CASE("a device holds one primary context and one stream, and leaves no cont
   const Accounts accounts;
   {
     const CudaDevice device(fake_driver(), 2);
-    CHECK_FALSE(device.is_host());
+    CHECK_FALSE(device.reads_in_place());
     CHECK(counters().contexts == 1);
     CHECK(counters().streams == 1);
     CHECK(fake_cuda_calls("cuCtxPushCurrent_v2") == fake_cuda_calls("cuCtxPopCurrent_v2"));

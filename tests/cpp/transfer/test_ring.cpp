@@ -35,7 +35,7 @@ class SpyDevice final : public Device {
     Bytes bytes_;
   };
 
-  bool is_host() const override { return false; }
+  bool reads_in_place() const override { return false; }
   std::unique_ptr<HostMemory> allocate_host(std::size_t nbytes) override {
     return std::make_unique<SpyMemory>(*this, nbytes);
   }

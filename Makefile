@@ -48,6 +48,7 @@ lint: $(VENV)/.tools
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	find csrc/core -name '*.cpp' | xargs -P2 -I{} $(BIN)/clang-tidy --quiet {} -- -std=c++20 -Icsrc/core
 
 format: $(VENV)/.tools
 	$(BIN)/ruff check --fix .
@@ -93,7 +94,7 @@ $(VENV)/.demo: $(VENV)/.installed
 	touch $@
 
 $(VENV)/.tools: $(VENV)/.installed
-	$(PIP) $(PINNED) ruff mypy clang-format cmake ninja
+	$(PIP) $(PINNED) ruff mypy clang-format clang-tidy cmake ninja
 	touch $@
 
 $(VENV)/.tests: $(VENV)/.installed

@@ -18,7 +18,7 @@ std::uint64_t nanoseconds_since(Clock::time_point start) {
       std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count());
 }
 
-const EngineOptions& validated(const EngineOptions& options) {
+EngineOptions validated(const EngineOptions& options) {
   validate(options);
   return options;
 }
@@ -112,7 +112,7 @@ Ticket Engine::submit(std::uint32_t lane, std::span<const Read> reads, StreamHan
 }
 
 std::vector<Engine::Job> Engine::make_jobs(std::uint32_t lane, std::span<const Read> reads,
-                                           std::shared_ptr<Start> start) {
+                                           const std::shared_ptr<Start>& start) {
   std::vector<Range> ranges;
   ranges.reserve(reads.size());
   for (const Read& read : reads) {

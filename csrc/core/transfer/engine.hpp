@@ -96,7 +96,8 @@ class Engine {
 
   Device& device(std::uint32_t lane);
   void make_ring(Device& device);  // with the lock held
-  std::vector<Job> make_jobs(std::uint32_t lane, std::span<const Read> reads, std::shared_ptr<Start> start);
+  std::vector<Job> make_jobs(std::uint32_t lane, std::span<const Read> reads,
+                             const std::shared_ptr<Start>& start);
   void run(const Job& job);
   static void await(Start& start, Device& to);
   void read_into_host(const Job& job, const Source& source);

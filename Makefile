@@ -39,7 +39,7 @@ transformers-matrix: $(VENV)-matrix/.made
 # compute-sanitizer comes with the CUDA toolkit.
 gpu-sanitize: $(VENV)/.tests
 	for tool in memcheck racecheck initcheck; do \
-	  PYINT8_REQUIRE_GPU=1 compute-sanitizer --tool $$tool --kernel-name kernel_substring=turn_ --error-exitcode 9 \
+	  PYINT8_REQUIRE_GPU=1 compute-sanitizer --tool $$tool --kernel-name kernel_substring=transpose_ --error-exitcode 9 \
 	    $(BIN)/python $(BIN)/pytest -q tests/gpu/test_stream_gpu.py -k kernel || exit 1; \
 	done
 
@@ -48,6 +48,7 @@ lint: $(VENV)/.tools
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	find csrc/core -name '*.cpp' | xargs -P2 -I{} $(BIN)/clang-tidy --quiet {} -- -std=c++20 -Icsrc/core
 
 format: $(VENV)/.tools
 	$(BIN)/ruff check --fix .
@@ -93,7 +94,7 @@ $(VENV)/.demo: $(VENV)/.installed
 	touch $@
 
 $(VENV)/.tools: $(VENV)/.installed
-	$(PIP) $(PINNED) ruff mypy clang-format cmake ninja
+	$(PIP) $(PINNED) ruff mypy clang-format clang-tidy cmake ninja
 	touch $@
 
 $(VENV)/.tests: $(VENV)/.installed

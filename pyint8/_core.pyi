@@ -1,15 +1,91 @@
-"""The compiled extension (csrc/bindings/module.cpp). Errors are raised as the classes of `pyint8.errors`."""
+"""The compiled extension (csrc/bindings/module.cpp). Errors are raised as the classes of `pyint8.errors`.
+
+Streams and memory are integers: a CUDA stream's handle (0 for the default stream; ignored for host memory) and an
+address. Calls that may block release the interpreter's lock.
+"""
 
 class Engine:
+    """Moves ranges of files into memory of its lanes, by worker threads of its own.
+
+    A lane is a device; files and lanes are numbered from 0 in the order they were added.
+
+    Args:
+        threads: Workers that read, 1 to 1024.
+        spare_slots: Pinned slots on their way to a GPU, beside one for each worker, 1 to 1024.
+        slot_bytes: Size of a slot and of the largest single read, a multiple of 4096.
+        direct_io: Read what is not in the page cache past it (O_DIRECT), where the file system can.
+
+    Raises:
+        OptionError: A value out of its range, naming the option.
+    """
+
     def __init__(self, *, threads: int, spare_slots: int, slot_bytes: int, direct_io: bool) -> None: ...
-    def add_file(self, path: str | bytes, stamp: tuple[int, int, int, int] | None = None) -> int: ...
-    def add_host_device(self, threads: int) -> int: ...
-    def add_discarding_device(self) -> int: ...
-    def add_cuda_device(self, ordinal: int, library: str) -> int: ...
-    def prepare(self, lane: int) -> None: ...
-    def submit(self, lane: int, reads: list[tuple[int, int, int, int]], stream: int, first: bool) -> int: ...
-    def wait(self, ticket: int, stream: int) -> None: ...
-    def turn_to_half(
+    def add_file(self, path: str | bytes, stamp: tuple[int, int, int, int] | None = None) -> int:
+        """Opens a file and returns its number.
+
+        Args:
+            path: The file.
+            stamp: The state it must be in: device, inode, size in bytes, mtime in nanoseconds.
+
+        Raises:
+            ReadError: It cannot be opened.
+            FileChangedError: It is in another state.
+        """
+
+    def add_host_device(self, threads: int) -> int:
+        """Adds a lane for host memory and returns its number; `threads` may transpose one weight together."""
+
+    def add_discarding_device(self) -> int:
+        """Adds a lane that reads and keeps nothing, to fill the page cache; addresses are ignored."""
+
+    def add_cuda_device(self, ordinal: int, library: str) -> int:
+        """Adds a lane for a GPU and returns its number.
+
+        Args:
+            ordinal: The driver's number of the GPU.
+            library: The driver's library, "libcuda.so.1" or a path.
+
+        Raises:
+            DeviceError: The driver is missing or too old, or refuses.
+        """
+
+    def prepare(self, lane: int) -> None:
+        """Pins the ring, which the first submission to a GPU would do otherwise.
+
+        Raises:
+            DeviceError: Memory cannot be pinned.
+        """
+
+    def submit(self, lane: int, reads: list[tuple[int, int, int, int]], stream: int, first: bool) -> int:
+        """Asks for ranges of files, in order.
+
+        Args:
+            lane: Where they go.
+            reads: (file, offset, bytes, address) each.
+            stream: Destinations are written only after what was put on this stream so far.
+            first: Ahead of everything that waits.
+
+        Returns:
+            The first read's ticket; the others' follow, one by one.
+
+        Raises:
+            DeviceError: Memory cannot be pinned, or the driver refuses.
+            OptionError: There is no such lane or file, or a range ends beyond 2^63.
+        """
+
+    def wait(self, ticket: int, stream: int) -> None:
+        """Blocks until a read is on its way, then makes `stream` wait for its arrival. A ticket is waited for once.
+
+        Ctrl-C interrupts it; the ticket can then be waited for again.
+
+        Raises:
+            ReadError: The first error of any worker, which stops them all; with its file and offset.
+            TruncatedError: A file ends before the bytes that were asked for.
+            DeviceError: The driver refused.
+            CancelledError: The engine was closed.
+        """
+
+    def transpose_to_half(
         self,
         lane: int,
         source: int,
@@ -20,10 +96,40 @@ class Engine:
         destination: int,
         destination_stride: int,
         stream: int,
-    ) -> None: ...
-    def require_unchanged(self) -> None: ...
-    def close(self) -> None: ...
-    def stats(self) -> dict[str, float]: ...
+    ) -> None:
+        """Writes `source` [rows, columns] as fp16 [columns, rows] to `destination`, on `stream`.
 
-def has_kernels() -> bool: ...
-def pinned_bytes_in_use() -> int: ...
+        Args:
+            lane: Whose memory both are.
+            source: Address of contiguous elements.
+            dtype: Their type, as safetensors names it: "F16", "BF16" or "F32".
+            through_bfloat16: Round to bf16 first: the model's dtype.
+            rows: Of the source.
+            columns: Of the source.
+            destination: Address of the first element.
+            destination_stride: Elements from one row of the destination to the next, at least `rows`.
+            stream: Of the caller.
+
+        Raises:
+            DeviceError: This build has no kernels, or the driver refuses.
+            OptionError: Another dtype, or sizes that do not fit.
+        """
+
+    def require_unchanged(self) -> None:
+        """Raises FileChangedError if one of the files is in another state than when it was opened."""
+
+    def close(self) -> None:
+        """Discards what has not begun, joins the workers, waits for copies under way, unpins memory. Idempotent.
+
+        Waits for tickets raise from then on.
+        """
+
+    def stats(self) -> dict[str, float]:
+        """So far: `bytes_read` (gaps and alignment included), `bytes_delivered`, `pieces`, and summed over the workers
+        `read_seconds` and `slot_seconds` (waiting for the bus to empty a slot)."""
+
+def has_kernels() -> bool:
+    """Whether this build has GPU kernels."""
+
+def pinned_bytes_in_use() -> int:
+    """Bytes of pinned host memory that this process's engines hold right now."""

@@ -5,11 +5,11 @@
 #include <optional>
 #include <tuple>
 
-#include "device_cuda.hpp"
-#include "device_host.hpp"
-#include "engine.hpp"
+#include "device/device_cuda.hpp"
+#include "device/device_host.hpp"
+#include "device/kernel_images.hpp"
 #include "error.hpp"
-#include "kernel_images.hpp"
+#include "transfer/engine.hpp"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -67,14 +67,16 @@ ElementType element_type(const std::string& dtype) {
   if (dtype == "F16") return ElementType::kHalf;
   if (dtype == "BF16") return ElementType::kBFloat16;
   if (dtype == "F32") return ElementType::kFloat;
-  throw Error(ErrorCode::kInvalidArgument, "no kernel turns " + dtype + "; F16, BF16 and F32 are turned");
+  throw Error(ErrorCode::kInvalidArgument,
+              "no kernel transposes " + dtype + "; F16, BF16 and F32 are transposed");
 }
 
-void turn(Engine& engine, std::uint32_t lane, Address from, const std::string& dtype, bool through_bfloat16,
-          std::size_t rows, std::size_t columns, Address to, std::size_t to_stride, StreamHandle stream) {
+void transpose(Engine& engine, std::uint32_t lane, Address from, const std::string& dtype,
+               bool through_bfloat16, std::size_t rows, std::size_t columns, Address to,
+               std::size_t to_stride, StreamHandle stream) {
   const py::gil_scoped_release released;
-  const Turn turn{from, element_type(dtype), through_bfloat16, rows, columns, to, to_stride};
-  engine.turn_to_half(lane, turn, stream);
+  const TransposeJob job{from, element_type(dtype), through_bfloat16, rows, columns, to, to_stride};
+  engine.transpose_to_half(lane, job, stream);
 }
 
 // An engine joins its workers when it goes; they may be in a slow read, and other Python threads need not
@@ -128,7 +130,7 @@ PYBIND11_MODULE(_core, module) {
       .def("prepare", &Engine::prepare, "lane"_a, py::call_guard<py::gil_scoped_release>())
       .def("submit", &submit, "lane"_a, "reads"_a, "stream"_a, "first"_a)
       .def("wait", &wait, "ticket"_a, "stream"_a)
-      .def("turn_to_half", &turn, "lane"_a, "source"_a, "dtype"_a, "through_bfloat16"_a, "rows"_a,
+      .def("transpose_to_half", &transpose, "lane"_a, "source"_a, "dtype"_a, "through_bfloat16"_a, "rows"_a,
            "columns"_a, "destination"_a, "destination_stride"_a, "stream"_a)
       .def("require_unchanged", &Engine::require_unchanged, py::call_guard<py::gil_scoped_release>())
       .def("close", &Engine::close, py::call_guard<py::gil_scoped_release>())

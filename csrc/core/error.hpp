@@ -14,7 +14,7 @@ enum class ErrorCode {
   kTruncated,        // the file ends before the bytes that were asked for
   kChanged,          // the file is not, or no longer, in the state that was expected
   kDriver,           // the GPU's driver is absent or refused a call
-  kCancelled,        // somebody stopped the work
+  kCancelled,        // the work was stopped
 };
 
 // The code's name as the Python side knows it.

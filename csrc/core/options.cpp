@@ -3,7 +3,7 @@
 #include <string>
 
 #include "error.hpp"
-#include "plan.hpp"
+#include "storage/source.hpp"
 
 namespace pyint8 {
 namespace {

@@ -52,7 +52,7 @@ class Turner:
             return False
         rows, columns = band.shape
         try:
-            self._engine.turn_to_half(
+            self._engine.transpose_to_half(
                 lane.index,
                 band.data_ptr(),
                 dtype,

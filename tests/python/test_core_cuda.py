@@ -28,7 +28,7 @@ HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 class FakeDriver:
-    """The fake's controls (tests/cpp/fake_cuda.h), and what torch would do beside us."""
+    """The fake's controls (tests/cpp/support/fake_cuda.h), and what torch would do beside us."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -135,7 +135,7 @@ def test_a_weight_is_turned_where_it_landed(driver: FakeDriver, tmp_path: Path) 
     scratch, target = torch.empty_like(weight), torch.zeros(60, 100, dtype=torch.float16)
     read = (0, 0, weight.nbytes, scratch.data_ptr())
     engine.wait(engine.submit(0, [read], stream=0, first=False), stream=0)
-    engine.turn_to_half(0, scratch.data_ptr(), "BF16", True, 100, 60, target.data_ptr(), 100, stream=0)
+    engine.transpose_to_half(0, scratch.data_ptr(), "BF16", True, 100, 60, target.data_ptr(), 100, stream=0)
     done = empty(1)  # the driver copies it behind the turn, as its destination is asked for on the same stream
     engine.submit(0, [(0, 0, 1, done.data_ptr())], stream=0, first=False)
     engine.wait(1, stream=0)

@@ -20,7 +20,7 @@ def turned(engine: _core.Engine, source: torch.Tensor, model_dtype: torch.dtype,
     target = torch.full((columns, rows + padding), 7, dtype=torch.float16)
     through_bfloat16 = model_dtype == torch.bfloat16
     name, stride = NAMES[source.dtype], rows + padding
-    engine.turn_to_half(
+    engine.transpose_to_half(
         0, source.data_ptr(), name, through_bfloat16, rows, columns, target.data_ptr(), stride, stream=0
     )
     assert bool((target[:, rows:] == 7).all())

@@ -1,6 +1,6 @@
 """Files on a file system that knows neither direct reads nor shared mappings, and reads less than it is asked for.
 
-tests/cpp/network_file_system.cpp makes all files such; it is looked for beside PYINT8_TEST_LIBCUDA.
+tests/cpp/support/network_file_system.cpp makes all files such; it is looked for beside PYINT8_TEST_LIBCUDA.
 """
 
 from __future__ import annotations

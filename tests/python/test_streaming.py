@@ -298,7 +298,7 @@ def test_without_kernels_torch_turns_and_says_so_once(
     def refuse(*_: object) -> None:
         raise DeviceError("no kernel image is available")
 
-    monkeypatch.setattr(_core.Engine, "turn_to_half", refuse)
+    monkeypatch.setattr(_core.Engine, "transpose_to_half", refuse)
     with caplog.at_level(logging.WARNING, "pyint8"):
         without = turn_all()
     (record,) = caplog.records

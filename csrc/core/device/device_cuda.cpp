@@ -1,0 +1,252 @@
+#include "device/device_cuda.hpp"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <string>
+#include <thread>
+
+#include "device/kernel_images.hpp"
+#include "device/kernel_tile.hpp"
+#include "error.hpp"
+
+namespace pyint8 {
+namespace {
+
+constexpr unsigned kMostBlocksY = 65535;
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
+
+// A quarter of the time that a slot takes on a PCIe 5 x16 bus.
+constexpr std::chrono::microseconds kPollInterval{20};
+
+std::atomic<std::size_t> pinned_bytes{0};
+
+CuStream as_stream(StreamHandle handle) {
+  return reinterpret_cast<CuStream>(handle);
+}
+
+// Polled: an event that the driver lets a thread sleep for interrupts the CPU when it passes, and holds up
+// the copies behind it (benchmarks/README.md, "The bus").
+class CudaEvent final : public Event {
+ public:
+  explicit CudaEvent(std::shared_ptr<CudaContext> context) : context_(std::move(context)) {
+    const CudaContext::Scope scope(*context_);
+    const CudaApi& api = context_->api();
+    api.check(api.event_create(&handle_, kEventDisableTiming), "cuEventCreate");
+  }
+  ~CudaEvent() override {
+    const CudaContext::Scope scope(*context_, std::nothrow);
+    context_->api().event_destroy(handle_);
+  }
+  void wait() override {
+    const CudaContext::Scope scope(*context_);
+    const CudaApi& api = context_->api();
+    CuResult result = api.event_query(handle_);
+    for (; result == kNotReady; result = api.event_query(handle_)) std::this_thread::sleep_for(kPollInterval);
+    api.check(result, "cuEventQuery");
+  }
+  CuEvent handle() const { return handle_; }
+
+ private:
+  std::shared_ptr<CudaContext> context_;
+  CuEvent handle_ = nullptr;
+};
+
+CuEvent handle_of(const Event& event) {
+  return static_cast<const CudaEvent&>(event).handle();
+}
+
+// Huge pages first: the kernel then pins 512 times fewer pages, and registering takes milliseconds.
+class PinnedMemory final : public HostMemory {
+ public:
+  PinnedMemory(std::shared_ptr<CudaContext> context, std::size_t nbytes)
+      : context_(std::move(context)), mapped_(nbytes + kHugePage), nbytes_(nbytes) {
+    const CudaContext::Scope scope(*context_);  // first: a failure after the mapping would have to undo it
+    map_ = ::mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (map_ == MAP_FAILED) {
+      throw Error::io("cannot allocate " + std::to_string(nbytes) + " bytes of host memory", errno, "", {});
+    }
+    const auto address = reinterpret_cast<std::uintptr_t>(map_);
+    data_ = reinterpret_cast<std::byte*>((address + kHugePage - 1) / kHugePage * kHugePage);
+    ::madvise(data_, nbytes, MADV_HUGEPAGE);
+    const CuResult result = context_->api().host_register(data_, nbytes, kHostRegisterPortable);
+    if (result != 0) {
+      ::munmap(map_, mapped_);
+      context_->api().check(result, "cuMemHostRegister (is `ulimit -l` too small for the ring?)");
+    }
+    pinned_bytes += nbytes_;
+  }
+  ~PinnedMemory() override {
+    const CudaContext::Scope scope(*context_, std::nothrow);
+    // Pages that the driver did not release may still be read: leak them rather than reuse them.
+    if (context_->api().host_unregister(data_) == 0) ::munmap(map_, mapped_);
+    pinned_bytes -= nbytes_;
+  }
+  std::byte* data() override { return data_; }
+
+ private:
+  std::shared_ptr<CudaContext> context_;
+  std::size_t mapped_;
+  std::size_t nbytes_;
+  void* map_ = nullptr;
+  std::byte* data_ = nullptr;
+};
+
+const char* kernel_name(const TransposeJob& job) {
+  switch (job.type) {
+    case ElementType::kHalf:
+      return job.through_bfloat16 ? "transpose_half_through_bfloat16" : "transpose_half";
+    case ElementType::kBFloat16:
+      return "transpose_bfloat16";
+    case ElementType::kFloat:
+      return job.through_bfloat16 ? "transpose_float_through_bfloat16" : "transpose_float";
+  }
+  throw Error(ErrorCode::kInvalidArgument,
+              "unknown element type " + std::to_string(static_cast<int>(job.type)));
+}
+
+}  // namespace
+
+std::size_t pinned_bytes_in_use() {
+  return pinned_bytes;
+}
+
+CudaContext::CudaContext(std::shared_ptr<const CudaApi> api, int ordinal) : api_(std::move(api)) {
+  api_->check(api_->device_get(&device_, ordinal), "cuDeviceGet");
+  api_->check(api_->primary_context_retain(&context_, device_), "cuDevicePrimaryCtxRetain");
+}
+
+CudaContext::~CudaContext() {
+  api_->primary_context_release(device_);
+}
+
+int CudaContext::compute_capability() const {
+  int major = 0, minor = 0;
+  api_->check(api_->device_get_attribute(&major, kComputeCapabilityMajor, device_), "cuDeviceGetAttribute");
+  api_->check(api_->device_get_attribute(&minor, kComputeCapabilityMinor, device_), "cuDeviceGetAttribute");
+  return 10 * major + minor;
+}
+
+CudaContext::Scope::Scope(const CudaContext& context) : api_(*context.api_), pushed_(true) {
+  api_.check(api_.context_push(context.context_), "cuCtxPushCurrent");
+}
+
+CudaContext::Scope::Scope(const CudaContext& context, std::nothrow_t) noexcept
+    : api_(*context.api_), pushed_(api_.context_push(context.context_) == 0) {}
+
+CudaContext::Scope::~Scope() {
+  if (!pushed_) return;
+  CuContext popped = nullptr;
+  api_.context_pop(&popped);
+}
+
+CudaDevice::CudaDevice(std::shared_ptr<const CudaApi> api, int ordinal)
+    : context_(std::make_shared<CudaContext>(std::move(api), ordinal)) {
+  const CudaContext::Scope scope(*context_);
+  const CudaApi& driver = context_->api();
+  driver.check(driver.stream_create(&copy_stream_, kStreamNonBlocking), "cuStreamCreate");
+}
+
+CudaDevice::~CudaDevice() {
+  const CudaContext::Scope scope(*context_, std::nothrow);
+  context_->api().stream_synchronize(copy_stream_);
+  if (last_transpose_ != nullptr) context_->api().event_synchronize(handle_of(*last_transpose_));
+  context_->api().stream_destroy(copy_stream_);
+  if (module_ != nullptr) context_->api().module_unload(module_);
+}
+
+std::unique_ptr<HostMemory> CudaDevice::allocate_host(std::size_t nbytes) {
+  return std::make_unique<PinnedMemory>(context_, nbytes);
+}
+
+std::unique_ptr<Event> CudaDevice::make_event() {
+  return std::make_unique<CudaEvent>(context_);
+}
+
+void CudaDevice::copy(Address to, const std::byte* from, std::size_t nbytes) {
+  const CudaContext::Scope scope(*context_);
+  const CudaApi& api = context_->api();
+  api.check(api.memcpy_to_device_async(to, from, nbytes, copy_stream_), "cuMemcpyHtoDAsync");
+}
+
+void CudaDevice::record(Event& event) {
+  record_on(reinterpret_cast<StreamHandle>(copy_stream_), event);
+}
+
+void CudaDevice::copies_wait_for(const Event& event) {
+  stream_waits_for(reinterpret_cast<StreamHandle>(copy_stream_), event);
+}
+
+void CudaDevice::record_on(StreamHandle stream, Event& event) {
+  const CudaContext::Scope scope(*context_);
+  const CudaApi& api = context_->api();
+  api.check(api.event_record(handle_of(event), as_stream(stream)), "cuEventRecord");
+}
+
+void CudaDevice::stream_waits_for(StreamHandle stream, const Event& event) {
+  const CudaContext::Scope scope(*context_);
+  const CudaApi& api = context_->api();
+  api.check(api.stream_wait_event(as_stream(stream), handle_of(event), 0), "cuStreamWaitEvent");
+}
+
+void CudaDevice::synchronize() {
+  const CudaContext::Scope scope(*context_);
+  context_->api().check(context_->api().stream_synchronize(copy_stream_), "cuStreamSynchronize");
+}
+
+// The machine code for this device, or else PTX, which the driver compiles.
+CuModule CudaDevice::load_kernels() const {
+  if (kernel_images().empty()) throw Error(ErrorCode::kDriver, "this build has no GPU kernels");
+  const CudaApi& api = context_->api();
+  const int own = context_->compute_capability();
+  std::array<char, 4096> log{};
+  std::array<int, 2> options = {kJitErrorLogBuffer, kJitErrorLogBufferSizeBytes};
+  std::array<void*, 2> values = {log.data(), reinterpret_cast<void*>(log.size())};
+  CuModule module = nullptr;
+  CuResult result = 0;
+  for (const KernelImage& image : kernel_images()) {
+    const bool runs =
+        image.architecture == 0 || (image.architecture / 10 == own / 10 && image.architecture <= own);
+    if (!runs) continue;
+    result = api.module_load(&module, image.data, options.size(), options.data(), values.data());
+    if (result == 0) return module;
+  }
+  api.check(result, ("cuModuleLoadDataEx " + std::string(log.data())).c_str());
+  return module;
+}
+
+// Loaded at the first Conv1D weight, not before.
+CuFunction CudaDevice::kernel_for(const TransposeJob& job) {
+  const CudaApi& api = context_->api();
+  const std::lock_guard lock(module_mutex_);
+  if (module_ == nullptr) module_ = load_kernels();
+  CuFunction function = nullptr;
+  api.check(api.module_get_function(&function, module_, kernel_name(job)), "cuModuleGetFunction");
+  return function;
+}
+
+void CudaDevice::transpose_to_half(const TransposeJob& job, StreamHandle stream) {
+  validate(job);
+  if (job.rows == 0 || job.columns == 0) return;
+  const CudaContext::Scope scope(*context_);
+  const CuFunction kernel = kernel_for(job);
+  auto [from, to] = std::pair<CuDevicePtr, CuDevicePtr>{job.from, job.to};
+  unsigned long long rows = job.rows, columns = job.columns, to_stride = job.to_stride;
+  std::array<void*, 5> arguments = {&from, &rows, &columns, &to, &to_stride};
+  const auto blocks_x = static_cast<unsigned>((job.columns + kTile - 1) / kTile);
+  const auto blocks_y =
+      static_cast<unsigned>(std::min<std::size_t>((job.rows + kTile - 1) / kTile, kMostBlocksY));
+  const CudaApi& api = context_->api();
+  api.check(api.launch_kernel(kernel, blocks_x, blocks_y, 1, kTile, kRows, 1, 0, as_stream(stream),
+                              arguments.data(), nullptr),
+            "cuLaunchKernel");
+  const std::lock_guard lock(module_mutex_);
+  if (last_transpose_ == nullptr) last_transpose_ = make_event();
+  record_on(stream, *last_transpose_);
+}
+
+}  // namespace pyint8

@@ -1,0 +1,72 @@
+// One CUDA device, through its driver: torch's primary context, a copy stream of our own.
+#pragma once
+
+#include <mutex>
+#include <new>
+
+#include "device/cuda_api.hpp"
+#include "device/device.hpp"
+
+namespace pyint8 {
+
+// The driver's handle of a device's primary context, which torch uses too; kept alive while this is.
+class CudaContext {
+ public:
+  CudaContext(std::shared_ptr<const CudaApi> api, int ordinal);
+  ~CudaContext();
+  CudaContext(const CudaContext&) = delete;
+  CudaContext& operator=(const CudaContext&) = delete;
+
+  const CudaApi& api() const { return *api_; }
+  // 80 for 8.0.
+  int compute_capability() const;
+
+  // Makes the context current on this thread for as long as it lives.
+  class Scope {
+   public:
+    explicit Scope(const CudaContext& context);
+    // For destructors: where the driver is already shutting down, does nothing.
+    Scope(const CudaContext& context, std::nothrow_t) noexcept;
+    ~Scope();
+    Scope(const Scope&) = delete;
+    Scope& operator=(const Scope&) = delete;
+
+   private:
+    const CudaApi& api_;
+    bool pushed_;
+  };
+
+ private:
+  std::shared_ptr<const CudaApi> api_;
+  CuDevice device_ = 0;
+  CuContext context_ = nullptr;
+};
+
+class CudaDevice final : public Device {
+ public:
+  CudaDevice(std::shared_ptr<const CudaApi> api, int ordinal);
+  ~CudaDevice() override;
+
+  bool reads_in_place() const override { return false; }
+  std::unique_ptr<HostMemory> allocate_host(std::size_t nbytes) override;
+  std::unique_ptr<Event> make_event() override;
+  void copy(Address to, const std::byte* from, std::size_t nbytes) override;
+  void record(Event& event) override;
+  void copies_wait_for(const Event& event) override;
+  void record_on(StreamHandle stream, Event& event) override;
+  void stream_waits_for(StreamHandle stream, const Event& event) override;
+  void synchronize() override;
+  void transpose_to_half(const TransposeJob& job, StreamHandle stream) override;
+
+ private:
+  CuFunction kernel_for(const TransposeJob& job);
+  CuModule load_kernels() const;
+
+  std::shared_ptr<CudaContext> context_;
+  CuStream copy_stream_ = nullptr;
+  std::mutex module_mutex_;  // guards the two below
+  CuModule module_ = nullptr;
+  std::unique_ptr<Event> last_transpose_;  // the module must outlive it
+};
+
+}  // namespace pyint8

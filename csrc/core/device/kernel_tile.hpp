@@ -1,0 +1,12 @@
+// The shape of a tile and of the block that transposes it, for kernels.cu (compiled apart, for the GPU) and
+// for whoever launches them.
+#pragma once
+
+namespace pyint8 {
+
+// A tile's edge, and the threads of a block in x. 32 fp16 are 64 bytes, two whole sectors, on either side.
+inline constexpr unsigned kTile = 32;
+// Threads of a block in y: each moves kTile / kRows elements of a tile.
+inline constexpr unsigned kRows = 8;
+
+}  // namespace pyint8

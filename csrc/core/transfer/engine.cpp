@@ -1,0 +1,273 @@
+#include "transfer/engine.hpp"
+
+#include <limits>
+
+#include "error.hpp"
+#include "storage/file.hpp"
+
+namespace pyint8 {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// Unwanted bytes read through to serve two tensors with one read: fewer than a request costs on any storage.
+constexpr std::size_t kMaxGap = std::size_t{64} << 10;
+
+std::uint64_t nanoseconds_since(Clock::time_point start) {
+  return static_cast<std::uint64_t>(
+      std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count());
+}
+
+EngineOptions validated(const EngineOptions& options) {
+  validate(options);
+  return options;
+}
+
+PlanLimits limits_for(const Device& device, const EngineOptions& options) {
+  if (device.reads_in_place())
+    return {.piece_bytes = options.slot_bytes};  // straight into place: nothing between
+  return {.piece_bytes = options.slot_bytes,
+          .alignment = options.direct_io ? kDirectAlignment : 1,
+          .max_gap = kMaxGap};
+}
+
+Error cancelled() {
+  return Error(ErrorCode::kCancelled, "the stream was closed");
+}
+
+}  // namespace
+
+Engine::Engine(const EngineOptions& options)
+    : options_(validated(options)),
+      workers_(
+          options_.threads, [this](const Job& job) { run(job); },
+          [this] {
+            // The lock orders this with a waiter between its check and its sleep.
+            const std::lock_guard lock(mutex_);
+            progress_.notify_all();
+          }) {}
+
+Engine::~Engine() {
+  try {
+    close();
+  } catch (const Error&) {  // the driver has failed: its copies are over
+  }
+}
+
+std::uint32_t Engine::add_file(const std::string& path, const std::optional<FileStamp>& expected) {
+  auto file = std::make_unique<File>(path, options_.direct_io, expected);
+  const std::lock_guard lock(mutex_);
+  files_.push_back(std::move(file));
+  return static_cast<std::uint32_t>(files_.size() - 1);
+}
+
+std::uint32_t Engine::add_device(std::unique_ptr<Device> device) {
+  const std::lock_guard lock(mutex_);
+  devices_.push_back(std::move(device));
+  spare_events_.emplace_back();
+  return static_cast<std::uint32_t>(devices_.size() - 1);
+}
+
+Device& Engine::device(std::uint32_t lane) {
+  const std::lock_guard lock(mutex_);
+  if (lane < devices_.size()) return *devices_[lane];
+  throw Error(ErrorCode::kInvalidArgument, "there is no lane " + std::to_string(lane));
+}
+
+void Engine::make_ring(Device& device) {
+  if (ring_ != nullptr) return;
+  auto memory = device.allocate_host(options_.slots() * options_.slot_bytes);
+  ring_ = std::make_unique<Ring>(std::move(memory), options_.slot_bytes, options_.slots());
+}
+
+void Engine::prepare(std::uint32_t lane) {
+  Device& to = device(lane);
+  const std::lock_guard lock(mutex_);
+  if (closed_) throw cancelled();
+  if (!to.reads_in_place()) make_ring(to);
+}
+
+std::unique_ptr<Event> Engine::take_event(std::uint32_t lane) {
+  auto& spare = spare_events_[lane];
+  if (spare.empty()) return devices_[lane]->make_event();
+  auto event = std::move(spare.back());
+  spare.pop_back();
+  return event;
+}
+
+Ticket Engine::submit(std::uint32_t lane, std::span<const Read> reads, StreamHandle stream, bool first) {
+  Device& to = device(lane);
+  const auto start = std::make_shared<Start>();
+  start->ready = to.make_event();
+  to.record_on(stream, *start->ready);
+
+  std::unique_lock lock(mutex_);
+  if (closed_) throw cancelled();
+  if (!to.reads_in_place()) make_ring(to);  // fails here, not on a worker, where memory cannot be pinned
+  const Ticket ticket = pending_.size();
+  std::vector<Job> jobs = make_jobs(lane, reads, start);
+  lock.unlock();
+  workers_.push(std::move(jobs), first);
+  return ticket;
+}
+
+std::vector<Engine::Job> Engine::make_jobs(std::uint32_t lane, std::span<const Read> reads,
+                                           const std::shared_ptr<Start>& start) {
+  std::vector<Range> ranges;
+  ranges.reserve(reads.size());
+  for (const Read& read : reads) {
+    if (read.range.file >= files_.size()) {
+      throw Error(ErrorCode::kInvalidArgument, "there is no file " + std::to_string(read.range.file));
+    }
+    ranges.push_back(read.range);
+  }
+  std::vector<Piece> pieces = make_plan(ranges, limits_for(*devices_[lane], options_));
+
+  const std::size_t base = pending_.size();
+  for (std::size_t i = 0; i < reads.size(); ++i) pending_.push_back({lane, 0, take_event(lane)});
+  std::vector<Job> jobs;
+  jobs.reserve(pieces.size());
+  for (Piece& piece : pieces) {
+    Job job{lane, std::move(piece), {}, {}, start};
+    for (const Segment& segment : job.piece.segments) {
+      Pending& pending = pending_[base + segment.range];
+      ++pending.pieces_left;
+      job.to.push_back(reads[segment.range].to + segment.range_offset);
+      job.tickets.push_back(&pending);  // a deque never moves its elements
+    }
+    jobs.push_back(std::move(job));
+  }
+  return jobs;
+}
+
+void Engine::run(const Job& job) {
+  std::unique_lock lock(mutex_);
+  const Source& source = *files_[job.piece.file];
+  Device& to = *devices_[job.lane];
+  lock.unlock();
+  if (to.reads_in_place()) {
+    read_into_host(job, source);
+  } else {
+    read_through_slot(job, source, to);
+  }
+  pieces_.fetch_add(1, std::memory_order_relaxed);
+  complete(job, to);
+}
+
+void Engine::read_into_host(const Job& job, const Source& source) {
+  for (std::size_t i = 0; i < job.to.size(); ++i) {
+    const Segment& segment = job.piece.segments[i];
+    timed_read(source, reinterpret_cast<std::byte*>(job.to[i]), segment.nbytes, segment.nbytes,
+               job.piece.offset + segment.piece_offset);
+  }
+}
+
+void Engine::read_through_slot(const Job& job, const Source& source, Device& to) {
+  const Clock::time_point start = Clock::now();
+  Ring::Slot& slot = ring_->lease();
+  slot_nanoseconds_.fetch_add(nanoseconds_since(start), std::memory_order_relaxed);
+
+  timed_read(source, slot.data(), job.piece.needed, job.piece.capacity, job.piece.offset);
+  await(*job.start, to);
+  for (std::size_t i = 0; i < job.to.size(); ++i) {
+    const Segment& segment = job.piece.segments[i];
+    to.copy(job.to[i], slot.data() + segment.piece_offset, segment.nbytes);
+  }
+  to.record(slot.event_on(to));
+  ring_->give_back(slot);
+}
+
+void Engine::await(Start& start, Device& to) {
+  const std::lock_guard lock(start.mutex);
+  if (start.awaited) return;
+  to.copies_wait_for(*start.ready);
+  start.awaited = true;
+}
+
+void Engine::timed_read(const Source& source, std::byte* out, std::size_t needed, std::size_t capacity,
+                        std::uint64_t offset) {
+  const Clock::time_point start = Clock::now();
+  source.read_at(out, needed, capacity, offset);
+  read_nanoseconds_.fetch_add(nanoseconds_since(start), std::memory_order_relaxed);
+  bytes_read_.fetch_add(needed, std::memory_order_relaxed);
+}
+
+// A ticket's event is recorded by whoever issues its last copy: all the others are on the stream already.
+void Engine::complete(const Job& job, Device& to) {
+  std::uint64_t delivered = 0;
+  bool landed = false;
+  {
+    const std::lock_guard lock(mutex_);
+    for (std::size_t i = 0; i < job.tickets.size(); ++i) {
+      Pending& pending = *job.tickets[i];
+      delivered += job.piece.segments[i].nbytes;
+      if (pending.pieces_left == 1) {
+        to.record(*pending.landed);
+        landed = true;
+      }
+      --pending.pieces_left;
+    }
+  }
+  bytes_delivered_.fetch_add(delivered, std::memory_order_relaxed);
+  if (landed) progress_.notify_all();
+}
+
+bool Engine::wait(Ticket ticket, StreamHandle stream, std::chrono::milliseconds timeout) {
+  std::unique_lock lock(mutex_);
+  if (ticket >= pending_.size()) {
+    throw Error(ErrorCode::kInvalidArgument, "there is no ticket " + std::to_string(ticket));
+  }
+  Pending& pending = pending_[ticket];
+  std::exception_ptr error;
+  const bool over = progress_.wait_for(lock, timeout, [&] {
+    return pending.pieces_left == 0 || closed_ || (error = workers_.error()) != nullptr;
+  });
+  if (!over) return false;
+  if (error != nullptr) std::rethrow_exception(error);
+  if (closed_) throw cancelled();
+  if (pending.landed == nullptr) {
+    throw Error(ErrorCode::kInvalidArgument, "ticket " + std::to_string(ticket) + " was waited for before");
+  }
+  devices_[pending.lane]->stream_waits_for(stream, *pending.landed);
+  spare_events_[pending.lane].push_back(std::move(pending.landed));
+  return true;
+}
+
+void Engine::transpose_to_half(std::uint32_t lane, const TransposeJob& job, StreamHandle stream) {
+  device(lane).transpose_to_half(job, stream);
+}
+
+void Engine::require_unchanged() const {
+  const std::lock_guard lock(mutex_);
+  for (const auto& file : files_) file->require_unchanged();
+}
+
+void Engine::close() {
+  {
+    const std::lock_guard lock(mutex_);
+    closed_ = true;
+  }
+  progress_.notify_all();
+  workers_.stop();
+  const std::lock_guard lock(mutex_);
+  std::exception_ptr error;  // of one device: the others' copies must end all the same
+  for (const auto& device : devices_) {
+    try {
+      device->synchronize();
+    } catch (const Error&) {
+      if (error == nullptr) error = std::current_exception();
+    }
+  }
+  ring_.reset();
+  for (auto& events : spare_events_) events.clear();
+  for (Pending& pending : pending_) pending.landed.reset();
+  files_.clear();
+  if (error != nullptr) std::rethrow_exception(error);
+}
+
+Stats Engine::stats() const {
+  return {bytes_read_, bytes_delivered_, pieces_, static_cast<double>(read_nanoseconds_) * 1e-9,
+          static_cast<double>(slot_nanoseconds_) * 1e-9};
+}
+
+}  // namespace pyint8

@@ -1,0 +1,134 @@
+// Reads in, tensors out: the engine takes ranges of files and addresses, and says when each has arrived.
+//
+// The way of a byte: page cache -> (pread, by a worker) -> pinned slot -> (copy stream) -> device memory. For
+// host memory the middle is left out. No thread waits for a device as a whole; slots, tickets and
+// destinations each have an event of their own.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "device/device.hpp"
+#include "options.hpp"
+#include "storage/file.hpp"
+#include "transfer/plan.hpp"
+#include "transfer/ring.hpp"
+#include "transfer/workers.hpp"
+
+namespace pyint8 {
+
+// A range of a file and where in a device's memory its first byte goes.
+struct Read {
+  Range range;
+  Address to;
+};
+
+// One read's number; they count up from 0 in the order of submission.
+using Ticket = std::uint64_t;
+
+struct Stats {
+  std::uint64_t bytes_read;       // from files, gaps and alignment included
+  std::uint64_t bytes_delivered;  // to destinations
+  std::uint64_t pieces;
+  double read_seconds;  // sum over workers: in pread
+  double slot_seconds;  // sum over workers: waiting for the bus to empty a slot
+};
+
+class Engine {
+ public:
+  explicit Engine(const EngineOptions& options);
+  // Closes.
+  ~Engine();
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  // Returns the file's number, for `Range::file`. Throws kChanged if it is in another state than `expected`.
+  std::uint32_t add_file(const std::string& path, const std::optional<FileStamp>& expected = std::nullopt);
+  // Returns the lane's number.
+  std::uint32_t add_device(std::unique_ptr<Device> device);
+
+  // Pins the ring, which the first submission to a device other than the host would do.
+  void prepare(std::uint32_t lane);
+
+  // Asks for `reads` into memory of lane `lane`, in that order; returns the first one's ticket. Destinations
+  // are written only after what the caller has put on `stream` so far. `first`: ahead of all that waits.
+  Ticket submit(std::uint32_t lane, std::span<const Read> reads, StreamHandle stream, bool first);
+
+  // Waits up to `timeout` until `ticket` is on its way, then makes `stream` wait for its arrival; false if
+  // the time ran out. Throws what stopped the engine: the first worker's error, or kCancelled. A ticket is
+  // waited for once.
+  bool wait(Ticket ticket, StreamHandle stream, std::chrono::milliseconds timeout);
+
+  // Transposes a weight on a lane (see transpose.hpp), on `stream`.
+  void transpose_to_half(std::uint32_t lane, const TransposeJob& job, StreamHandle stream);
+
+  // Throws kChanged if one of the files is in another state than when it was opened.
+  void require_unchanged() const;
+
+  // Discards what has not begun, joins the workers and waits until no copy is under way, so that slots and
+  // destinations may be given back. Idempotent; waits for tickets throw kCancelled from then on.
+  void close();
+
+  Stats stats() const;
+
+ private:
+  struct Pending {  // one ticket
+    std::uint32_t lane;
+    std::size_t pieces_left;
+    std::unique_ptr<Event> landed;
+  };
+  struct Start {  // of the copies of one submission: their destinations may be written after it
+    std::unique_ptr<Event> ready;
+    std::mutex mutex;
+    bool awaited = false;  // by the copy stream: the copies behind the first need not wait again
+  };
+  struct Job {
+    std::uint32_t lane;
+    Piece piece;
+    std::vector<Address> to;        // one for each segment
+    std::vector<Pending*> tickets;  // one for each segment
+    std::shared_ptr<Start> start;
+  };
+
+  Device& device(std::uint32_t lane);
+  void make_ring(Device& device);  // with the lock held
+  std::vector<Job> make_jobs(std::uint32_t lane, std::span<const Read> reads,
+                             const std::shared_ptr<Start>& start);
+  void run(const Job& job);
+  static void await(Start& start, Device& to);
+  void read_into_host(const Job& job, const Source& source);
+  void read_through_slot(const Job& job, const Source& source, Device& device);
+  void timed_read(const Source& source, std::byte* out, std::size_t needed, std::size_t capacity,
+                  std::uint64_t offset);
+  void complete(const Job& job, Device& device);
+  std::unique_ptr<Event> take_event(std::uint32_t lane);
+
+  const EngineOptions options_;
+
+  mutable std::mutex mutex_;  // guards what follows, up to the condition
+  std::deque<std::unique_ptr<Source>> files_;
+  std::deque<std::unique_ptr<Device>> devices_;
+  std::deque<Pending> pending_;
+  std::vector<std::vector<std::unique_ptr<Event>>> spare_events_;  // by lane
+  std::unique_ptr<Ring> ring_;
+  bool closed_ = false;
+  std::condition_variable progress_;
+
+  std::atomic<std::uint64_t> bytes_read_{0};
+  std::atomic<std::uint64_t> bytes_delivered_{0};
+  std::atomic<std::uint64_t> pieces_{0};
+  std::atomic<std::uint64_t> read_nanoseconds_{0};
+  std::atomic<std::uint64_t> slot_nanoseconds_{0};
+
+  Workers<Job> workers_;  // last: its threads use all of the above
+};
+
+}  // namespace pyint8

@@ -1,0 +1,284 @@
+// What is left when something goes wrong: nothing.
+#include <algorithm>
+#include <atomic>
+#include <thread>
+
+#include "cuda_support.hpp"
+#include "engine_support.hpp"
+
+namespace pyint8::testing {
+namespace {
+
+constexpr std::size_t kSlot = 8192;
+constexpr int kLanes = 3;
+constexpr EngineOptions kOptions = {.threads = 2, .spare_slots = 2, .slot_bytes = kSlot};
+
+Read whole(Bytes& to) {
+  return {{0, 0, to.size()}, reinterpret_cast<Address>(to.data())};
+}
+
+void add_lane(Engine& engine, int ordinal) {
+  engine.add_device(std::make_unique<CudaDevice>(fake_driver(), ordinal));
+}
+
+// In each test destinations come before the consumers and the engine, so that they outlive all that uses
+// them.
+
+// A whole load in little: files, lanes, reads, waits, a transposition, an end. Consumers outlive it, as torch
+// does.
+class Load {
+ public:
+  Load() : checkpoint_({10 * kSlot + 5}) {
+    for (int lane = 0; lane < kLanes; ++lane) consumers_.emplace_back(lane);
+  }
+
+  void run() {
+    Engine engine(kOptions);
+    checkpoint_.open(engine);
+    std::vector<Ticket> tickets;
+    for (std::uint32_t lane = 0; lane < kLanes; ++lane) {
+      add_lane(engine, static_cast<int>(lane));
+      tickets.push_back(engine.submit(lane, reads_[lane].all(), consumers_[lane].stream(), lane == 1));
+    }
+    for (std::uint32_t lane = 0; lane < kLanes; ++lane) {
+      for (std::size_t i = 0; i < reads_[lane].all().size(); ++i) {
+        wait_for(engine, tickets[lane] + i, consumers_[lane].stream());
+      }
+    }
+    engine.transpose_to_half(1, weight_, consumers_[1].stream());
+    engine.close();
+  }
+
+  // Whether it succeeded.
+  bool try_to_run(const std::string& failing = "") {
+    bool succeeded = false;
+    try {
+      run();
+      succeeded = true;
+    } catch (const Error& error) {
+      CHECK(error.code() == ErrorCode::kDriver);
+      CHECK_MESSAGE(contains(error.message(), "CUDA_ERROR_LAUNCH_FAILED"), error.message());
+    }
+    fake_cuda_fail_after(failing.c_str(), 0, 0);  // if it has not come yet, let it not be the consumers'
+    for (Consumer& consumer : consumers_) consumer.synchronize();
+    return succeeded;
+  }
+
+  bool arrived() const {
+    return std::all_of(reads_.begin(), reads_.end(), [](const Reads& reads) { return reads.arrived(); });
+  }
+
+ private:
+  Checkpoint checkpoint_;
+  std::deque<Consumer> consumers_;
+  Random random_{7};
+  std::array<Reads, kLanes> reads_ = {Reads(checkpoint_, random_, 6, 3 * kSlot),
+                                      Reads(checkpoint_, random_, 6, 3 * kSlot),
+                                      Reads(checkpoint_, random_, 6, 3 * kSlot)};
+  std::array<std::uint16_t, 4> from_{}, to_{};
+  TransposeJob weight_ = {reinterpret_cast<Address>(from_.data()),
+                          ElementType::kHalf,
+                          false,
+                          2,
+                          2,
+                          reinterpret_cast<Address>(to_.data()),
+                          2};
+};
+
+int calls_in_a_load(const std::string& entry_point) {
+  fake_cuda_reset();
+  Load load;
+  REQUIRE(load.try_to_run());
+  CHECK(load.arrived());
+  return static_cast<int>(fake_cuda_calls(entry_point.c_str()));
+}
+
+// 1, 2, 3, 5, 8, ... and the last three.
+std::vector<int> some_up_to(int last) {
+  std::vector<int> calls;
+  for (int a = 1, b = 2; a <= last; b += a, a = b - a) calls.push_back(a);
+  for (int call = std::max(1, last - 2); call <= last; ++call) calls.push_back(call);
+  return calls;
+}
+
+void same(const FakeCudaCounters& before, const FakeCudaCounters& after) {
+  CHECK(after.contexts == before.contexts);
+  CHECK(after.streams == before.streams);
+  CHECK(after.events == before.events);
+  CHECK(after.modules == before.modules);
+  CHECK(after.registered_bytes == before.registered_bytes);
+  CHECK(after.violations == 0);
+  CHECK(pinned_bytes_in_use() == 0);
+}
+
+}  // namespace
+
+TEST_CASE("a driver that fails at any call gives an error, and nothing is left, nothing hangs") {
+  std::size_t failures = 0;
+  for (const std::string entry_point : {"cuInit",
+                                        "cuDeviceGet",
+                                        "cuDevicePrimaryCtxRetain",
+                                        "cuDevicePrimaryCtxRelease_v2",
+                                        "cuCtxPushCurrent_v2",
+                                        "cuCtxPopCurrent_v2",
+                                        "cuStreamCreate",
+                                        "cuStreamDestroy_v2",
+                                        "cuStreamSynchronize",
+                                        "cuStreamWaitEvent",
+                                        "cuEventCreate",
+                                        "cuEventDestroy_v2",
+                                        "cuEventRecord",
+                                        "cuEventQuery",
+                                        "cuMemcpyHtoDAsync_v2",
+                                        "cuMemHostRegister_v2",
+                                        "cuMemHostUnregister",
+                                        "cuModuleLoadDataEx",
+                                        "cuModuleUnload",
+                                        "cuModuleGetFunction",
+                                        "cuLaunchKernel"}) {
+    CAPTURE(entry_point);
+    for (const int call : some_up_to(calls_in_a_load(entry_point))) {
+      CAPTURE(call);
+      fake_cuda_reset();
+      Load load;
+      const FakeCudaCounters before = counters();
+      const std::size_t threads = running_threads();
+      const std::size_t files = open_files();
+      fake_cuda_fail_after(entry_point.c_str(), call, 719);
+      const bool succeeded = load.try_to_run(entry_point);
+      failures += !succeeded;
+      // A destructor that cannot make its context current takes the driver to be shutting down.
+      const bool excused = succeeded && entry_point == "cuCtxPushCurrent_v2";
+      const FakeCudaCounters after = counters();
+      fake_cuda_reset();  // joins the streams
+      if (excused) continue;
+      same(before, after);
+      CHECK(threads_become(threads));
+      CHECK(open_files() == files);
+    }
+  }
+  CHECK(failures > 50);
+}
+
+TEST_CASE("memory that cannot be pinned is an error of submit, which may be tried again") {
+  const Accounts accounts;
+  const Checkpoint checkpoint({kSlot});
+  Bytes to(kSlot);
+  Consumer consumer(0);
+  Engine engine(kOptions);
+  checkpoint.open(engine);
+  add_lane(engine, 0);
+  const Read read = whole(to);
+  fake_cuda_fail_after("cuMemHostRegister_v2", 1, 2);
+  const Error error = error_of([&] { engine.submit(0, {&read, 1}, consumer.stream(), false); });
+  CHECK(contains(error.message(), "is `ulimit -l` too small for the ring?"));
+  wait_for(engine, engine.submit(0, {&read, 1}, consumer.stream(), false), consumer.stream());
+  consumer.synchronize();
+  CHECK(to == checkpoint.contents[0]);
+}
+
+TEST_CASE("a truncated file among good ones") {
+  for (const bool direct_io : {false, true}) {
+    const Accounts accounts;
+    const Checkpoint checkpoint({64 * kSlot, 100});
+    std::vector<Bytes> to(50, Bytes(64 * kSlot));
+    Consumer consumer(0);
+    Engine engine({.threads = 3, .spare_slots = 1, .slot_bytes = kSlot, .direct_io = direct_io});
+    checkpoint.open(engine);
+    add_lane(engine, 0);
+    std::vector<Read> reads;
+    for (Bytes& bytes : to) reads.push_back(whole(bytes));
+    reads[20].range.file = 1;
+    const Ticket ticket = engine.submit(0, reads, consumer.stream(), false);
+    for (const Ticket lost : {ticket + 20, ticket + 49}) {
+      const Error error = error_of([&] { engine.wait(lost, consumer.stream(), kPatience); });
+      CHECK(error.code() == ErrorCode::kTruncated);
+      CHECK(error.path() == checkpoint.files[1].path());
+      CHECK(error.offset() >= 100);  // where the piece that failed begins, if that is later
+    }
+  }
+}
+
+TEST_CASE("close while busy ends the copies, and after it no destination is written") {
+  const Accounts accounts;
+  const Checkpoint checkpoint({64 * kSlot});
+  std::vector<Bytes> to(60, Bytes(64 * kSlot));
+  std::deque<Consumer> consumers;
+  Engine engine(kOptions);
+  checkpoint.open(engine);
+  for (std::size_t i = 0; i < to.size(); ++i) {
+    const auto lane = static_cast<std::uint32_t>(i % kLanes);
+    if (i < kLanes) add_lane(engine, static_cast<int>(lane));
+    if (i < kLanes) consumers.emplace_back(static_cast<int>(lane));
+    const Read read = whole(to[i]);
+    engine.submit(lane, {&read, 1}, consumers[lane].stream(), false);
+  }
+  engine.close();
+  CHECK(pinned_bytes_in_use() == 0);
+  CHECK(counters().violations == 0);
+  const std::vector<Bytes> after = to;
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  CHECK(after == to);
+  CHECK(error_of([&] { engine.wait(59, 0, kPatience); }).code() == ErrorCode::kCancelled);
+}
+
+TEST_CASE("a lane whose driver fails at the end does not keep the others from being waited for") {
+  const Accounts accounts;
+  const Checkpoint checkpoint({kSlot});
+  Bytes to(kSlot);
+  Consumer failing(0), slow(1);
+  Engine engine(kOptions);
+  checkpoint.open(engine);
+  add_lane(engine, 0);
+  add_lane(engine, 1);
+  const Read read = whole(to);
+  Gate gate(slow);
+  wait_for(engine, engine.submit(1, {&read, 1}, slow.stream(), false), slow.stream());
+  fake_cuda_fail_after("cuStreamSynchronize", 1, 719);
+  std::jthread opener([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    gate.open();
+  });
+  CHECK(error_of([&] { engine.close(); }).code() == ErrorCode::kDriver);
+  CHECK(to == checkpoint.contents[0]);
+  CHECK(pinned_bytes_in_use() == 0);
+}
+
+TEST_CASE("callers may submit, wait and close from threads of their own") {
+  const Accounts accounts;
+  const Checkpoint checkpoint({10 * kSlot + 5});
+  for (int round = 0; round < 20; ++round) {
+    std::vector<Bytes> to(kLanes, Bytes(10 * kSlot + 5));
+    std::atomic<int> wrong = 0;
+    std::deque<Consumer> consumers;
+    Engine engine(kOptions);
+    checkpoint.open(engine);
+    std::vector<std::jthread> callers;
+    for (std::uint32_t lane = 0; lane < kLanes; ++lane) {
+      add_lane(engine, static_cast<int>(lane));
+      consumers.emplace_back(static_cast<int>(lane));
+    }
+    for (std::uint32_t lane = 0; lane < kLanes; ++lane) {
+      callers.emplace_back([&, lane] {
+        const Read read = whole(to[lane]);
+        Consumer& consumer = consumers[lane];
+        try {
+          for (;;) {
+            const Ticket ticket = engine.submit(lane, {&read, 1}, consumer.stream(), false);
+            if (!engine.wait(ticket, consumer.stream(), kPatience)) ++wrong;
+            consumer.then([&, lane] { wrong += to[lane] != checkpoint.contents[0]; });
+          }
+        } catch (const Error& error) {
+          wrong += error.code() != ErrorCode::kCancelled;
+        }
+      });
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(round));
+    engine.close();
+    callers.clear();
+    for (Consumer& consumer : consumers) consumer.synchronize();
+    CHECK(wrong == 0);
+  }
+}
+
+}  // namespace pyint8::testing

@@ -76,7 +76,8 @@ def load(
             filled in place.
         offload_folder: For modules that the device map puts on "disk".
         strict: Raise if a weight cannot be quantized soundly (NaN, infinity, values beyond float16), and if shards do
-            not agree with their index. False logs one warning and does what bitsandbytes and transformers do.
+            not agree with their index about a tensor that the model wants. False, here or in `config`, logs one warning
+            and does what bitsandbytes and transformers do.
         progress: Show a bar in bytes; None shows it on a terminal.
         options: How to move bytes; None for the defaults and the `PYINT8_*` environment variables.
         return_report: Return (model, LoadReport).
@@ -103,7 +104,7 @@ def load(
         # Before anything heavy is imported: a folder is checked, and the disk has something to do.
         read_ahead = None
         with collector.held_off(), report.phase("read headers"):
-            checkpoint = find_checkpoint(base or path, hub_and_model_kwargs, strict=strict)
+            checkpoint = find_checkpoint(base or path, hub_and_model_kwargs)
         if checkpoint is not None:
             collector.make_room(checkpoint.most_bytes_loaded)
             begun.enter_context(collector.held_off())  # not for as long as a download takes
@@ -131,7 +132,7 @@ def load(
             tightly=left_free is not None,
             config=config,
             offload_folder=offload_folder,
-            strict=strict,
+            strict=strict and (config is None or config.strict),
             options=options,
         )
         begun.enter_context(_measured_memory(report))

@@ -16,7 +16,7 @@ from pyint8.config import StreamOptions
 from pyint8.models.transformers.initialization import NoInitializationOnMeta
 from pyint8.models.transformers.parameters import ParameterMaker, find_dtypes, find_places
 from pyint8.models.transformers.plan import LoadPlan, make_plan
-from pyint8.models.transformers.settle import check_tensors, settle_modules
+from pyint8.models.transformers.settle import check_tensors, judge_disagreements, settle_modules
 from pyint8.quantizer import Int8Quantizer
 from pyint8.read_ahead import ReadAhead
 from pyint8.report import LoadReport
@@ -140,7 +140,7 @@ class LoadSession:
         known = self._checkpoint
         if known is None or set(known.files) != set(files) or known.has_changed:
             with self.report.phase("read headers"):
-                self._checkpoint = checkpoint_of_files(files, strict=self.strict)
+                self._checkpoint = checkpoint_of_files(files)
 
     def make_plan(self, model: Any, conversions: list[Any], dtype: torch.dtype) -> LoadPlan:
         """Decides what every tensor is for, and which of the replaced modules are put back.
@@ -160,6 +160,7 @@ class LoadSession:
             pre_quantized=self.quantizer.pre_quantized,
         )
         allow = self._allow_mismatched_shapes
+        judge_disagreements(self.plan, model, self._checkpoint, strict=self.strict, allow_mismatched_shapes=allow)
         if settle_modules(
             self.plan, model, parameters, self._checkpoint, self.quantizer, allow_mismatched_shapes=allow
         ):

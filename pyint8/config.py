@@ -50,6 +50,8 @@ class Int8Config:
         has_fp16_weight: Keep the weights in 16 bit and quantize in every forward pass (`llm_int8_has_fp16_weight`).
         fp32_cpu_offload: Allow a device map to put modules, unquantized, on the CPU or the disk beside a GPU
             (`llm_int8_enable_fp32_cpu_offload`).
+        strict: As `pyint8.load`'s, for `from_pretrained`: raise for weights that cannot be quantized soundly and for
+            shards that do not agree with their index, instead of one warning. Not saved with the model.
 
     Raises:
         OptionError: A value of the wrong type, or a negative threshold.
@@ -59,6 +61,7 @@ class Int8Config:
     skip_modules: Sequence[str] | None = None
     has_fp16_weight: bool = False
     fp32_cpu_offload: bool = False
+    strict: bool = True
 
     def __post_init__(self) -> None:
         threshold = self.threshold
@@ -74,7 +77,7 @@ class Int8Config:
             ):
                 raise OptionError(f"skip_modules is {skip!r}; it must be a sequence of module names, or None")
             object.__setattr__(self, "skip_modules", tuple(skip))
-        for name in ("has_fp16_weight", "fp32_cpu_offload"):
+        for name in ("has_fp16_weight", "fp32_cpu_offload", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} is {getattr(self, name)!r}; it must be True or False")
 

@@ -141,7 +141,8 @@ def load(
             filled in place.
         offload_folder: For modules that the device map puts on "disk".
         strict: Raise if a weight cannot be quantized soundly (NaN, infinity, values beyond float16), and if shards do
-            not agree with their index. False logs one warning and does what bitsandbytes and transformers do.
+            not agree with their index about a tensor that the model wants. False, here or in `config`, logs one warning
+            and does what bitsandbytes and transformers do.
         progress: Show a bar in bytes; None shows it on a terminal and in notebooks, as transformers' switches for bars
             have it.
         options: How to move bytes; None for the defaults and the `PYINT8_*` environment variables.
@@ -170,7 +171,7 @@ def load(
         recorder = stack.enter_context(Recorder(progress))
         # Before anything heavy is imported: a folder is checked, and the disk has something to do.
         with garbage.paused(), recorder.phase("read headers"):
-            checkpoint = find_checkpoint(base or path, hub_and_model_kwargs, strict=strict)
+            checkpoint = find_checkpoint(base or path, hub_and_model_kwargs)
         if checkpoint is not None:
             garbage.collect_if_short(checkpoint.most_bytes_loaded)
             stack.enter_context(garbage.paused())  # not for as long as a download takes
@@ -185,7 +186,7 @@ def load(
             headroom=headroom,
             config=config,
             offload_folder=offload_folder,
-            strict=strict,
+            strict=strict and (config is None or config.strict),
             options=options,
             arguments=hub_and_model_kwargs,
         )

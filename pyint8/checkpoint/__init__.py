@@ -7,6 +7,7 @@ Nothing here reads a byte of a tensor (but of formats that cannot be read by off
     entry.dtype, entry.shape, entry.path, entry.offset, entry.nbytes
 """
 
+from .agreement import Disagreement
 from .entry import DTYPES, Entry
 from .index import Checkpoint, checkpoint_of_files, open_checkpoint
 from .pickled import PickledFile, read_pickled
@@ -16,6 +17,7 @@ from .stamp import FileStamp
 __all__ = [
     "DTYPES",
     "Checkpoint",
+    "Disagreement",
     "Entry",
     "FileStamp",
     "PickledFile",

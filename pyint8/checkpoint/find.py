@@ -126,7 +126,7 @@ def _adapter_config(path: str, kwargs: Mapping[str, Any]) -> str | None:
     return found
 
 
-def find_checkpoint(path: str, kwargs: Mapping[str, Any], *, strict: bool = True) -> Checkpoint | None:
+def find_checkpoint(path: str, kwargs: Mapping[str, Any]) -> Checkpoint | None:
     """A folder's (or a file's) checkpoint; of a hub id what the local cache has, if anything.
 
     transformers decides later whether that is up to date, and downloads what is missing.
@@ -135,13 +135,12 @@ def find_checkpoint(path: str, kwargs: Mapping[str, Any], *, strict: bool = True
         path: Folder, file or hub id.
         kwargs: `subfolder`, `variant`, `use_safetensors`, and for the hub `cache_dir`, `revision` and `force_download`,
             with which the cache has nothing of use.
-        strict: See `open_checkpoint`.
     """
     names = ("subfolder", "variant", "use_safetensors")
-    where = {"strict": strict, **{name: kwargs[name] for name in names if kwargs.get(name) is not None}}
+    where = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
     if os.path.exists(path):
         named = _weights_named_in_config(os.path.join(path, kwargs.get("subfolder") or ""))
-        return open_checkpoint(path, **where) if named is None else open_checkpoint(named, strict=strict)
+        return open_checkpoint(path, **where) if named is None else open_checkpoint(named)
 
     if kwargs.get("force_download"):
         return None

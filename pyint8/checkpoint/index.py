@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import stat
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
-from pyint8.errors import CheckpointError, CheckpointNotFoundError, OptionError
+from pyint8.errors import CheckpointNotFoundError, OptionError
 
-from ._reading import JsonError, brief, os_errors, parse_json
+from ._reading import os_errors
+from .agreement import Index, choose, weight_map_of
 from .entry import Entry
 from .foreign import advice_for_file, advice_for_folder
 from .pickled import EXTENSIONS, PickledFile, read_pickled
 from .safetensors import SafetensorsFile, read_header
 from .stamp import FileStamp, changed, has_changed
-
-logger = logging.getLogger("pyint8")
 
 CheckpointFile = SafetensorsFile | PickledFile
 
@@ -32,36 +30,33 @@ class Checkpoint(Mapping[str, Entry]):
     """Every tensor of one or more files, by name, in order of file and offset.
 
     Args:
-        files: What each of them holds.
-        strict: Refuse a tensor that two of them hold; else the later one's is taken, as transformers does.
+        files: What each of them holds. Of several copies of a tensor the one counts that an index names, else the last.
+        indexes: Those of the files, if there are any.
 
     Attributes:
         entries: The tensors by name.
+        disagreements: What is not as an index says. Whether that matters is known once it is known what is wanted.
         files: The paths of the files, in order.
         stamps: By path, the state that each of them had when its header was read.
         metadata: The `__metadata__` of the files together; of two values for a key, the earlier file's.
         nbytes: The bytes of all tensors together.
-
-    Raises:
-        CheckpointError: Two files hold a tensor of the same name.
     """
 
-    def __init__(self, files: Sequence[CheckpointFile], *, strict: bool = True) -> None:
-        entries: dict[str, Entry] = {}
-        self.metadata: dict[str, str] = {}
-        self._nonempty: dict[str, list[Entry]] = {}
-        for file in files:
-            for name in [name for name in file.entries if name in entries]:
-                problem = f"the tensor is in {entries[name].path} too; remove one of the two"
-                _refuse(CheckpointError(problem, path=file.path, tensor=name, offset=file.entries[name].offset), strict)
-                del entries[name]
-            entries |= file.entries
-            self.metadata = {**file.metadata, **self.metadata}
-            self._nonempty[file.path] = [entry for entry in file.entries.values() if entry.nbytes]
+    def __init__(self, files: Sequence[CheckpointFile], indexes: Sequence[Index] = ()) -> None:
+        entries, self.disagreements = choose(files, indexes)
         self.entries: Mapping[str, Entry] = MappingProxyType(entries)
         self.stamps: Mapping[str, FileStamp] = MappingProxyType({file.path: file.stamp for file in files})
         self.files = tuple(self.stamps)
+        self.metadata: dict[str, str] = {}
+        for file in files:
+            self.metadata = {**file.metadata, **self.metadata}
         self.nbytes = sum(entry.nbytes for entry in entries.values())
+        self._nonempty = {file.path: [entry for entry in file.entries.values() if entry.nbytes] for file in files}
+
+    @property
+    def absent(self) -> list[str]:
+        """The tensors that an index names, and none of the files has."""
+        return [disagreement.name for disagreement in self.disagreements if disagreement.name not in self.entries]
 
     @property
     def most_bytes_loaded(self) -> int:
@@ -114,7 +109,6 @@ def open_checkpoint(
     subfolder: str = "",
     variant: str | None = None,
     use_safetensors: bool | None = None,
-    strict: bool = True,
 ) -> Checkpoint:
     """Find the checkpoint of a folder as transformers does, and read its headers.
 
@@ -124,13 +118,11 @@ def open_checkpoint(
         subfolder: Where in the folder to look.
         variant: "fp16" makes that `model.fp16.safetensors` and `model.safetensors.index.fp16.json`.
         use_safetensors: True looks for safetensors alone, False for the other format alone.
-        strict: Refuse shards that do not agree with their index, or of which two hold the same tensor; else warn, and
-            take all that the shards hold, as transformers does.
 
     Raises:
         CheckpointNotFoundError: There is no such path, no checkpoint in the folder, only one of another format, or a
             shard is missing.
-        CheckpointError: A header or the index breaks a rule, or they do not agree.
+        CheckpointError: A header or the index breaks a rule.
         ReadError: The operating system refused; `errno` says why.
         OptionError: `subfolder` or `variant` was given with a single file.
     """
@@ -139,7 +131,7 @@ def open_checkpoint(
         if subfolder or variant is not None:
             raise OptionError(f"subfolder and variant are for a folder, and {path} is a file; give the file alone")
         if path.endswith(".index.json"):
-            return _open_sharded(os.path.dirname(path), path, strict)
+            return _open_sharded(os.path.dirname(path), path)
         return Checkpoint([_read_file(path)])
     folder = os.path.join(path, subfolder) if subfolder else path
     formats = {None: (_SAFETENSORS, _PICKLED), True: (_SAFETENSORS,), False: (_PICKLED,)}[use_safetensors]
@@ -148,38 +140,40 @@ def open_checkpoint(
         if _is_file(os.path.join(folder, single)):
             return Checkpoint([_read_file(os.path.join(folder, single))])
         if _is_file(os.path.join(folder, index)):
-            return _open_sharded(folder, os.path.join(folder, index), strict)
+            return _open_sharded(folder, os.path.join(folder, index))
     raise _nothing_in(folder, looked_for)
 
 
-def checkpoint_of_files(files: Sequence[str], *, strict: bool = True) -> Checkpoint:
+def checkpoint_of_files(files: Sequence[str]) -> Checkpoint:
     """Read the headers of files that somebody else (transformers, the hub) has already resolved.
 
     Where a folder holds an index (`*.index.json`, or `*.index.<variant>.json`) that names exactly the given files of
-    that folder, they are checked to agree with it.
+    that folder, it is theirs.
 
     Args:
         files: The files, in the order the checkpoint shall have.
-        strict: See `open_checkpoint`.
 
     Raises:
         CheckpointNotFoundError: A file is missing, or none was given.
-        CheckpointError: A header or an index breaks a rule, or they do not agree.
+        CheckpointError: A header or an index breaks a rule.
         ReadError: The operating system refused; `errno` says why.
     """
     if not files:
         raise CheckpointNotFoundError("no checkpoint file was given; give at least one")
-    checkpoint = Checkpoint([_read_file(file) for file in files], strict=strict)
+    read = [_read_file(file) for file in files]
     by_folder: dict[str, dict[str, str]] = {}
-    for file in checkpoint.files:
+    for file in files:
         folder, name = os.path.split(file)
         by_folder.setdefault(folder, {})[name] = file
-    for folder, paths in by_folder.items():
-        for index, raw in _indexes_that_mention(folder, paths):
-            weight_map = _weight_map(index, raw)
-            if set(weight_map.values()) == paths.keys():
-                _check_agreement(checkpoint, index, weight_map, paths, strict)
-    return checkpoint
+    return Checkpoint(read, [index for folder, paths in by_folder.items() for index in _indexes_of(folder, paths)])
+
+
+def _indexes_of(folder: str, paths: Mapping[str, str]) -> Iterator[Index]:
+    """The indexes in a folder that name exactly its files `paths`, which are by name."""
+    for path, raw in _indexes_that_mention(folder, paths):
+        weight_map = weight_map_of(path, raw)
+        if set(weight_map.values()) == paths.keys():
+            yield _index(path, weight_map, paths)
 
 
 def _with_variant(name: str, variant: str | None) -> str:
@@ -222,15 +216,18 @@ def _read_bytes(path: str) -> bytes:
         return file.read()
 
 
-def _open_sharded(folder: str, index: str, strict: bool) -> Checkpoint:
-    weight_map = _weight_map(index, _read_bytes(index))
+def _open_sharded(folder: str, index: str) -> Checkpoint:
+    weight_map = weight_map_of(index, _read_bytes(index))
     paths = {shard: os.path.join(folder, shard) for shard in sorted(set(weight_map.values()))}
-    checkpoint = Checkpoint([_read_shard(path, index, weight_map) for path in paths.values()], strict=strict)
-    _check_agreement(checkpoint, index, weight_map, paths, strict)
-    return checkpoint
+    shards = [_read_shard(path, index, weight_map) for path in paths.values()]
+    return Checkpoint(shards, [_index(index, weight_map, paths)])
 
 
-def _read_shard(path: str, index: str, weight_map: dict[str, str]) -> CheckpointFile:
+def _index(path: str, weight_map: Mapping[str, str], paths: Mapping[str, str]) -> Index:
+    return Index(path, {name: paths[shard] for name, shard in weight_map.items()})
+
+
+def _read_shard(path: str, index: str, weight_map: Mapping[str, str]) -> CheckpointFile:
     try:
         return _read_file(path)
     except CheckpointNotFoundError as error:
@@ -238,63 +235,6 @@ def _read_shard(path: str, index: str, weight_map: dict[str, str]) -> Checkpoint
         raise CheckpointNotFoundError(
             f"this shard is missing; {index} says that it holds {_first(expected)}; download it", path=path
         ) from error
-
-
-def _weight_map(path: str, raw: bytes) -> dict[str, str]:
-    try:
-        index = parse_json(raw)
-    except JsonError as error:
-        raise CheckpointError(f"the index: {error}; download it again", path=path, offset=error.position) from None
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(
-            "the index is not a JSON object with a non-empty object `weight_map`; download it again", path=path
-        )
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or shard in ("", ".", "..") or any(c in shard for c in "/\\\0"):
-            raise CheckpointError(
-                f"the index puts the tensor in {brief(shard)}, which is not the plain name of a file beside the "
-                "index; do not trust this checkpoint, or correct the index",
-                path=path,
-                tensor=name,
-            )
-    return weight_map
-
-
-def _check_agreement(
-    checkpoint: Checkpoint, index: str, weight_map: dict[str, str], paths: Mapping[str, str], strict: bool
-) -> None:
-    for error in _disagreements(checkpoint, index, weight_map, paths):
-        _refuse(error, strict)
-        return  # one is enough to say
-
-
-def _disagreements(
-    checkpoint: Checkpoint, index: str, weight_map: dict[str, str], paths: Mapping[str, str]
-) -> Iterator[CheckpointError]:
-    advice = "the index and its shards are not of one checkpoint: download them again"
-    for name, shard in weight_map.items():
-        entry = checkpoint.entries.get(name)
-        if entry is None or entry.path != paths[shard]:
-            where = "no shard has it" if entry is None else f"it is in {entry.path}"
-            yield CheckpointError(
-                f"{index} says that the file holds this tensor, but {where}; {advice}", path=paths[shard], tensor=name
-            )
-    shards = set(paths.values())
-    for name, entry in checkpoint.entries.items():
-        if entry.path in shards and name not in weight_map:
-            yield CheckpointError(
-                f"{index} does not name this tensor, but the file holds it; {advice}",
-                path=entry.path,
-                tensor=name,
-                offset=entry.offset,
-            )
-
-
-def _refuse(error: CheckpointError, strict: bool) -> None:
-    if strict:
-        raise error
-    logger.warning("%s (loaded all the same, as transformers does)", error)
 
 
 def _nothing_in(folder: str, looked_for: Sequence[str]) -> CheckpointNotFoundError:

@@ -2,16 +2,58 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Collection, Container, Iterable
+from collections.abc import Callable, Collection, Container, Iterable
+from enum import Enum, auto
 
 from pyint8.checkpoint import Checkpoint, Entry
 from pyint8.errors import CheckpointError, QuantizationStateError, ShapeMismatchError
+
+logger = logging.getLogger("pyint8")
 
 # What bitsandbytes saves beside an int8 weight.
 SCALES = "SCB"
 FORMAT = "weight_format"
 _ROW_MAJOR = 0
+
+_GO_ON_WITHOUT = "; or load without it, with strict=False (of pyint8.load, or of Int8Config)"
+_TAKE_IT_ALL_THE_SAME = (
+    "; or take it as it is, as transformers does, with strict=False (of pyint8.load, or of Int8Config)"
+)
+
+
+class Want(Enum):
+    """Whether a load wants a tensor."""
+
+    NO = auto()
+    YES = auto()
+    CANNOT_DO_WITHOUT = auto()
+
+
+def judge_disagreements(checkpoint: Checkpoint, want: Callable[[str], Want], *, strict: bool) -> None:
+    """Logs one warning for all that an index and its shards do not agree about and that does not matter.
+
+    Args:
+        checkpoint: Knows of what they do not agree about.
+        want: Whether the load wants a tensor of this name.
+        strict: Refuse what matters; else only what the load cannot do without.
+
+    Raises:
+        CheckpointError: The load wants a tensor that no shard has, or that is not where the index says.
+    """
+    told = []
+    for disagreement in checkpoint.disagreements:
+        wanted = Want.NO if disagreement.is_settled else want(disagreement.name)
+        is_absent = disagreement.name not in checkpoint
+        if is_absent and wanted is Want.CANNOT_DO_WITHOUT:
+            raise disagreement.error()
+        if strict and wanted is not Want.NO:
+            raise disagreement.error(_GO_ON_WITHOUT if is_absent else _TAKE_IT_ALL_THE_SAME)
+        told.append(disagreement)
+    if told:
+        others = f" The same is true of {len(told) - 1} others, such as {told[1].name}." if len(told) > 1 else ""
+        logger.warning("%s; it is loaded all the same.%s", told[0], others)
 
 
 def require_shape(entry: Entry, name: str, expected: tuple[int, ...]) -> None:

@@ -55,7 +55,8 @@ def fill_module(module: nn.Module, request: LoadRequest, preparation: Preparatio
             preparation.stop_prefetch()
             filler.fill(request.options)
         with recorder.phase("finish"):
-            filler.require_unchanged()
+            # accelerate opens these by their paths.
+            checkpoint.require_unchanged({left["safetensors_file"] for left in filler.left_in_files.values()})
             filler.place_the_rest()
             quantizer.postprocess_model(module, locate=filler.locate)
             dispatch(module, filler.device_map, request.offload_folder, filler.left_in_files)
@@ -171,8 +172,7 @@ class _Filler:
 
     def _refuse_orphans(self, weight: str) -> None:
         for leaf in (checks.SCALES, checks.FORMAT):
-            companion = self._companion(weight, leaf)
-            if companion is not None:
+            if (companion := self._companion(weight, leaf)) is not None:
                 checks.refuse_orphan(companion, weight)
 
     def _companion(self, weight: str, leaf: str) -> Entry | None:
@@ -182,6 +182,7 @@ class _Filler:
     def _check_names(self) -> None:
         """Refuses parameters and buffers that nothing would fill; reports what is left over."""
         own = self._module.state_dict()
+        checks.judge_disagreements(self._checkpoint, partial(self._want, own), strict=self._quantizer.strict)
         companions = {f"{name}.{leaf}" for name in self._quantizer.converted for leaf in (checks.SCALES, checks.FORMAT)}
         missing = sorted(set(own) - set(self._checkpoint) - self._filled_by_ties())
         unexpected = sorted(set(self._checkpoint) - set(own) - companions)
@@ -202,14 +203,22 @@ class _Filler:
         if unexpected:
             logger.warning("the checkpoint's %s have no place in the module", ", ".join(unexpected[:10]))
 
+    def _want(self, own: Mapping[str, torch.Tensor], name: str) -> checks.Want:
+        """Whether the module, whose state dict is `own`, wants a tensor that its checkpoint or an index names."""
+        module, _, leaf = name.rpartition(".")
+        if leaf == checks.SCALES and self._quantizer.pre_quantized and module in self._quantizer.converted:
+            return checks.Want.CANNOT_DO_WITHOUT
+        if name not in own or (name not in self._checkpoint and name in self._filled_by_ties()):
+            return checks.Want.NO
+        return checks.Want.CANNOT_DO_WITHOUT if own[name].is_meta else checks.Want.YES
+
     def _check_tensor(self, name: str, entry: Entry, shape: tuple[int, ...]) -> None:
         """Refuses a tensor that cannot become its parameter or buffer, of `shape` in the module."""
         scales = self._companion(name, checks.SCALES)
         module = name.rpartition(".")[0]
         if not self._quantizer.check_quantized_param(name):
             if scales is not None and name.endswith(".weight"):
-                reason = self._quantizer.skipped.get(module, "it is no linear module")
-                checks.refuse_codes(entry, name, reason)
+                checks.refuse_codes(entry, name, self._quantizer.skipped.get(module, "it is no linear module"))
             checks.require_shape(entry, name, shape)
             return
         checks.require_int8_weight(
@@ -253,10 +262,6 @@ class _Filler:
             "weight_name": name,
             "dtype": str(dtype).removeprefix("torch."),
         }
-
-    def require_unchanged(self) -> None:
-        """Raises FileChangedError if a file that accelerate will read later is not the one whose header was read."""
-        self._checkpoint.require_unchanged({left["safetensors_file"] for left in self.left_in_files.values()})
 
     def place_the_rest(self) -> None:
         """Moves what the checkpoint did not hold (fresh heads, buffers) and ties again what was tied."""

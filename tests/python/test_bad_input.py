@@ -32,7 +32,7 @@ from pyint8.streaming.transport import Transport
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
-FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FILE = "model.safetensors"
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 Q_SCALES = "model.layers.0.self_attn.q_proj.SCB"
 Q_FORMAT = "model.layers.0.self_attn.q_proj.weight_format"
@@ -199,16 +199,6 @@ CASES = [
         "Is a directory; give the path of a file",
         file=SHARD,
         model="llama_sharded",
-        placed=False,
-    ),
-    Case(
-        "index names what is not there",
-        lambda f: edit_json(f / INDEX, lambda index: index["weight_map"].update(ghost=SHARD)),
-        errors.CheckpointError,
-        "no shard has it; .*download them again",
-        "ghost",
-        SHARD,
-        "llama_sharded",
         placed=False,
     ),
     Case("no config", lambda f: (f / "config.json").unlink(), MODEL, "config.json", file=None),

@@ -201,19 +201,14 @@ def test_an_interrupt_leaves_nothing(way: str, checkpoints: CheckpointStore, mon
     assert not [path for path in opened if path.startswith(str(folder))]
 
 
-@pytest.mark.parametrize("lie", ["unnamed", "twice"])
-def test_an_index_that_lies(lie: str, copy_of: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_index_that_lies(copy_of: Any, caplog: pytest.LogCaptureFixture) -> None:
     """Who asks for pyint8 is told; who does not know of it gets what transformers makes of it, and a word."""
     folder = copy_of("llama_sharded", "bf16")
     index = folder / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     name = "model.layers.0.self_attn.q_proj.weight"
-    if lie == "unnamed":
-        del content["weight_map"][name]
-        index.write_text(json.dumps(content))
-    else:
-        file = folder / max(content["weight_map"].values())
-        save_file(load_file(file) | {name: torch.ones(64, 64).bfloat16()}, file, {"format": "pt"})
+    del content["weight_map"][name]
+    index.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=name):
         load_by("config", folder, tf.LlamaForCausalLM, pyint8.Int8Config(), device_map=CPU)
     theirs, _ = peer_load(folder, tf.LlamaForCausalLM, device_map=CPU)

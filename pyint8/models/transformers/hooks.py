@@ -74,9 +74,8 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         super().__init__(genuine, **kwargs)
         self._was_pre_quantized: bool = kwargs.get("pre_quantized", True)
         # The session of the pyint8.load under way, or one of its own for a from_pretrained of somebody else.
-        self.session = LoadSession.active() or LoadSession.of_other_code(
-            strict=isinstance(quantization_config, Int8Config)
-        )
+        is_strict = isinstance(quantization_config, Int8Config) and quantization_config.strict
+        self.session = LoadSession.active() or LoadSession.of_other_code(strict=is_strict)
         self.session.quantizer = Int8Quantizer(
             Int8Config(
                 threshold=genuine.llm_int8_threshold,

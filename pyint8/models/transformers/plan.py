@@ -75,6 +75,7 @@ class LoadPlan:
         claimed: The values of `renamed` that lead to a target.
         also_unexpected: Names to report as unexpected that transformers would not find by itself.
         used: The renamings and converters that matched something, which saving must revert.
+        absent: Of the tensors that an index names and no shard has, the targets that they would have been for.
     """
 
     targets: dict[str, Target] = field(default_factory=dict)
@@ -82,6 +83,7 @@ class LoadPlan:
     claimed: set[str] = field(default_factory=set)
     also_unexpected: set[str] = field(default_factory=set)
     used: list[WeightTransform] = field(default_factory=list)
+    absent: dict[str, Target] = field(default_factory=dict)
 
     def made_by(self) -> dict[str, Target]:
         """The target that makes each parameter."""
@@ -113,16 +115,28 @@ def make_plan(
                 plan.also_unexpected.update(final.replace(patterns[0], other) for other in patterns[1:])
             continue
         plan.claimed.add(renamed)
-        target = plan.targets.setdefault(final, Target(final))
-        if companion == SCALES:
-            target.scales = key
-        elif companion == FORMAT:
-            target.format = key
-        else:
-            target.sources.append((key, pattern))
-            target.converter = converter
+        _filed(plan.targets.setdefault(final, Target(final)), key, companion, converter, pattern)
     plan.used = [conversion for conversion in conversions if conversion.was_used()]
+    for key in checkpoint.absent:
+        weight, companion = _companion(key, checkpoint) if pre_quantized else (key, None)
+        _, final, converter, pattern = names.resolve(weight)
+        if final in parameters:
+            plan.absent[key] = _filed(Target(final), key, companion, converter, pattern)
     return plan
+
+
+def _filed(
+    target: Target, key: str, companion: str | None, converter: WeightConverter | None, pattern: str | None
+) -> Target:
+    """The target, with one more tensor in it."""
+    if companion == SCALES:
+        target.scales = key
+    elif companion == FORMAT:
+        target.format = key
+    else:
+        target.sources.append((key, pattern))
+        target.converter = converter
+    return target
 
 
 def _companion(key: str, checkpoint: Iterable[str]) -> tuple[str, str | None]:

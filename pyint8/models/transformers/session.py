@@ -17,7 +17,7 @@ from pyint8.models.request import LoadRequest
 from pyint8.models.transformers.initialization import NoInitializationOnMeta
 from pyint8.models.transformers.parameters import ParameterMaker, find_dtypes, find_places
 from pyint8.models.transformers.plan import LoadPlan, make_plan
-from pyint8.models.transformers.settle import check_tensors, settle_modules
+from pyint8.models.transformers.settle import check_tensors, judge_disagreements, settle_modules
 from pyint8.quantizer import Int8Quantizer
 from pyint8.report import Recorder
 from pyint8.streaming.preparation import Preparation
@@ -128,7 +128,7 @@ class LoadSession:
         known = self._checkpoint
         if known is None or set(known.files) != set(files) or known.has_changed:
             with self.recorder.phase("read headers"):
-                self._checkpoint = checkpoint_of_files(files, strict=self.request.strict)
+                self._checkpoint = checkpoint_of_files(files)
 
     def make_plan(self, model: Any, conversions: list[Any], dtype: torch.dtype) -> LoadPlan:
         """Decides what every tensor is for, and which of the replaced modules are put back.
@@ -148,6 +148,8 @@ class LoadSession:
             pre_quantized=self.quantizer.pre_quantized,
         )
         allow = self.request.allows_mismatched_shapes
+        strict = self.request.strict
+        judge_disagreements(self.plan, model, self._checkpoint, strict=strict, allow_mismatched_shapes=allow)
         if settle_modules(
             self.plan, model, parameters, self._checkpoint, self.quantizer, allow_mismatched_shapes=allow
         ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,35 @@ from pyint8.quantizer import Int8Quantizer
 
 _TIED = "its weight is tied to another"
 _ABSENT = "its weight is not in the checkpoint"
+
+
+def judge_disagreements(
+    plan: LoadPlan, model: Any, checkpoint: Checkpoint, *, strict: bool, allow_mismatched_shapes: bool
+) -> None:
+    """Refuses, or tells, what an index and its shards do not agree about (see `checks.judge_disagreements`)."""
+    used = {name for target in plan.targets.values() for name in target.collected()}
+
+    def want(name: str) -> checks.Want:
+        if name not in plan.absent:
+            return checks.Want.YES if name in used else checks.Want.NO
+        target = plan.absent[name]
+        if target.format is not None or (target.source is not None and _is_had_otherwise(target.name, plan, model)):
+            return checks.Want.NO
+        others = plan.targets.get(target.name)  # of which it is a part, or the scales
+        if others is None or target.source is not None or (target.scales is None and allow_mismatched_shapes):
+            return checks.Want.YES
+        return checks.Want.CANNOT_DO_WITHOUT
+
+    checks.judge_disagreements(checkpoint, want, strict=strict)
+
+
+def _is_had_otherwise(name: str, plan: LoadPlan, model: Any) -> bool:
+    """Whether a parameter is made of another tensor, tied to one that is, or one that its model can do without."""
+    ties = model.all_tied_weights_keys  # names to the one whose memory they share
+    source = ties.get(name, name)
+    group = {source, *(tied for tied, other in ties.items() if other == source)}
+    can_be_absent = any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_missing or ())
+    return can_be_absent or not group.isdisjoint(plan.made_by())
 
 
 def settle_modules(

@@ -88,28 +88,28 @@ def _raw_engine(folder: Path) -> tuple[Any, dict[str, Any]]:
 
     from pyint8.checkpoint import open_checkpoint
     from pyint8.config import StreamOptions
-    from pyint8.streaming.stream import Delivery, TensorStream
+    from pyint8.streaming.stream import TensorRequest, TensorStream
     from pyint8.streaming.transport import Transport
 
     checkpoint = open_checkpoint(str(folder))
     devices = [torch.device("cuda", gpu) for gpu in range(torch.cuda.device_count())] or [torch.device("cpu")]
     order = sorted(checkpoint.values(), key=lambda entry: (entry.path, entry.offset))
     share = sum(entry.nbytes for entry in order) / len(devices)
-    parts: list[list[Delivery]] = [[] for _ in devices]
+    parts: list[list[TensorRequest]] = [[] for _ in devices]
     nbytes = 0
     for entry in order:
         part = min(int(nbytes / share), len(devices) - 1)
-        parts[part].append(Delivery(entry, devices[part], in_bands=True))
+        parts[part].append(TensorRequest(entry, devices[part], in_bands=True))
         nbytes += entry.nbytes
 
-    def drain(stream: TensorStream, part: list[Delivery]) -> None:
-        for delivery in part:
-            for _ in stream.bands(delivery.entry.name):
+    def drain(stream: TensorStream, part: list[TensorRequest]) -> None:
+        for request in part:
+            for _ in stream.bands(request.entry.name):
                 pass
 
     start = time.perf_counter()
     transport = Transport(StreamOptions(), gpus=len(devices))
-    streams = [TensorStream(part, StreamOptions(), transport=transport) for part in parts]
+    streams = [TensorStream(part, transport) for part in parts]
     set_up = time.perf_counter() - start
     try:
         with ThreadPoolExecutor(len(parts)) as threads:
@@ -117,8 +117,9 @@ def _raw_engine(folder: Path) -> tuple[Any, dict[str, Any]]:
         for device in devices if ON_GPU else ():
             torch.cuda.synchronize(device)
         streamed = time.perf_counter() - start - set_up
-        engine = transport.engine.stats()
+        engine = transport.stats()
     finally:
+        transport.close()
         for stream in streams:
             stream.close()
     return None, {"set_up_seconds": set_up, "stream_seconds": streamed, "engine": engine}

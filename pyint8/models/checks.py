@@ -97,7 +97,7 @@ def refuse_orphan(companion: Entry, name: str) -> None:
     )
 
 
-def require_scales(checkpoint: Checkpoint, scales: str | None, weight: Entry) -> None:
+def require_scales(scales: Entry | None, weight: Entry) -> None:
     """Raises unless a pre-quantized weight is int8 [out, in], and its scales are there, fp32 [out]."""
     if scales is None:
         raise QuantizationStateError(
@@ -108,10 +108,10 @@ def require_scales(checkpoint: Checkpoint, scales: str | None, weight: Entry) ->
             f"scales (`SCB`) for a weight of dtype {weight.dtype}, which must be int8; save the quantized model again",
             **weight.place,
         )
-    entry = checkpoint[scales]
-    if entry.dtype != "F32" or entry.shape != weight.shape[:1]:
+    if scales.dtype != "F32" or scales.shape != weight.shape[:1]:
         raise QuantizationStateError(
-            f"its scales {scales} are {entry.dtype} {list(entry.shape)}; they must be F32 {list(weight.shape[:1])}",
+            f"its scales {scales.name} are {scales.dtype} {list(scales.shape)}; they must be F32 "
+            f"{list(weight.shape[:1])}",
             **weight.place,
         )
 
@@ -124,23 +124,6 @@ def require_row_major(layout: int, entry: Entry) -> None:
             "model again with a recent bitsandbytes",
             **entry.place,
         )
-
-
-def require_int8_weight(
-    checkpoint: Checkpoint,
-    entry: Entry,
-    name: str,
-    expected: tuple[int, ...],
-    *,
-    scales: str | None,
-    pre_quantized: bool,
-) -> None:
-    """Raises unless the entry can become the int8 weight `name`, whose shape in the checkpoint is `expected`."""
-    if pre_quantized:
-        require_scales(checkpoint, scales, entry)
-    else:
-        require_real_floats(entry)
-    require_shape(entry, name, expected)
 
 
 def refuse_what_does_not_fit(checkpoint: Checkpoint, wanted: Collection[str]) -> None:

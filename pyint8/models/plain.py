@@ -15,7 +15,8 @@ from pyint8.checkpoint import Checkpoint, Entry
 from pyint8.config import Int8Config, StreamOptions
 from pyint8.errors import CheckpointError, OptionError
 from pyint8.models import checks
-from pyint8.models.delivery import cast_in_bands, deliver_cast
+from pyint8.models.assembly import Assembly, Destination, Stored
+from pyint8.models.reconcile import ABSENT, TIED, check_stored, judge_absent, reconcile_modules
 from pyint8.models.request import LoadRequest
 from pyint8.models.unquantized import tell_unquantized
 from pyint8.placement.budget import MemoryBudget
@@ -25,7 +26,7 @@ from pyint8.placement.planner import ModelSizes, plan_device_map
 from pyint8.quantizer import Int8Quantizer, first_overflow, modules_to_keep, tensor_bytes
 from pyint8.report import Recorder
 from pyint8.streaming.preparation import Preparation
-from pyint8.streaming.stream import Delivery, StreamSource, TensorStream
+from pyint8.streaming.stream import open_stream
 
 logger = logging.getLogger("pyint8")
 
@@ -110,6 +111,7 @@ class _Filler:
         self._quantizer = quantizer
         self._dtype = dtype
         self._recorder = recorder
+        self._assembly = Assembly(quantizer, recorder)
         self.device_map: dict[str, Any] = {}
         self.left_in_files: dict[str, dict[str, str]] = {}  # see `placement.dispatch`
         self._ties = _tied_names(module)
@@ -120,11 +122,11 @@ class _Filler:
         config = self._quantizer.config
         skip = modules_to_keep(self._module) if config.skip_modules is None else list(config.skip_modules)
         self._quantizer.preprocess_model(self._module, skip=skip, device_map=device_map)
-        self._settle_modules()
+        self._reconcile_modules()
         self._check_names()
         for name, value in self._module.state_dict().items():
             if name in self._checkpoint:
-                self._check_tensor(name, self._checkpoint[name], tuple(value.shape))
+                check_stored(name, self._stored(name), tuple(value.shape), self._quantizer)
         self.device_map = plan_device_map(
             self._module, device_map, budget, self._sizes(), self._quantizer.adjust_max_memory
         )
@@ -147,37 +149,36 @@ class _Filler:
             no_split=getattr(self._module, "_no_split_modules", None) or (),
         )
 
-    def _settle_modules(self) -> None:
+    def _reconcile_modules(self) -> None:
         """Linear modules stay ordinary whose weight is not in the checkpoint, or not int8 there, and those that go by
         several names, of which one was replaced."""
-        absent: list[str] = []
-        replaced = len(self._quantizer.converted)
+        replaced = dict(self._quantizer.converted)
         still_there = {id(module) for module in self._module.modules()}
-        for name, original in list(self._quantizer.converted.items()):
-            weight = f"{name}.weight"
-            entry = self._checkpoint.entries.get(weight)
-            if id(original) in still_there:
-                self._quantizer.keep_unquantized(self._module, name, "the module has several names")
-            elif entry is None:
-                self._refuse_orphans(weight)
-                tied = weight in self._filled_by_ties()
-                reason = "its weight is tied to another" if tied else "its weight is not in the checkpoint"
-                self._quantizer.keep_unquantized(self._module, name, reason)
-                absent += [] if tied else [name]
-            elif self._quantizer.pre_quantized and self._companion(weight, checks.SCALES) is None and entry.is_floating:
-                self._quantizer.keep_unquantized(self._module, name, "it is not quantized in the checkpoint")
-        if self._quantizer.strict and replaced and len(absent) == replaced:
-            checks.refuse_what_does_not_fit(self._checkpoint, self._module.state_dict())
-        self._quantizer.name_absent(absent)
+
+        def find(weight: str) -> Stored | str:
+            if id(replaced[weight.rpartition(".")[0]]) in still_there:
+                return "the module has several names"
+            if weight in self._checkpoint:
+                return self._stored(weight)
+            self._refuse_orphans(weight)
+            return TIED if weight in self._filled_by_ties() else ABSENT
+
+        absent = reconcile_modules(self._module, self._quantizer, find)
+        judge_absent(self._checkpoint, self._quantizer, replaced, absent, self._module.state_dict())
 
     def _refuse_orphans(self, weight: str) -> None:
         for leaf in (checks.SCALES, checks.FORMAT):
             if (companion := self._companion(weight, leaf)) is not None:
                 checks.refuse_orphan(companion, weight)
 
-    def _companion(self, weight: str, leaf: str) -> Entry | None:
-        """The scales or the format of an int8 weight."""
-        return self._checkpoint.entries.get(f"{weight.rpartition('.')[0]}.{leaf}")
+    def _stored(self, name: str) -> Stored:
+        """What the checkpoint has for a parameter or buffer; codes have companions by bitsandbytes' names."""
+        scales, layout = (self._companion(name, leaf) for leaf in (checks.SCALES, checks.FORMAT))
+        return Stored(self._checkpoint[name], scales, layout)
+
+    def _companion(self, name: str, leaf: str) -> Entry | None:
+        module, _, own = name.rpartition(".")
+        return self._checkpoint.entries.get(f"{module}.{leaf}") if own == "weight" else None
 
     def _check_names(self) -> None:
         """Refuses parameters and buffers that nothing would fill; reports what is left over."""
@@ -212,55 +213,28 @@ class _Filler:
             return checks.Want.NO
         return checks.Want.CANNOT_DO_WITHOUT if own[name].is_meta else checks.Want.YES
 
-    def _check_tensor(self, name: str, entry: Entry, shape: tuple[int, ...]) -> None:
-        """Refuses a tensor that cannot become its parameter or buffer, of `shape` in the module."""
-        scales = self._companion(name, checks.SCALES)
-        module = name.rpartition(".")[0]
-        if not self._quantizer.check_quantized_param(name):
-            if scales is not None and name.endswith(".weight"):
-                checks.refuse_codes(entry, name, self._quantizer.skipped.get(module, "it is no linear module"))
-            checks.require_shape(entry, name, shape)
-            return
-        checks.require_int8_weight(
-            self._checkpoint,
-            entry,
-            name,
-            self._quantizer.expected_shape(name, shape),
-            scales=None if scales is None else scales.name,
-            pre_quantized=self._quantizer.pre_quantized,
-        )
-
     def fill(self, options: StreamOptions) -> None:
+        """Reads all but what stays on the disk, by file and offset: from front to back."""
         own = self._module.state_dict()
-        names = [name for name in self._checkpoint if name in own]  # by file and offset: read from front to back
         parameters = {name for name, _ in self._module.named_parameters()}
-        for name in names:
-            if name in parameters and self._stays_on_disk(name):
-                self._leave(name)
-        names = [name for name in names if name not in self.left_in_files]
-        deliveries = [delivery for name in names for delivery in self._deliveries(name)]
-        self._recorder.expect(sum(delivery.entry.nbytes for delivery in deliveries))
-        with TensorStream(deliveries, options, recorder=self._recorder) as stream:
-            for name in names:
-                self._set(name, self._make(name, stream))
-            self._recorder.set_engine(stream.stats())
-            stream.require_unchanged()
+        wanted = {name: (self._stored(name), self._destination(name)) for name in self._checkpoint if name in own}
+        for name, (stored, destination) in wanted.items():
+            if name in parameters and self._assembly.is_left_on_disk(name, stored, destination):
+                self._leave(name, stored, destination)
+        wanted = {name: way for name, way in wanted.items() if name not in self.left_in_files}
+        requests = [request for name, way in wanted.items() for request in self._assembly.requests(name, *way)]
+        self._recorder.expect(sum(request.entry.nbytes for request in requests))
+        with open_stream(requests, options, recorder=self._recorder) as stream:
+            for name, way in wanted.items():
+                self._set(name, self._assembly.make(name, *way, stream))
 
-    def _stays_on_disk(self, name: str) -> bool:
-        """Whether accelerate can read it from the checkpoint itself, whenever a forward pass needs it."""
-        is_tied = any(name in group for group in self._ties)
-        in_safetensors = self._checkpoint[name].path.endswith(".safetensors")
-        return device_of(name, self.device_map) == "disk" and in_safetensors and not is_tied
-
-    def _leave(self, name: str) -> None:
-        entry = self._checkpoint[name]
-        dtype = self._target_dtype(entry.torch_dtype)
-        self._set(name, torch.empty(entry.torch_shape, dtype=dtype, device="meta"))
+    def _leave(self, name: str, stored: Stored, destination: Destination) -> None:
+        self._set(name, torch.empty(stored.entry.torch_shape, dtype=destination.dtype, device="meta"))
         self._recorder.count("left on disk")
         self.left_in_files[name] = {
-            "safetensors_file": entry.path,
+            "safetensors_file": stored.entry.path,
             "weight_name": name,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": str(destination.dtype).removeprefix("torch."),
         }
 
     def place_the_rest(self) -> None:
@@ -276,7 +250,7 @@ class _Filler:
                 continue
             is_buffer = not isinstance(tensor, nn.Parameter)  # its values were computed, in a dtype of their choice
             dtype = tensor.dtype if is_buffer else self._target_dtype(tensor.dtype)
-            moved = tensor.data.to(self._device(name), dtype)
+            moved = tensor.data.to(landing_device(device_of(name, self.device_map)), dtype)
             self._quantizer.health.watch_cast(name, moved, [tensor.dtype], partial(first_overflow, name, tensor.data))
             tensor.data = moved
 
@@ -288,40 +262,14 @@ class _Filler:
     def _filled_by_ties(self) -> set[str]:
         return {name for group in self._ties if not group.isdisjoint(self._checkpoint.entries) for name in group}
 
-    def _device(self, name: str) -> torch.device:
-        return landing_device(device_of(name, self.device_map))
+    def _destination(self, name: str) -> Destination:
+        is_tied = any(name in group for group in self._ties)
+        device = device_of(name, self.device_map)
+        dtype = self._target_dtype(self._checkpoint[name].torch_dtype)
+        return Destination(landing_device(device), dtype, on_disk=device == "disk" and not is_tied)
 
     def _target_dtype(self, stored: torch.dtype) -> torch.dtype:
         return self._dtype if self._dtype is not None and stored.is_floating_point else stored
-
-    def _deliveries(self, name: str) -> list[Delivery]:
-        entry, device = self._checkpoint[name], self._device(name)
-        if not self._quantizer.check_quantized_param(name):
-            return [Delivery(entry, device, in_bands=cast_in_bands(entry, self._target_dtype(entry.torch_dtype)))]
-        deliveries = [Delivery(entry, device, in_bands=self._quantizer.reads_bands)]
-        if (scales := self._companion(name, checks.SCALES)) is not None:
-            deliveries.insert(0, Delivery(scales, device))
-        if (layout := self._companion(name, checks.FORMAT)) is not None:
-            deliveries.insert(0, Delivery(layout, torch.device("cpu")))
-        return deliveries
-
-    def _make(self, name: str, stream: TensorStream) -> torch.Tensor:
-        entry, device = self._checkpoint[name], self._device(name)
-        dtype = self._target_dtype(entry.torch_dtype)
-        if not self._quantizer.check_quantized_param(name):
-            self._recorder.count("as stored" if dtype == entry.torch_dtype else "cast")
-            return deliver_cast(stream, entry, name, dtype, device, self._quantizer.health)
-        self._recorder.count("pre-quantized" if self._quantizer.pre_quantized else "int8")
-        if (layout := self._companion(name, checks.FORMAT)) is not None:
-            checks.require_row_major(int(stream.whole(layout.name)), entry)
-        scales = self._companion(name, checks.SCALES)
-        return self._quantizer.create_quantized_param(
-            name,
-            StreamSource(stream, entry),
-            scales=None if scales is None else stream.whole(scales.name),
-            model_dtype=dtype,
-            device=device,
-        )
 
     def _set(self, name: str, value: torch.Tensor) -> None:
         owner_name, _, leaf = name.rpartition(".")

@@ -192,6 +192,14 @@ class Int8Quantizer:
         module_name, _, leaf = parameter_name.rpartition(".")
         return leaf == "weight" and module_name in self.converted
 
+    def takes_codes(self, parameter_name: str, has_scales: bool) -> bool:
+        """Whether a parameter becomes an int8 weight, whose checkpoint has scales for it or not."""
+        return self.check_quantized_param(parameter_name)
+
+    def kind_of(self, parameter_name: str) -> str:
+        """What is done to a weight that `create_quantized_param` makes, for reports."""
+        return "pre-quantized" if self.pre_quantized else "int8"
+
     def create_quantized_param(
         self,
         parameter_name: str,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
 
+from pyint8.config import StreamOptions
 from pyint8.errors import FileChangedError, ReadError, TruncatedError
 from pyint8.report import Recorder
 from pyint8.streaming.lane import Lane, LaneOpener, open_lane
@@ -16,16 +17,13 @@ from pyint8.streaming.transport import Read, Transport
 from pyint8.streaming.turn import Turner
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from pyint8.checkpoint import Entry
-    from pyint8.config import StreamOptions
     from pyint8.streaming.head_start import EarlyTensor
     from pyint8.streaming.scratch import Region
 
 
 @dataclass(frozen=True)
-class Delivery:
+class TensorRequest:
     """One entry's way.
 
     Attributes:
@@ -46,7 +44,7 @@ class Delivery:
 class _Chunk:
     """What lands at once: a whole tensor, a band of its rows, or a batch of tensors."""
 
-    delivery: Delivery
+    request: TensorRequest
     lane: Lane
     row: int
     rows: int
@@ -61,22 +59,21 @@ class _Chunk:
     landed: dict[str, torch.Tensor] = field(default_factory=dict)  # those of a batch, until they are taken
 
     def __post_init__(self) -> None:
-        self.entries.append(self.delivery.entry)
+        self.entries.append(self.request.entry)
 
 
 class TensorStream:
     """Reads ahead of need within the lanes' budgets; entries are best taken in the order they were given.
 
-    An entry taken out of order is read on demand, into memory of its own. Use as a context manager: on leaving, the
-    workers are joined and nothing is on its way any more.
+    An entry taken out of order is read on demand, into memory of its own. (`open_stream` makes one with a transport of
+    its own.)
 
     Args:
-        deliveries: In the order they will be asked for; names are unique.
-        options: How to move bytes.
+        requests: In the order they will be asked for; names are unique.
+        transport: What moves the bytes. Whoever owns it closes it before the stream: destinations are freed only once
+            nothing is on its way to them.
         recorder: Told of bytes as they land.
-        opener: Makes the lane of a device (another one for tests).
-        transport: What moves the bytes, if there is one already; closed with the stream all the same.
-        early: What is on its way there; what of it nobody wants is dropped.
+        early: What is on its way already; entries that are not among the requests are discarded.
 
     Raises:
         FileChangedError: A file is not the one whose header was read.
@@ -86,57 +83,31 @@ class TensorStream:
 
     def __init__(
         self,
-        deliveries: Sequence[Delivery],
-        options: StreamOptions,
+        requests: Sequence[TensorRequest],
+        transport: Transport,
         *,
         recorder: Recorder | None = None,
-        opener: LaneOpener = open_lane,
-        transport: Transport | None = None,
         early: dict[str, EarlyTensor] | None = None,
     ) -> None:
         self._recorder = Recorder() if recorder is None else recorder
-        if transport is None:
-            gpus = {delivery.device for delivery in deliveries if delivery.device.type == "cuda"}
-            transport = Transport(options, opener, len(gpus))
         self._transport = transport
-        begun = (tensor.lane for tensor in (early or {}).values())
-        self._host_lane = next((lane for lane in begun if lane.device.type != "cuda"), None)
+        early_lanes = (tensor.lane for tensor in (early or {}).values())
+        self._host_lane = next((lane for lane in early_lanes if lane.device.type != "cuda"), None)
         self._engine = self._transport.engine
         self._turner = Turner(self._engine)
         self._chunks: dict[str, list[_Chunk]] = {}
-        try:
-            for delivery in deliveries:
-                name = delivery.entry.name
-                self._chunks[name] = self._take_over(delivery, early or {}) or self._cut(delivery)
-            self._drop(early or {})
-            self._pending = self._gather_batches()
-            self._cursor = 0
-            self._ask_ahead()
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
+        for request in requests:
+            name = request.entry.name
+            self._chunks[name] = self._take_over(request, early or {}) or self._cut(request)
+        self._discard(early or {})
+        self._pending = self._gather_batches()
+        self._cursor = 0
+        self._fill_window()
 
     def close(self) -> None:
-        """Stop reading, join the workers, wait for the copies under way, give back pinned memory and scratch."""
-        self._transport.close()
+        """Gives destinations back; the transport is closed already. Idempotent."""
         self._chunks.clear()
         self._pending = []
-
-    def require_unchanged(self) -> None:
-        """Raises FileChangedError if a file was written to since it was opened."""
-        self._transport.require_unchanged()
-
-    def stats(self) -> dict[str, float]:
-        """What the engine did so far (see `LoadReport.engine`)."""
-        return self._engine.stats()
 
     def batched(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """The entry as a contiguous tensor of `dtype` (the same for all of its batch, whose memory it shares)."""
@@ -154,7 +125,7 @@ class TensorStream:
     def whole(self, name: str) -> torch.Tensor:
         """The entry as a tensor of its own, of its stored dtype and shape, contiguous."""
         chunks = self._chunks[name]
-        entry = chunks[0].delivery.entry
+        entry = chunks[0].request.entry
         if len(chunks) == 1 and chunks[0].region is None:
             memory = self._land(chunks[0])
             self._release(chunks[0])
@@ -177,26 +148,26 @@ class TensorStream:
     def turned_half(self, name: str, model_dtype: torch.dtype) -> torch.Tensor:
         """A Conv1D weight [in, out] as fp16 [out, in], rounded to `model_dtype` on the way; valid until the next."""
         first = self._chunks[name][0]
-        entry, lane = first.delivery.entry, first.lane
+        entry, lane = first.request.entry, first.lane
         rows, columns = entry.torch_shape
         turned = lane.turned(columns, rows)
         for row, band in self.bands(name):
             self._turner.turn(lane, band, entry.dtype, model_dtype, turned, row)
         return turned
 
-    def _cut(self, delivery: Delivery) -> list[_Chunk]:
-        entry = delivery.entry
-        lane = self._lane(delivery.device)
+    def _cut(self, request: TensorRequest) -> list[_Chunk]:
+        entry = request.entry
+        lane = self._lane(request.device)
         rows = entry.torch_shape[0] if entry.torch_shape else 1
         if entry.value is not None:
-            return [_Chunk(delivery, lane, 0, rows, 0, entry.nbytes, early=True)]
-        if not delivery.in_bands or not entry.torch_shape or entry.nbytes == 0 or entry.stride is not None:
-            return [_Chunk(delivery, lane, 0, rows, 0, entry.nbytes)]
+            return [_Chunk(request, lane, 0, rows, 0, entry.nbytes, early=True)]
+        if not request.in_bands or not entry.torch_shape or entry.nbytes == 0 or entry.stride is not None:
+            return [_Chunk(request, lane, 0, rows, 0, entry.nbytes)]
         row_bytes = entry.nbytes // rows
         step = _rows_in_band(entry, lane)
         return [
             _Chunk(
-                delivery,
+                request,
                 lane,
                 row,
                 min(step, rows - row),
@@ -215,15 +186,15 @@ class TensorStream:
             self._host_lane = self._transport.open_lane(torch.device("cpu"))
         return self._host_lane
 
-    def _take_over(self, delivery: Delivery, early: dict[str, EarlyTensor]) -> list[_Chunk]:
+    def _take_over(self, request: TensorRequest, early: dict[str, EarlyTensor]) -> list[_Chunk]:
         """The whole entry as one chunk, if it is on its way to the right place already."""
-        entry = delivery.entry
+        entry = request.entry
         tensor = early.get(entry.name)
-        if tensor is None or tensor.entry != entry or tensor.lane is not self._lane(delivery.device):
+        if tensor is None or tensor.entry != entry or tensor.lane is not self._lane(request.device):
             return []
         del early[entry.name]
         rows = entry.torch_shape[0] if entry.torch_shape else 1
-        chunk = _Chunk(delivery, tensor.lane, 0, rows, 0, entry.nbytes, early=True)
+        chunk = _Chunk(request, tensor.lane, 0, rows, 0, entry.nbytes, early=True)
         chunk.memory, chunk.ticket = tensor.memory, tensor.ticket
         return [chunk]
 
@@ -232,25 +203,25 @@ class TensorStream:
         gathered: list[_Chunk] = []
         for name, chunks in self._chunks.items():
             if gathered and _go_together(gathered[-1], chunks[0]):
-                gathered[-1].entries.append(chunks[0].delivery.entry)
+                gathered[-1].entries.append(chunks[0].request.entry)
                 gathered[-1].nbytes += chunks[0].nbytes
                 self._chunks[name] = gathered[-1:]
             else:
                 gathered.extend(chunks)
         return gathered
 
-    def _drop(self, early: dict[str, EarlyTensor]) -> None:
+    def _discard(self, early: dict[str, EarlyTensor]) -> None:
         """Gives memory back that nobody wants, once the bus is through with it."""
         for tensor in early.values():
             self._engine.wait(tensor.ticket, tensor.lane.stream)
         early.clear()
 
-    def _ask_ahead(self) -> None:
+    def _fill_window(self) -> None:
         """Asks for as much as the budgets allow, in order."""
         batch: list[_Chunk] = []
         while self._cursor < len(self._pending):
             chunk = self._pending[self._cursor]
-            if chunk.ticket is None and chunk.delivery.entry.value is None:
+            if chunk.ticket is None and chunk.request.entry.value is None:
                 if not self._place(chunk):
                     break
                 if batch and batch[-1].lane is not chunk.lane:
@@ -295,7 +266,7 @@ class TensorStream:
 
     def _land(self, chunk: _Chunk) -> torch.Tensor:
         """Waits until the chunk's bytes are ordered before the caller's stream; its memory."""
-        value = chunk.delivery.entry.value
+        value = chunk.request.entry.value
         if value is not None:
             self._recorder.landed(chunk.nbytes)
             flat = value.reshape(-1).view(torch.uint8)
@@ -322,7 +293,7 @@ class TensorStream:
         elif not chunk.early:
             chunk.lane.ahead -= chunk.nbytes
         chunk.memory = None
-        self._ask_ahead()
+        self._fill_window()
 
     def _tensor_at(self, path: str | None, offset: int | None) -> str | None:
         if offset is None:
@@ -334,12 +305,54 @@ class TensorStream:
         return None
 
 
+@contextmanager
+def open_stream(
+    requests: Sequence[TensorRequest],
+    options: StreamOptions,
+    *,
+    recorder: Recorder | None = None,
+    opener: LaneOpener = open_lane,
+) -> Iterator[TensorStream]:
+    """A stream with a transport of its own: on leaving, the workers are joined and nothing is on its way any more.
+
+    If the block ends without an error, no file may have been written to meanwhile.
+
+    Args:
+        requests: See `TensorStream`.
+        options: How to move bytes.
+        recorder: Told of bytes as they land, and of what the engine did.
+        opener: Makes the lane of a device (another one for tests).
+
+    Raises:
+        FileChangedError: A file is not the one whose header was read, or was written to since.
+        ReadError: A file cannot be opened.
+        DeviceError: The driver refuses.
+    """
+    gpus = {request.device for request in requests if request.device.type == "cuda"}
+    with closing(Transport(options, opener, len(gpus))) as transport:
+        stream = TensorStream(requests, transport, recorder=recorder)
+        try:
+            yield stream
+            if recorder is not None:
+                recorder.set_engine(transport.stats())
+            transport.require_unchanged()
+        finally:
+            transport.close()
+            stream.close()
+
+
+def read_tensor(entry: Entry) -> torch.Tensor:
+    """One entry, contiguous, in host memory of its own: for a question that is seldom asked."""
+    with open_stream([TensorRequest(entry, torch.device("cpu"))], StreamOptions(threads=1)) as stream:
+        return stream.whole(entry.name)
+
+
 def _go_together(batch: _Chunk, chunk: _Chunk) -> bool:
     """Whether `chunk` may land behind what lands in `batch` already."""
-    first, entry = batch.delivery.entry, chunk.delivery.entry
+    first, entry = batch.request.entry, chunk.request.entry
     return (
-        chunk.delivery.batch is not None
-        and chunk.delivery.batch == batch.delivery.batch
+        chunk.request.batch is not None
+        and chunk.request.batch == batch.request.batch
         and chunk.lane is batch.lane
         and not (batch.early or chunk.early)
         and (entry.dtype, entry.shape) == (first.dtype, first.shape)
@@ -350,7 +363,7 @@ def _go_together(batch: _Chunk, chunk: _Chunk) -> bool:
 
 def _bands_of(chunk: _Chunk, memory: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
     """A chunk that came through scratch is one band; one that landed whole, early, is cut into bands here."""
-    entry = chunk.delivery.entry
+    entry = chunk.request.entry
     if not entry.torch_shape:
         yield chunk.row, _typed(memory, entry, ())
         return

@@ -87,6 +87,10 @@ class Transport:
         """Raises FileChangedError if a file was written to since it was opened."""
         self.engine.require_unchanged()
 
+    def stats(self) -> dict[str, float]:
+        """What the engine did so far (see `LoadReport.engine`)."""
+        return self.engine.stats()
+
     def close(self) -> None:
         """Stop reading, join the workers, wait for the copies under way, give back pinned memory and scratch."""
         self.engine.close()

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from pyint8 import StreamOptions, _core
 from pyint8.checkpoint import open_checkpoint
 from pyint8.errors import TruncatedError
-from pyint8.streaming.stream import Delivery, TensorStream
+from pyint8.streaming.stream import TensorRequest, open_stream
 
 CUDA = torch.device("cuda", 0)
 
@@ -53,8 +53,8 @@ def test_every_byte_arrives(
 ) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     checkpoint = open_checkpoint(tmp_path)
-    deliveries = [Delivery(entry, CUDA, in_bands=in_bands) for entry in checkpoint.entries.values()]
-    with TensorStream(deliveries, options) as stream:
+    deliveries = [TensorRequest(entry, CUDA, in_bands=in_bands) for entry in checkpoint.entries.values()]
+    with open_stream(deliveries, options) as stream:
         for name in checkpoint:
             landed = stream.whole(name)
             assert landed.is_cuda
@@ -67,9 +67,9 @@ def test_scratch_is_reused_only_after_use(tmp_path: Path) -> None:
     weights = {f"w{i}": torch.full((512, 1024), i, dtype=torch.float16) for i in range(64)}
     save_file(weights, tmp_path / "model.safetensors")
     checkpoint = open_checkpoint(tmp_path)
-    deliveries = [Delivery(checkpoint[name], CUDA, in_bands=True) for name in weights]
+    deliveries = [TensorRequest(checkpoint[name], CUDA, in_bands=True) for name in weights]
     sums = {}
-    with TensorStream(deliveries, StreamOptions(device_scratch=4 << 20)) as stream:
+    with open_stream(deliveries, StreamOptions(device_scratch=4 << 20)) as stream:
         for name in weights:
             for row, band in stream.bands(name):
                 torch.cuda._sleep(2_000_000)
@@ -87,7 +87,7 @@ def test_the_callers_own_work_comes_first(tmp_path: Path) -> None:
         torch.cuda._sleep(20_000_000)
         seen = old.max()
         del old
-        with TensorStream([Delivery(checkpoint["w"], CUDA)], StreamOptions()) as stream:
+        with open_stream([TensorRequest(checkpoint["w"], CUDA)], StreamOptions()) as stream:
             assert int(stream.whole("w").min()) == 7
         assert int(seen) == 0
 
@@ -104,7 +104,7 @@ def test_kernel_turns_as_torch_does(
     save_file({"w": weight}, tmp_path / "model.safetensors")
     checkpoint = open_checkpoint(tmp_path)
     options = StreamOptions(device_scratch=1 << 20)
-    with TensorStream([Delivery(checkpoint["w"], CUDA, in_bands=True)], options) as stream:
+    with open_stream([TensorRequest(checkpoint["w"], CUDA, in_bands=True)], options) as stream:
         turned = stream.turned_half("w", model_dtype)
     assert equal_bytes(turned, weight.to(model_dtype).to(torch.float16).T)
 
@@ -116,8 +116,8 @@ def test_a_cut_file_is_told_and_everything_given_back(tmp_path: Path) -> None:
     os.truncate(checkpoint.files[0], cut)
     threads = len(os.listdir("/proc/self/task"))
     entries = [replace(entry, stamp=None) for entry in checkpoint.values()]  # of the file in whatever state
-    stream = TensorStream([Delivery(entry, CUDA) for entry in entries], StreamOptions())
-    with pytest.raises(TruncatedError) as caught, stream:
+    requests = [TensorRequest(entry, CUDA) for entry in entries]
+    with pytest.raises(TruncatedError) as caught, open_stream(requests, StreamOptions()) as stream:
         _ = [stream.whole(name) for name in checkpoint]
     assert (caught.value.tensor, caught.value.path, caught.value.offset) == ("w5", checkpoint.files[0], cut)
     assert _core.pinned_bytes_in_use() == 0

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
+from streams import over
 from torch import nn
 
 import pyint8
@@ -20,7 +21,7 @@ from pyint8.checkpoint import Checkpoint, open_checkpoint, read_header, read_pic
 from pyint8.errors import FileChangedError
 from pyint8.streaming.head_start import HeadStart
 from pyint8.streaming.prefetch import PageCachePrefetch
-from pyint8.streaming.stream import Delivery, TensorStream
+from pyint8.streaming.stream import TensorRequest, TensorStream
 from pyint8.streaming.transport import Transport
 
 CPU = torch.device("cpu")
@@ -177,8 +178,8 @@ def test_early_tensors_of_the_file_as_it_was_are_not_used(tmp_path: Path, monkey
     start = HeadStart(CPU, list(open_checkpoint(tmp_path).values()), 1 << 30, options)
     transport, early = start.take()
     replaced(tmp_path / FILE)
-    wanted = [Delivery(entry, CPU) for entry in open_checkpoint(tmp_path).values()]
-    with TensorStream(wanted, options, transport=transport, early=early) as stream:
+    wanted = [TensorRequest(entry, CPU) for entry in open_checkpoint(tmp_path).values()]
+    with over(wanted, transport, early) as stream:
         assert stream.whole("x").eq(1).all()
 
 

@@ -23,14 +23,15 @@ import pyint8
 from pyint8 import StreamOptions
 from pyint8.checkpoint import Entry, open_checkpoint, read_pickled
 from pyint8.errors import CheckpointError, CheckpointNotFoundError, Pyint8Error, TruncatedError
-from pyint8.streaming.stream import Delivery, TensorStream
+from pyint8.report import Recorder
+from pyint8.streaming.stream import TensorRequest, open_stream
 
 CPU = torch.device("cpu")
 TINY = StreamOptions(threads=2, slot_bytes=8192, host_scratch=1 << 20)
 
 
 def streamed(entries: dict[str, Entry], *, in_bands: bool = False) -> dict[str, torch.Tensor]:
-    with TensorStream([Delivery(entry, CPU, in_bands) for entry in entries.values()], TINY) as stream:
+    with open_stream([TensorRequest(entry, CPU, in_bands) for entry in entries.values()], TINY) as stream:
         if not in_bands:
             return {name: stream.whole(name) for name in entries}
         return {name: torch.cat([band.clone() for _, band in stream.bands(name)]) for name in entries}
@@ -87,10 +88,12 @@ def test_nothing_but_the_directory_is_read(tmp_path: Path) -> None:
 def test_the_extension_reads_by_offset(tmp_path: Path) -> None:
     torch.save({"x": torch.randn(100, 10), "y": torch.randn(3)}, tmp_path / "x.pth")
     checkpoint = open_checkpoint(tmp_path / "x.pth")
-    with TensorStream([Delivery(entry, CPU) for entry in checkpoint.values()], TINY) as stream:
+    recorder = Recorder()
+    wanted = [TensorRequest(entry, CPU) for entry in checkpoint.values()]
+    with open_stream(wanted, TINY, recorder=recorder) as stream:
         for name in checkpoint:
             stream.whole(name)
-        assert stream.stats()["bytes_delivered"] == checkpoint.nbytes == 4012
+    assert recorder.report.engine["bytes_delivered"] == checkpoint.nbytes == 4012
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

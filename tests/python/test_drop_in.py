@@ -42,7 +42,7 @@ def delivered(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     close = LoadSession.close
 
     def noting(session: LoadSession) -> None:
-        was_open = session._maker is not None
+        was_open = session.planned is not None and session.planned.has_started
         close(session)
         if was_open:
             seen.append(int(session.recorder.report.engine["bytes_delivered"]))

@@ -287,7 +287,7 @@ def test_a_weight_quantized_in_pieces_equals_the_whole(tmp_path, shape, turned):
     from pyint8.checkpoint import open_checkpoint
     from pyint8.config import StreamOptions
     from pyint8.quantizer import weights
-    from pyint8.streaming.stream import Delivery, StreamSource, TensorStream
+    from pyint8.streaming.stream import StreamSource, TensorRequest, open_stream
 
     generator = torch.Generator().manual_seed(3)
     tensors = {name: torch.randn(*shape, generator=generator).bfloat16() for name in ("a", "b")}
@@ -296,7 +296,7 @@ def test_a_weight_quantized_in_pieces_equals_the_whole(tmp_path, shape, turned):
         tmp_path / "m.safetensors",
     )
     checkpoint = open_checkpoint(str(tmp_path / "m.safetensors"))
-    with TensorStream([Delivery(checkpoint[name], CPU, True) for name in tensors], StreamOptions()) as stream:
+    with open_stream([TensorRequest(checkpoint[name], CPU, True) for name in tensors], StreamOptions()) as stream:
         made = {
             name: weights.quantize(
                 StreamSource(stream, checkpoint[name]),

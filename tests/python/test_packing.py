@@ -20,6 +20,7 @@ from pyint8.errors import OptionError
 from pyint8.models.request import LoadRequest
 from pyint8.models.transformers.hooks import StreamedInt8HfQuantizer
 from pyint8.models.transformers.parameters import find_dtypes
+from pyint8.models.transformers.planned import PlannedLoad
 from pyint8.models.transformers.session import LoadSession
 from pyint8.placement import budget
 from pyint8.placement.budget import MemoryBudget, exact_bytes, memory_budget
@@ -91,14 +92,15 @@ def test_sizes_are_those_of_the_loaded_model() -> None:
 def test_no_byte_is_forgotten(name: str, checkpoint: str, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """T5 keeps some weights in float32, experts are merged, heads are tied."""
     planned: list[dict[str, int]] = []
-    start = LoadSession.start
+    start = PlannedLoad.start
 
-    def note(self: LoadSession) -> None:
-        dtypes = find_dtypes(self._model, self._model.state_dict(), self._dtype, self.quantizer)
-        planned.append(tensor_bytes(self._model, self.quantizer, dtypes, self._model.all_tied_weights_keys))
-        start(self)
+    def note(self: PlannedLoad, *rest: Any) -> None:
+        model = self._model
+        dtypes = find_dtypes(model, model.state_dict(), self._dtype, self._quantizer)
+        planned.append(tensor_bytes(model, self._quantizer, dtypes, model.all_tied_weights_keys))
+        start(self, *rest)
 
-    monkeypatch.setattr(LoadSession, "start", note)
+    monkeypatch.setattr(PlannedLoad, "start", note)
     model = load(name, checkpoint, model=ZOO[name].cls)
     taken = {}
     for key, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -172,13 +174,13 @@ def test_without_a_gpu_nothing_is_tried() -> None:
 
 
 @pytest.mark.parametrize("converted", [0, 1])
-def test_transformers_asks_for_it(converted: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LoadSession, "conversion_bytes", lambda self: converted)
+def test_transformers_asks_for_it(converted: int) -> None:
     model, quantizer = llama()
     enough: dict[Any, int] = {0: sum(sizes_of(model, quantizer).values()), "cpu": 1 << 40}
     hf_quantizer = StreamedInt8HfQuantizer(Int8Config(), pre_quantized=False)
-    hf_quantizer.session.quantizer, hf_quantizer._model = quantizer, model
-    hf_quantizer.session.dtypes = find_dtypes(model, model.state_dict(), torch.float16, quantizer)
+    dtypes = find_dtypes(model, model.state_dict(), torch.float16, quantizer)
+    planned: Any = SimpleNamespace(dtypes=dtypes, conversion_bytes=lambda: converted)
+    hf_quantizer.int8, hf_quantizer._model, hf_quantizer._planned = quantizer, model, planned
     assert hf_quantizer.adjust_max_memory(dict(enough)) == {device: 0.9 * size for device, size in enough.items()}
     hf_quantizer.session.request = LoadRequest(budget=MemoryBudget(enough, is_exact=True))
     memory = hf_quantizer.adjust_max_memory(dict(enough))
@@ -190,8 +192,10 @@ def test_transformers_asks_for_it(converted: int, monkeypatch: pytest.MonkeyPatc
 
 def test_a_conversion_needs_memory_too(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[int] = []
-    start = LoadSession.start
-    monkeypatch.setattr(LoadSession, "start", lambda self: (found.append(self.conversion_bytes()), start(self)))
+    start = PlannedLoad.start
+    monkeypatch.setattr(
+        PlannedLoad, "start", lambda self, *rest: (found.append(self.conversion_bytes()), start(self, *rest))
+    )
     load("llama")
     model = load("qwen3_moe")
     merged = model.model.layers[0].mlp.experts.gate_up_proj
@@ -244,12 +248,15 @@ def test_a_load_with_headroom(load: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(budget, "exact_bytes", note)
     started: list[Any] = []
-    start = LoadSession.start
-    monkeypatch.setattr(LoadSession, "start", lambda self: (started.append(self.request.budget), start(self)))
+    start = LoadSession._start
+    monkeypatch.setattr(
+        LoadSession, "_start", lambda self, planned: (started.append(self.request.budget), start(self, planned))
+    )
     load(device_map="auto", headroom="2GiB")
     load(device_map="auto", headroom=5, options=StreamOptions(device_scratch=300 * MIB))
     assert seen == [(None, 2 << 30), (None, 556 * MIB)]
-    assert started == [MemoryBudget({"cpu": 1 << 30}, is_exact=True)] * 2
+    assert started
+    assert all(each == MemoryBudget({"cpu": 1 << 30}, is_exact=True) for each in started)
 
 
 @pytest.mark.parametrize("headroom", ["much", -1, "-1GiB", True, 1.5, "5"])

@@ -38,7 +38,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]],
         raise PlannedError(plan(*args, **kwargs))
 
     monkeypatch.setattr(modeling_utils, "_get_device_map", stop)
-    monkeypatch.setattr(LoadSession, "start", lambda _: None)  # there is no GPU to open
+    monkeypatch.setattr(LoadSession, "_start", lambda *_: None)  # there is no GPU to open
     monkeypatch.setattr("pyint8.models.transformers.hooks.check_device_map", lambda _: None)
 
     def map_of(load: Callable[[], object]) -> Any:

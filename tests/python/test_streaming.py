@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from streams import over
 
 from pyint8 import StreamOptions
 from pyint8.checkpoint import DTYPES, Checkpoint, Entry, open_checkpoint
@@ -25,7 +26,7 @@ from pyint8.report import Recorder
 from pyint8.streaming.extension import _core
 from pyint8.streaming.head_start import EarlyTensor, HeadStart
 from pyint8.streaming.lane import Lane, open_lane
-from pyint8.streaming.stream import Delivery, StreamSource, TensorStream
+from pyint8.streaming.stream import StreamSource, TensorRequest, TensorStream, open_stream
 from pyint8.streaming.transport import Read, Transport
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -65,8 +66,8 @@ def unstamped(checkpoint: Checkpoint) -> dict[str, Entry]:
     return {name: replace(entry, stamp=None) for name, entry in checkpoint.items()}
 
 
-def deliveries(checkpoint: Mapping[str, Entry], *, in_bands: bool = False) -> list[Delivery]:
-    return [Delivery(entry, CPU, in_bands) for entry in checkpoint.values()]
+def requests(checkpoint: Mapping[str, Entry], *, in_bands: bool = False) -> list[TensorRequest]:
+    return [TensorRequest(entry, CPU, in_bands) for entry in checkpoint.values()]
 
 
 def joined(bands: Sequence[tuple[int, torch.Tensor]]) -> bytes:
@@ -95,17 +96,16 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def test_whole_tensors_in_order(mixed: Checkpoint, direct_io: bool) -> None:
     recorder = Recorder()
     options = StreamOptions(threads=2, slot_bytes=8192, host_scratch=MIB, direct_io=direct_io)
-    with TensorStream(deliveries(mixed), options, recorder=recorder) as stream:
+    with open_stream(requests(mixed), options, recorder=recorder) as stream:
         for name, entry in mixed.items():
             tensor = stream.whole(name)
             assert (tensor.dtype, tuple(tensor.shape)) == (entry.torch_dtype, entry.torch_shape)
             assert content(tensor) == stored(entry)
-        assert stream.stats()["bytes_delivered"] == mixed.nbytes
-    assert recorder.report.checkpoint_bytes == mixed.nbytes
+    assert recorder.report.checkpoint_bytes == recorder.report.engine["bytes_delivered"] == mixed.nbytes
 
 
 def test_bands_are_consecutive_rows(mixed: Checkpoint) -> None:
-    with TensorStream(deliveries(mixed, in_bands=True), TINY) as stream:
+    with open_stream(requests(mixed, in_bands=True), TINY) as stream:
         for name in ("large", "vector", "wide", "odd"):
             entry, at, raw = mixed[name], 0, b""
             for row, band in stream.bands(name):
@@ -120,7 +120,7 @@ def test_bands_are_consecutive_rows(mixed: Checkpoint) -> None:
 
 @pytest.mark.parametrize("name", MIXED)
 def test_a_tensor_asked_for_in_bands_can_be_had_whole(mixed: Checkpoint, name: str) -> None:
-    with TensorStream([Delivery(mixed[name], CPU, in_bands=True)], TINY) as stream:
+    with open_stream([TensorRequest(mixed[name], CPU, in_bands=True)], TINY) as stream:
         tensor = stream.whole(name)
     assert tuple(tensor.shape) == mixed[name].shape
     assert content(tensor) == stored(mixed[name])
@@ -129,7 +129,7 @@ def test_a_tensor_asked_for_in_bands_can_be_had_whole(mixed: Checkpoint, name: s
 @pytest.mark.parametrize("in_bands", [False, True])
 @pytest.mark.parametrize("name", ["scalar", "empty", "flat"])
 def test_what_has_no_rows_comes_as_one_band(mixed: Checkpoint, name: str, in_bands: bool) -> None:
-    with TensorStream([Delivery(mixed[name], CPU, in_bands)], TINY) as stream:
+    with open_stream([TensorRequest(mixed[name], CPU, in_bands)], TINY) as stream:
         ((row, band),) = stream.bands(name)
         assert row == 0
         assert tuple(band.shape) == mixed[name].shape
@@ -142,8 +142,8 @@ def test_any_order_any_part_any_form(mixed: Checkpoint, data: st.DataObject) -> 
     names = data.draw(st.permutations(list(mixed)))
     banded = data.draw(st.sets(st.sampled_from(names)))
     taken = data.draw(st.permutations(names))[: data.draw(st.integers(0, len(names)))]
-    asked = [Delivery(mixed[name], CPU, name in banded and mixed[name].shape != ()) for name in names]
-    with TensorStream(asked, TINY) as stream:
+    asked = [TensorRequest(mixed[name], CPU, name in banded and mixed[name].shape != ()) for name in names]
+    with open_stream(asked, TINY) as stream:
         for name in taken:
             raw = joined(list_of_bands(stream, name)) if name in banded else content(stream.whole(name))
             assert raw == stored(mixed[name])
@@ -156,7 +156,7 @@ def list_of_bands(stream: TensorStream, name: str) -> list[tuple[int, torch.Tens
 def test_every_dtype_of_torch(tmp_path: Path) -> None:
     known = [name for name, (_, torch_name) in DTYPES.items() if torch_name is not None]
     checkpoint = write(tmp_path / "x", {name: (name, (3, 4)) for name in known})
-    with TensorStream(deliveries(checkpoint), TINY) as stream:
+    with open_stream(requests(checkpoint), TINY) as stream:
         for name in known:
             tensor = stream.whole(name)
             assert tensor.dtype == getattr(torch, str(DTYPES[name][1]))
@@ -166,7 +166,7 @@ def test_every_dtype_of_torch(tmp_path: Path) -> None:
 
 def test_a_dtype_that_torch_lacks_is_refused(tmp_path: Path) -> None:
     checkpoint = write(tmp_path / "x", {"fine": ("F32", (2,)), "six": ("F6_E2M3", (4, 2))})
-    with TensorStream(deliveries(checkpoint), TINY) as stream:
+    with open_stream(requests(checkpoint), TINY) as stream:
         stream.whole("fine")
         with pytest.raises(CheckpointError, match="torch has no dtype for F6_E2M3; convert") as caught:
             stream.whole("six")
@@ -181,7 +181,7 @@ def test_no_more_than_the_budget_is_asked_for(tmp_path: Path) -> None:
         lanes.append(open_lane(engine, device, options))
         return lanes[-1]
 
-    with TensorStream(deliveries(checkpoint), TINY, opener=opener) as stream:
+    with open_stream(requests(checkpoint), TINY, opener=opener) as stream:
         (lane,) = lanes
         for name, entry in checkpoint.items():
             assert 0 < lane.ahead <= MIB
@@ -191,12 +191,13 @@ def test_no_more_than_the_budget_is_asked_for(tmp_path: Path) -> None:
 
 def test_early_and_double_close(tmp_path: Path) -> None:
     checkpoint = write(tmp_path / "x", {f"t{number}": ("F32", (1000, 300)) for number in range(4)})
-    stream = TensorStream(deliveries(checkpoint, in_bands=True), TINY)
+    transport = Transport(TINY)
+    stream = TensorStream(requests(checkpoint, in_bands=True), transport)
     assert any(os.path.realpath(f"/proc/self/fd/{fd}") == checkpoint.files[0] for fd in os.listdir("/proc/self/fd"))
     bands = stream.bands("t0")
     next(bands)
-    stream.close()
-    stream.close()
+    transport.close()
+    transport.close()
     with pytest.raises(CancelledError):
         next(bands)
 
@@ -212,7 +213,8 @@ def endless(tmp_path: Path) -> Checkpoint:
 
 
 def test_close_ends_a_wait_on_another_thread(endless: Checkpoint) -> None:
-    stream = TensorStream(deliveries(endless), TINY)
+    transport = Transport(TINY)
+    stream = TensorStream(requests(endless), transport)
     caught: list[Exception] = []
 
     def take() -> None:
@@ -224,7 +226,7 @@ def test_close_ends_a_wait_on_another_thread(endless: Checkpoint) -> None:
     thread = threading.Thread(target=take)
     thread.start()
     time.sleep(0.05)
-    stream.close()
+    transport.close()
     thread.join()
     assert len(caught) == 1
 
@@ -237,12 +239,13 @@ def test_control_c_ends_a_wait(endless: Checkpoint) -> None:
         asked.append(time.monotonic())
         os.kill(os.getpid(), signal.SIGINT)
 
-    with TensorStream(deliveries(endless), TINY) as stream:
+    recorder = Recorder()
+    with open_stream(requests(endless), TINY, recorder=recorder) as stream:
         threading.Thread(target=interrupt).start()
         with pytest.raises(KeyboardInterrupt):
             stream.whole("endless")
     assert time.monotonic() - asked[0] < 2
-    assert stream.stats()["bytes_delivered"] < endless.nbytes
+    assert recorder.report.engine["bytes_delivered"] < endless.nbytes
 
 
 @pytest.mark.parametrize("in_bands", [False, True])
@@ -251,7 +254,7 @@ def test_a_file_cut_after_its_header_was_read(tmp_path: Path, in_bands: bool) ->
     cut = checkpoint["b"].offset + 150_001
     os.truncate(checkpoint.files[0], cut)
     options = StreamOptions(threads=1, slot_bytes=8192, host_scratch=MIB)
-    with TensorStream(deliveries(unstamped(checkpoint), in_bands=in_bands), options) as stream:
+    with open_stream(requests(unstamped(checkpoint), in_bands=in_bands), options) as stream:
         assert content(stream.whole("a")) == stored(checkpoint["a"])
         for name in ("b", "c"):
             with pytest.raises(TruncatedError, match=r"the file ends here, \d+ bytes before the tensor does") as caught:
@@ -263,8 +266,9 @@ def test_a_file_that_is_gone(tmp_path: Path) -> None:
     here = write(tmp_path / "here", {"a": ("F32", (9,))})
     gone = write(tmp_path / "gone", {"b": ("F32", (9,))})
     os.unlink(gone.files[0])
-    with pytest.raises(ReadError, match=r"cannot open the file.*: No such file") as caught:
-        TensorStream(deliveries(here) + deliveries(gone), TINY)
+    wanted = requests(here) + requests(gone)
+    with pytest.raises(ReadError, match=r"cannot open the file.*: No such file") as caught, open_stream(wanted, TINY):
+        pass
     assert (caught.value.path, caught.value.errno) == (gone.files[0], 2)
 
 
@@ -272,9 +276,9 @@ def test_a_file_that_is_gone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F32", "F64"])
 def test_turned_weights(dtype: str, model_dtype: torch.dtype, tmp_path: Path) -> None:
     checkpoint = write(tmp_path / "x", {"weight": (dtype, (611, 333))})
-    with TensorStream(deliveries(checkpoint), TINY) as stream:
+    with open_stream(requests(checkpoint), TINY) as stream:
         weight = stream.whole("weight")
-    with TensorStream(deliveries(checkpoint, in_bands=True), TINY) as stream:
+    with open_stream(requests(checkpoint, in_bands=True), TINY) as stream:
         turned = StreamSource(stream, checkpoint["weight"]).turned_half(model_dtype)
     expected = weight.to(model_dtype).to(torch.float16).T.contiguous()
     assert turned.is_contiguous()
@@ -286,10 +290,10 @@ def test_without_kernels_torch_turns_and_says_so_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoint = write(tmp_path / "x", {"one": ("BF16", (611, 333)), "two": ("F32", (300, 200))})
-    asked = deliveries(checkpoint, in_bands=True)
+    asked = requests(checkpoint, in_bands=True)
 
     def turn_all() -> list[torch.Tensor]:
-        with TensorStream(asked, TINY) as stream:
+        with open_stream(asked, TINY) as stream:
             return [stream.turned_half(name, torch.bfloat16).nan_to_num(nan=0.5) for name in checkpoint]
 
     with_kernels = turn_all()
@@ -322,14 +326,14 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return write(tmp_path_factory.mktemp("experts") / "model.safetensors", EXPERTS)
 
 
-def in_batches(experts: Mapping[str, Entry]) -> list[Delivery]:
-    return [Delivery(entry, CPU, batch="b" if name == "other" else "a") for name, entry in experts.items()]
+def in_batches(experts: Mapping[str, Entry]) -> list[TensorRequest]:
+    return [TensorRequest(entry, CPU, batch="b" if name == "other" else "a") for name, entry in experts.items()]
 
 
 def test_batches_land_together_and_are_cast_at_once(experts: Checkpoint) -> None:
     memory: dict[int, list[str]] = {}
     kept = []
-    with TensorStream(in_batches(experts), TINY) as stream:
+    with open_stream(in_batches(experts), TINY) as stream:
         for name, entry in experts.items():
             tensor = stream.batched(name, torch.float64)
             kept.append(tensor)
@@ -345,18 +349,17 @@ def test_a_batch_in_any_order(experts: Checkpoint) -> None:
     names = list(EXPERTS)
     random.Random(0).shuffle(names)
     recorder = Recorder()
-    with TensorStream(in_batches(experts), TINY, recorder=recorder) as stream:
+    with open_stream(in_batches(experts), TINY, recorder=recorder) as stream:
         for name in names:
             assert content(stream.batched(name, experts[name].torch_dtype)) == stored(experts[name])
-        assert stream.stats()["bytes_delivered"] == experts.nbytes
-    assert recorder.report.checkpoint_bytes == experts.nbytes
+    assert recorder.report.checkpoint_bytes == recorder.report.engine["bytes_delivered"] == experts.nbytes
 
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_what_is_not_contiguous_is_in_no_batch(experts: Checkpoint, number: int) -> None:
     entries = [experts[f"gate.{number}"] for number in range(3)]
     entries[number] = replace(entries[number], stride=(1, 16))
-    with TensorStream([Delivery(entry, CPU, batch="a") for entry in entries], TINY) as stream:
+    with open_stream([TensorRequest(entry, CPU, batch="a") for entry in entries], TINY) as stream:
         found = [stream.batched(entry.name, torch.bfloat16) for entry in entries]
     for entry, tensor in zip(entries, found, strict=True):
         elements = torch.frombuffer(bytearray(stored(entry)), dtype=torch.bfloat16)
@@ -371,7 +374,7 @@ def test_what_landed_early_is_in_no_batch(experts: Checkpoint) -> None:
     storage = torch.UntypedStorage(entry.nbytes)
     ticket = transport.submit(lane, [Read(entry.path, entry.offset, entry.nbytes, storage, stamp=entry.stamp)])
     early[entry.name] = EarlyTensor(entry, lane, storage, ticket)
-    with TensorStream(in_batches(experts), TINY, transport=transport, early=early) as stream:
+    with over(in_batches(experts), transport, early) as stream:
         found = {name: stream.batched(name, experts[name].torch_dtype) for name in experts}
         for name, tensor in found.items():
             assert content(tensor) == stored(experts[name])
@@ -383,7 +386,7 @@ def test_an_error_names_the_tensor_of_a_batch(tmp_path: Path) -> None:
     checkpoint = write(tmp_path / "x", EXPERTS)
     cut = checkpoint["gate.70"].offset + 1
     os.truncate(checkpoint.files[0], cut)
-    with TensorStream(
+    with open_stream(
         in_batches(unstamped(checkpoint)), StreamOptions(threads=1, slot_bytes=8192, host_scratch=MIB)
     ) as stream:
         for name in list(checkpoint)[:64]:
@@ -396,11 +399,6 @@ def test_an_error_names_the_tensor_of_a_batch(tmp_path: Path) -> None:
 # --- a head start -----------------------------------------------------------------------------------------------------
 
 
-def taken(start: HeadStart) -> dict[str, Any]:
-    transport, early = start.take()
-    return {"transport": transport, "early": early}
-
-
 @pytest.fixture
 def every_size_is_worthwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyint8.streaming.head_start._WORTHWHILE_BYTES", 1)
@@ -411,18 +409,19 @@ def every_size_is_worthwhile(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("nbytes", [0, 60, 1_000_000, 10_000_000])
 def test_what_was_begun_early_is_taken_over(mixed: Checkpoint, nbytes: int, in_bands: bool) -> None:
     start = HeadStart(CPU, list(mixed.values()), nbytes, TINY)
-    with TensorStream(deliveries(mixed, in_bands=in_bands), TINY, **taken(start)) as stream:
+    transport, early = start.take()
+    with over(requests(mixed, in_bands=in_bands), transport, early) as stream:
         for name, entry in mixed.items():
             bands = [(row, content(band), len(band) if band.ndim else 1) for row, band in stream.bands(name)]
             assert b"".join(raw for _, raw, _ in bands) == stored(entry)
             assert [row for row, _, _ in bands] == [sum(rows for _, _, rows in bands[:i]) for i in range(len(bands))]
-        assert stream.stats()["bytes_delivered"] == mixed.nbytes  # nothing was read twice
+        assert transport.stats()["bytes_delivered"] == mixed.nbytes  # nothing was read twice
 
 
 @pytest.mark.usefixtures("every_size_is_worthwhile")
 def test_early_tensors_are_bands_of_no_more_than_the_scratch_has(mixed: Checkpoint) -> None:
     start = HeadStart(CPU, [mixed["large"]], 1 << 30, TINY)
-    with TensorStream([Delivery(mixed["large"], CPU, in_bands=True)], TINY, **taken(start)) as stream:
+    with over([TensorRequest(mixed["large"], CPU, in_bands=True)], *start.take()) as stream:
         sizes = [band.nbytes for _, band in stream.bands("large")]
     assert max(sizes) <= MIB // 8
     assert sum(sizes) == mixed["large"].nbytes
@@ -431,7 +430,7 @@ def test_early_tensors_are_bands_of_no_more_than_the_scratch_has(mixed: Checkpoi
 @pytest.mark.usefixtures("every_size_is_worthwhile")
 def test_an_early_tensor_had_whole_is_the_memory_it_landed_in(mixed: Checkpoint) -> None:
     start = HeadStart(CPU, [mixed["large"]], 1 << 30, TINY)
-    with TensorStream([Delivery(mixed["large"], CPU, in_bands=True)], TINY, **taken(start)) as stream:
+    with over([TensorRequest(mixed["large"], CPU, in_bands=True)], *start.take()) as stream:
         tensor = stream.whole("large")
     assert content(tensor) == stored(mixed["large"])
     assert tensor.untyped_storage().nbytes() == mixed["large"].nbytes
@@ -440,7 +439,7 @@ def test_an_early_tensor_had_whole_is_the_memory_it_landed_in(mixed: Checkpoint)
 @pytest.mark.usefixtures("every_size_is_worthwhile")
 def test_what_was_begun_early_and_is_not_wanted_is_dropped(mixed: Checkpoint) -> None:
     start = HeadStart(CPU, list(mixed.values()), 1 << 30, TINY)
-    with TensorStream([Delivery(mixed["last"], CPU)], TINY, **taken(start)) as stream:
+    with over([TensorRequest(mixed["last"], CPU)], *start.take()) as stream:
         assert content(stream.whole("last")) == stored(mixed["last"])
 
 
@@ -481,7 +480,7 @@ def test_a_head_start_that_fails_fails_when_it_is_taken(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").unlink()
     start = HeadStart(CPU, list(checkpoint.values()), 1 << 30, TINY)
     with pytest.raises(ReadError, match="cannot open the file"):
-        TensorStream(deliveries(checkpoint), TINY, **taken(start))
+        start.take()
 
 
 @pytest.mark.usefixtures("every_size_is_worthwhile")
@@ -490,7 +489,6 @@ def test_a_file_cut_while_it_is_begun_early_names_the_tensor(tmp_path: Path) -> 
     os.truncate(checkpoint["y"].path, checkpoint["y"].offset + 10)
     entries = unstamped(checkpoint)
     start = HeadStart(CPU, list(entries.values()), 1 << 30, TINY)
-    stream = TensorStream(deliveries(entries), TINY, **taken(start))
-    with stream, pytest.raises(TruncatedError) as caught:
+    with over(requests(entries), *start.take()) as stream, pytest.raises(TruncatedError) as caught:
         list(map(stream.whole, checkpoint))
     assert caught.value.tensor == "y"

@@ -76,7 +76,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         # The session of the pyint8.load under way, or one of its own for a from_pretrained of somebody else.
         is_strict = isinstance(quantization_config, Int8Config) and quantization_config.strict
         self.session = LoadSession.active() or LoadSession.of_other_code(strict=is_strict)
-        self.session.quantizer = Int8Quantizer(
+        self.int8 = Int8Quantizer(
             Int8Config(
                 threshold=genuine.llm_int8_threshold,
                 skip_modules=genuine.llm_int8_skip_modules,
@@ -86,10 +86,6 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
             pre_quantized=self._was_pre_quantized,
             strict=self.session.request.strict,
         )
-
-    @property
-    def int8(self) -> Int8Quantizer:
-        return self.session.quantizer
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         check_device_map(device_map)
@@ -112,7 +108,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
             found: dict[str, Any] = infer_auto_device_map(self._model, memory, list(blocks), hf_quantizer=self)
             return found
 
-        converted = self.session.conversion_bytes()
+        converted = self._planned.conversion_bytes()
         per_device = {
             device: max(0, size - converted) if isinstance(device, int) else size
             for device, size in budget.per_device.items()
@@ -121,7 +117,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
 
     @cached_property
     def _tensor_bytes(self) -> dict[str, int]:
-        return tensor_bytes(self._model, self.int8, self.session.dtypes, self._model.all_tied_weights_keys)
+        return tensor_bytes(self._model, self.int8, self._planned.dtypes, self._model.all_tied_weights_keys)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return self.int8.check_quantized_param(param_name)
@@ -157,7 +153,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         """Becomes transformers' own quantizer: tensors that are in memory (`state_dict=`) need nobody to read them."""
         self._name_genuine_config(model)
         self.session.model_is_built()
-        del self.session, self._model, self._dtype, self._was_pre_quantized
+        del self.session, self.int8, self._model, self._dtype, self._was_pre_quantized
         self.__class__ = Bnb8BitHfQuantizer
 
     def _name_genuine_config(self, model: Any) -> None:
@@ -196,18 +192,18 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
         """Takes the place of the model's own conversions; they are kept in the plan."""
         known = len(self.int8.skip)
-        plan = self.session.make_plan(self._model, weight_conversions, self._dtype)
+        self._planned = self.session.make_plan(self._model, weight_conversions, self._dtype, self.int8)
         if len(self.int8.skip) > known:  # a saved model must say so, or its floats would be taken for int8
             self.quantization_config.llm_int8_skip_modules = list(self.int8.skip)
         # transformers reads the tensors of a pre-quantized checkpoint at once, in threads, and others when asked.
         self.pre_quantized = False
-        return [PlannedRenaming(plan), PlannedConverter(plan, self.session.make)]
+        return [PlannedRenaming(self._planned.plan), PlannedConverter(self._planned.plan, self.session.make)]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.session.finish()
         with self.session.recorder.phase("finish"):
-            self.int8.postprocess_model(model, locate=self.session.locate)
-            model._weight_conversions = self.session.plan.used
+            self.int8.postprocess_model(model, locate=self._planned.locate)
+            model._weight_conversions = self._planned.plan.used
             genuine = Bnb8BitHfQuantizer(self.quantization_config, pre_quantized=self._was_pre_quantized)
             genuine.modules_to_not_convert = self.int8.skip
             model.hf_quantizer = genuine

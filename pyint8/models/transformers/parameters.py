@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -14,32 +13,23 @@ from transformers.integrations.accelerate import expand_device_map
 
 from pyint8.checkpoint import Checkpoint, Entry
 from pyint8.errors import QuantizationStateError
-from pyint8.models import checks
-from pyint8.models.delivery import cast_in_bands, deliver_cast, find_overflow
+from pyint8.models.assembly import Assembly, Destination
 from pyint8.models.transformers.ahead import MadeAhead
 from pyint8.models.transformers.plan import LoadPlan, Target
-from pyint8.quantizer import Int8Quantizer, TensorSource
+from pyint8.placement.device_map import landing_device
+from pyint8.quantizer import Int8Quantizer
 from pyint8.report import Recorder
 from pyint8.streaming.preparation import Preparation
-from pyint8.streaming.stream import Delivery, StreamSource, TensorStream
+from pyint8.streaming.stream import TensorRequest, TensorStream
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a parameter goes and as what."""
-
-    device: torch.device
-    dtype: torch.dtype
-    on_disk: bool
-
-
-def find_places(
+def find_destinations(
     plan: LoadPlan, dtypes: Mapping[str, torch.dtype], device_map: Mapping[str, Any] | None
-) -> dict[str, Place]:
+) -> dict[str, Destination]:
     """Devices by transformers' own expansion of the map."""
     names = [name for target in plan.targets.values() for name in target.makes() if name in dtypes]
     return {
-        name: Place(torch.device("cpu" if device == "disk" else device), dtypes[name], device == "disk")
+        name: Destination(landing_device(device), dtypes[name], on_disk=device == "disk")
         for name, device in expand_device_map(device_map, names).items()
     }
 
@@ -69,7 +59,7 @@ class ParameterMaker:
         plan: Every tensor's place.
         model: On meta, its modules settled.
         checkpoint: Where the bytes lie.
-        places: Where parameters go and as what.
+        destinations: Where parameters go and as what.
         quantizer: Makes int8 parameters.
         recorder: Told of bytes and parameters.
         preparation: What was begun before there was a plan; its transport is taken over.
@@ -80,7 +70,7 @@ class ParameterMaker:
         plan: LoadPlan,
         model: Any,
         checkpoint: Checkpoint,
-        places: dict[str, Place],
+        destinations: dict[str, Destination],
         quantizer: Int8Quantizer,
         recorder: Recorder,
         preparation: Preparation,
@@ -88,24 +78,27 @@ class ParameterMaker:
         self._plan = plan
         self._model = model
         self._checkpoint = checkpoint
-        self._places = places
+        self._destinations = destinations
         self._quantizer = quantizer
         self._recorder = recorder
         self._makers: dict[torch.device, MadeAhead] = {}
+        self._assembly = Assembly(quantizer, recorder)
         self._groups = self._grouped()
-        wanted = {device: [d for t in group for d in self._deliveries(t)] for device, group in self._groups.items()}
-        recorder.expect(sum(delivery.entry.nbytes for deliveries in wanted.values() for delivery in deliveries))
+        wanted = {device: [r for t in group for r in self._requests(t)] for device, group in self._groups.items()}
+        recorder.expect(sum(request.entry.nbytes for requests in wanted.values() for request in requests))
         self._transport, early = preparation.take_transport(len(self._groups))
         self._streams: dict[torch.device, TensorStream] = {}
-        for device, deliveries in wanted.items():
-            mine = early if len(wanted) == 1 else {name: t for name, t in early.items() if t.lane.device == device}
-            self._streams[device] = TensorStream(
-                deliveries, preparation.options, recorder=recorder, transport=self._transport, early=mine
-            )
+        try:
+            for device, requests in wanted.items():
+                mine = early if len(wanted) == 1 else {name: t for name, t in early.items() if t.lane.device == device}
+                self._streams[device] = TensorStream(requests, self._transport, recorder=recorder, early=mine)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Gives back threads, files and memory; the report keeps what the engine did."""
-        self._recorder.set_engine(self._transport.engine.stats())
+        self._recorder.set_engine(self._transport.stats())
         for maker in self._makers.values():
             maker.stop()
         self._transport.close()  # what they wait for ends here
@@ -145,13 +138,9 @@ class ParameterMaker:
             return {}
         if target.converter is not None:
             return self._converted(target, stream, loading_info)
-        assert target.source is not None
-        entry, place = self._checkpoint[target.source], self._places[target.name]
-        if self._quantizer.check_quantized_param(target.name):
-            return {target.name: self._quantized(target, stream, entry, place)}
-        self._recorder.count("as stored" if entry.torch_dtype == place.dtype else "cast")
-        health = self._quantizer.health
-        return {target.name: deliver_cast(stream, entry, target.name, place.dtype, place.device, health)}
+        stored, destination = target.stored(self._checkpoint), self._destinations[name]
+        assert stored is not None
+        return {name: self._assembly.make(name, stored, destination, stream)}
 
     @cached_property
     def _buffers(self) -> set[str]:
@@ -159,52 +148,30 @@ class ParameterMaker:
 
     def _stays_on_disk(self, target: Target) -> bool:
         """Whether accelerate will read it from the checkpoint itself, whenever a forward pass needs it."""
-        source = target.source
-        return (
-            source is not None
-            and self._places[target.name].on_disk
-            and target.name not in self._buffers
-            and self._checkpoint[source].path.endswith(".safetensors")
-        )
+        stored = target.stored(self._checkpoint)
+        if stored is None or target.name in self._buffers:
+            return False
+        return self._assembly.is_left_on_disk(target.name, stored, self._destinations[target.name])
 
-    def _deliveries(self, target: Target) -> list[Delivery]:
+    def _requests(self, target: Target) -> list[TensorRequest]:
         if self._stays_on_disk(target):
             return []
-        deliveries = []
-        batch = target.name if target.stacks else None
-        for name in target.collected():
-            entry, device, in_bands = self._checkpoint[name], self._landing_device(target), False
-            if name == target.format:
-                device = torch.device("cpu")  # one byte to look at
-            elif name == target.source:
-                quantized = self._quantizer.check_quantized_param(target.name)
-                dtype = self._places[target.name].dtype
-                in_bands = self._quantizer.reads_bands if quantized else cast_in_bands(entry, dtype)
-            deliveries.append(Delivery(entry, device, in_bands, batch))
-        return deliveries
+        stored = target.stored(self._checkpoint)
+        if stored is not None:
+            return self._assembly.requests(target.name, stored, self._destinations[target.name])
+        device, batch = self._landing_device(target), target.name if target.stacks else None
+        return [TensorRequest(self._checkpoint[name], device, batch=batch) for name in target.source_names()]
 
     def _landing_device(self, target: Target) -> torch.device:
         """Some conversions need too much memory for a GPU; transformers does them on the CPU."""
         on_cpu = getattr(target.converter, "force_cpu", False)
-        return torch.device("cpu") if on_cpu else self._places[target.name].device
-
-    def _quantized(self, target: Target, stream: TensorStream, entry: Entry, place: Place) -> torch.Tensor:
-        self._recorder.count("pre-quantized" if self._quantizer.pre_quantized else "int8")
-        if target.format is not None:
-            checks.require_row_major(int(stream.whole(target.format)), entry)
-        return self._quantizer.create_quantized_param(
-            target.name,
-            StreamSource(stream, entry),
-            scales=None if target.scales is None else stream.whole(target.scales),
-            model_dtype=place.dtype,
-            device=place.device,
-        )
+        return torch.device("cpu") if on_cpu else self._destinations[target.name].device
 
     def _converted(self, target: Target, stream: TensorStream, loading_info: Any) -> dict[str, torch.Tensor]:
         """What the model's own converter (an expert merge, a split) makes, then quantized where that is wanted."""
         converter = deepcopy(target.converter)
         assert converter is not None
-        device, dtype = self._landing_device(target), self._places[target.name].dtype
+        device, dtype = self._landing_device(target), self._destinations[target.name].dtype
         for name, pattern in target.sources:
             entry = self._checkpoint[name]
             if entry.dtype == "I8" and self._quantizer.pre_quantized:
@@ -227,17 +194,10 @@ class ParameterMaker:
         """One result of a conversion, quantized where that is wanted, on its device."""
         tensor: torch.Tensor = value[0] if isinstance(value, list) else value
         self._recorder.count("converted")
-        place = self._places.get(name)
-        if place is None:  # no place in the model; transformers says so
+        destination = self._destinations.get(name)
+        if destination is None:  # no place in the model; transformers says so
             return tensor
-        if not self._quantizer.check_quantized_param(name):
-            tensor = tensor.to(place.device)
-            dtypes = {entry.torch_dtype for entry in sources}
-            self._quantizer.health.watch_cast(name, tensor, dtypes, partial(find_overflow, sources))
-            return tensor
-        return self._quantizer.create_quantized_param(
-            name, TensorSource(tensor), model_dtype=place.dtype, device=place.device
-        )
+        return self._assembly.finish(name, tensor, destination, sources)
 
 
 def _are_fed_side_by_side(devices: Iterable[torch.device]) -> bool:

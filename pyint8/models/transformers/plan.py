@@ -15,7 +15,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from pyint8.checkpoint import Checkpoint, Entry
+from pyint8.checkpoint import Checkpoint
+from pyint8.models.assembly import Stored
 from pyint8.models.checks import FORMAT, SCALES
 
 
@@ -42,6 +43,14 @@ class Target:
         """The one tensor that is used as it is; None where there is a converter, or only scales."""
         return self.sources[0][0] if self.converter is None and self.sources else None
 
+    def stored(self, checkpoint: Checkpoint) -> Stored | None:
+        """What the checkpoint has for it; None where a converter makes it, or there are only scales."""
+        if self.source is None:
+            return None
+        scales = None if self.scales is None else checkpoint[self.scales]
+        layout = None if self.format is None else checkpoint[self.format]
+        return Stored(checkpoint[self.source], scales, layout)
+
     @property
     def stacks(self) -> bool:
         """Whether its converter copies the sources into one tensor: a merge of experts."""
@@ -55,7 +64,7 @@ class Target:
         patterns = self.converter.target_patterns
         return [self.name.replace(patterns[0], pattern) for pattern in patterns]
 
-    def collected(self) -> list[str]:
+    def source_names(self) -> list[str]:
         """Every checkpoint tensor it reads, in the order they are asked for: a conversion's pattern by pattern."""
         by_pattern: dict[str | None, list[str]] = {}
         for name, pattern in self.sources:
@@ -163,8 +172,3 @@ class _Renamer:
 
     def _with_prefix(self, key: str) -> str:
         return str(rename_source_key(key, [], [], self._prefix, self._parameters)[0])
-
-
-def entry_of(target: Target, checkpoint: Checkpoint) -> Entry | None:
-    """The entry that a target uses as it is."""
-    return None if target.source is None else checkpoint[target.source]

@@ -11,13 +11,11 @@ from typing import Any
 import torch
 from transformers.core_model_loading import SkipParameters
 
-from pyint8.checkpoint import checkpoint_of_files
+from pyint8.checkpoint import Checkpoint, checkpoint_of_files
 from pyint8.config import StreamOptions
 from pyint8.models.request import LoadRequest
 from pyint8.models.transformers.initialization import NoInitializationOnMeta
-from pyint8.models.transformers.parameters import ParameterMaker, find_dtypes, find_places
-from pyint8.models.transformers.plan import LoadPlan, make_plan
-from pyint8.models.transformers.settle import check_tensors, judge_disagreements, settle_modules
+from pyint8.models.transformers.planned import PlannedLoad
 from pyint8.quantizer import Int8Quantizer
 from pyint8.report import Recorder
 from pyint8.streaming.preparation import Preparation
@@ -28,6 +26,11 @@ _active: ContextVar[LoadSession | None] = ContextVar("pyint8_load_session", defa
 class LoadSession:
     """One load.
 
+    transformers' hooks come in this order: the files (`open_files`), the model on meta (`model_is_built`), its
+    renamings (`make_plan`), every target (`make`), the end (`finish`). The device map comes before or after the plan
+    (`see_device_map`), as it was given or had to be planned; or not at all, for one device. The stream starts as soon
+    as both are there, at the latest with the first target.
+
     Args:
         request: What was asked for.
         preparation: What is under way already; whoever made it closes it.
@@ -36,28 +39,20 @@ class LoadSession:
     Attributes:
         request: As given.
         recorder: As given.
-        quantizer: Set when transformers constructs its quantizer.
-        device_map: Modules to devices, once transformers has decided.
-        plan: What every tensor is for, once transformers has said how it renames.
-        dtypes: What each parameter is loaded as, or quantized from; from then on too.
-        is_planned: Whether it has.
+        planned: The plan, once transformers has said how it renames.
         on_files: Called when transformers has all files, and begins to build.
         on_start: Called when the stream has started.
     """
 
     def __init__(self, request: LoadRequest, preparation: Preparation, recorder: Recorder) -> None:
-        self._maker: ParameterMaker | None = None  # first: `close` looks at it
+        self.planned: PlannedLoad | None = None  # first: `close` looks at it
         self.request = request
         self.recorder = recorder
-        self.quantizer: Int8Quantizer
-        self.device_map: Mapping[str, Any] | None = None
-        self._preparation = preparation
-        self.plan: LoadPlan
-        self.dtypes: dict[str, torch.dtype]
-        self.is_planned = False
         self.on_files: Callable[[], object] = lambda: None
         self.on_start: Callable[[], object] = lambda: None
-        self._checkpoint = preparation.checkpoint
+        self._preparation = preparation
+        self._checkpoint: Checkpoint | None = preparation.checkpoint
+        self._device_map: Mapping[str, Any] | None = None
         self._building = NoInitializationOnMeta()
         self._made_at = time.perf_counter()
 
@@ -69,6 +64,11 @@ class LoadSession:
         )
         return LoadSession(request, Preparation(None, request.options), Recorder())
 
+    @staticmethod
+    def active() -> LoadSession | None:
+        """The session of the `pyint8.load` that is under way in this context."""
+        return _active.get()
+
     @property
     def is_drop_in(self) -> bool:
         """Whether it is a from_pretrained of other code, instead of one within `pyint8.load`."""
@@ -77,12 +77,7 @@ class LoadSession:
     @property
     def reserves_memory(self) -> bool:
         """Whether the memory of the GPU was seen to, and tensors lie in it already: once the stream has started."""
-        return self._maker is not None and self._preparation.reserves_memory
-
-    @staticmethod
-    def active() -> LoadSession | None:
-        """The session of the `pyint8.load` that is under way in this context."""
-        return _active.get()
+        return self.planned is not None and self.planned.has_started and self._preparation.reserves_memory
 
     @contextmanager
     def activate(self) -> Iterator[None]:
@@ -100,15 +95,56 @@ class LoadSession:
         """Its modules are all there, on meta; from now on tensors are real."""
         self._building.end()
 
-    def __del__(self) -> None:
-        self.close()  # a from_pretrained of somebody else that was interrupted has nobody else to do so
+    def open_files(self, files: Sequence[str]) -> None:
+        """The files that transformers resolved; read again only if they are not those opened before, as they were."""
+        self.on_files()
+        known = self._checkpoint
+        if known is None or set(known.files) != set(files) or known.has_changed:
+            with self.recorder.phase("read headers"):
+                self._checkpoint = checkpoint_of_files(files)
 
-    def close(self) -> None:
-        """Gives back threads, files and memory."""
-        if self._maker is not None:
-            self._maker.close()
-            self._maker = None
-            self.recorder.add_seconds("stream", time.perf_counter() - self._stream_start)
+    def make_plan(
+        self, model: Any, conversions: list[Any], dtype: torch.dtype, quantizer: Int8Quantizer
+    ) -> PlannedLoad:
+        """Decides what every tensor is for, and which of the replaced modules are put back.
+
+        Raises:
+            Pyint8Error: See `PlannedLoad`.
+        """
+        assert self._checkpoint is not None
+        self.model_is_built()  # and transformers has left the contexts in which it built it
+        self.planned = PlannedLoad(model, self._checkpoint, conversions, dtype, quantizer, self.request)
+        if self._device_map is not None:
+            self._start(self.planned)
+        return self.planned
+
+    def see_device_map(self, device_map: Mapping[str, Any]) -> None:
+        """What transformers has decided."""
+        self._device_map = device_map
+        if self.planned is not None:
+            self._start(self.planned)
+
+    def make(self, name: str, loading_info: Any) -> dict[str, torch.Tensor]:
+        """The parameters of one target; called by transformers' loop."""
+        assert self.planned is not None
+        self._start(self.planned)
+        try:
+            return self.planned.make(name, loading_info)
+        except SkipParameters:  # a conversion failed; transformers notes it and goes on
+            raise
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, planned: PlannedLoad) -> None:
+        """Starts the stream, unless it has started."""
+        if planned.has_started:
+            return
+        if self.is_drop_in:  # from_pretrained began before there was a session
+            headers = self.recorder.report.seconds["read headers"]
+            self.recorder.add_seconds("build", time.perf_counter() - self._made_at - headers)
+        planned.start(self._device_map, self._preparation, self.recorder)
+        self.on_start()
 
     def finish(self) -> None:
         """Closes, after the last parameter.
@@ -122,101 +158,10 @@ class LoadSession:
         self.close()
         self._checkpoint.require_unchanged(self._checkpoint.files)
 
-    def open_files(self, files: Sequence[str]) -> None:
-        """The files that transformers resolved; read again only if they are not those opened before, as they were."""
-        self.on_files()
-        known = self._checkpoint
-        if known is None or set(known.files) != set(files) or known.has_changed:
-            with self.recorder.phase("read headers"):
-                self._checkpoint = checkpoint_of_files(files)
+    def close(self) -> None:
+        """Gives back threads, files and memory."""
+        if self.planned is not None and self.planned.has_started:
+            self.recorder.add_seconds("stream", self.planned.close())
 
-    def make_plan(self, model: Any, conversions: list[Any], dtype: torch.dtype) -> LoadPlan:
-        """Decides what every tensor is for, and which of the replaced modules are put back.
-
-        Raises:
-            Pyint8Error: See `settle` for tensors that have no good place, `start` for the stream.
-        """
-        assert self._checkpoint is not None
-        self.model_is_built()  # and transformers has left the contexts in which it built it
-        self._model, self._dtype = model, dtype
-        parameters = model.state_dict()
-        self.plan = make_plan(
-            self._checkpoint,
-            conversions,
-            model.base_model_prefix,
-            parameters,
-            pre_quantized=self.quantizer.pre_quantized,
-        )
-        allow = self.request.allows_mismatched_shapes
-        strict = self.request.strict
-        judge_disagreements(self.plan, model, self._checkpoint, strict=strict, allow_mismatched_shapes=allow)
-        if settle_modules(
-            self.plan, model, parameters, self._checkpoint, self.quantizer, allow_mismatched_shapes=allow
-        ):
-            parameters = model.state_dict()
-        check_tensors(self.plan, parameters, self._checkpoint, self.quantizer, allow_mismatched_shapes=allow)
-        self.dtypes = find_dtypes(model, parameters, dtype, self.quantizer)
-        self.is_planned = True
-        if self.device_map is not None:
-            self.start()
-        return self.plan
-
-    def see_device_map(self, device_map: Mapping[str, Any]) -> None:
-        """What transformers has decided: before the plan where it was asked for, after it where it had to be made."""
-        self.device_map = device_map
-        if self.is_planned and self._maker is None:
-            self.start()
-
-    def conversion_bytes(self) -> int:
-        """What the largest conversion (a merge of experts) may take on a GPU beside what it makes, while it lasts."""
-        assert self._checkpoint is not None
-        sources = (
-            sum(self._checkpoint[name].numel for name, _ in target.sources)
-            for target in self.plan.targets.values()
-            if target.converter is not None and not getattr(target.converter, "force_cpu", False)
-        )
-        # The sources, and once more as much on the way, where they are first stacked, then concatenated.
-        return 2 * self._dtype.itemsize * max(sources, default=0)
-
-    def locate(self, name: str) -> dict[str, Any]:
-        """Where a parameter's (or a checkpoint's) tensor lies, for errors: "tensor", "path" and "offset"."""
-        assert self._checkpoint is not None
-        target = self.plan.made_by().get(name)
-        source = target.sources[0][0] if target is not None and target.sources else name
-        return self._checkpoint[source].place if source in self._checkpoint else {"tensor": name}
-
-    def make(self, name: str, loading_info: Any) -> dict[str, torch.Tensor]:
-        """The parameters of one target; called by transformers' loop."""
-        if self._maker is None:
-            self.start()
-        assert self._maker is not None
-        try:
-            return self._maker.make(name, loading_info)
-        except SkipParameters:  # a conversion failed; transformers notes it and goes on
-            raise
-        except BaseException:
-            self.close()
-            raise
-
-    def start(self) -> None:
-        """Starts the stream, once plan and device map are there.
-
-        Raises:
-            Pyint8Error: See `TensorStream`.
-        """
-        assert self._checkpoint is not None
-        self._stream_start = time.perf_counter()
-        if self.is_drop_in:
-            headers = self.recorder.report.seconds["read headers"]
-            self.recorder.add_seconds("build", self._stream_start - self._made_at - headers)
-        self._preparation.stop_prefetch()
-        self._maker = ParameterMaker(
-            self.plan,
-            self._model,
-            self._checkpoint,
-            find_places(self.plan, self.dtypes, self.device_map),
-            self.quantizer,
-            self.recorder,
-            self._preparation,
-        )
-        self.on_start()
+    def __del__(self) -> None:
+        self.close()  # a drop-in load that is interrupted has no other owner

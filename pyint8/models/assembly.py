@@ -1,0 +1,144 @@
+"""From a checkpoint's entry to requests, and from what the stream delivers to the parameter: for every road.
+
+A road finds out what the checkpoint has for a parameter (`Stored`) and where it goes (`Destination`); what is asked of
+the stream for it, and what is made of that, is the same for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from pyint8.checkpoint import Entry
+from pyint8.models import checks
+from pyint8.quantizer import BadWeight, Int8Quantizer, TensorSource, first_overflow
+from pyint8.report import Recorder
+from pyint8.streaming.stream import StreamSource, TensorRequest, TensorStream, read_tensor
+
+# Below this a tensor is cast at once: it takes no memory worth speaking of.
+_BAND_WORTHY_BYTES = 1 << 20
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a checkpoint has for one parameter or buffer that is used as it is.
+
+    Attributes:
+        entry: Its values, or its int8 codes.
+        scales: The `SCB` of codes, fp32 [out].
+        layout: Their `weight_format`.
+    """
+
+    entry: Entry
+    scales: Entry | None = None
+    layout: Entry | None = None
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a parameter goes, and as what.
+
+    Attributes:
+        device: Where it lands: the CPU for what goes to the disk.
+        dtype: Of its values, unquantized, and what they are rounded to on the way to int8.
+        on_disk: Whether accelerate will keep it on the disk.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    on_disk: bool = False
+
+
+class Assembly:
+    """What one load makes of entries; thread-safe.
+
+    Args:
+        quantizer: Knows what becomes int8, and makes it.
+        recorder: Told of every parameter.
+    """
+
+    def __init__(self, quantizer: Int8Quantizer, recorder: Recorder) -> None:
+        self._quantizer = quantizer
+        self._recorder = recorder
+
+    def is_left_on_disk(self, name: str, stored: Stored, destination: Destination) -> bool:
+        """Whether accelerate can read a parameter from the checkpoint itself, whenever a forward pass needs it."""
+        in_safetensors = stored.entry.path.endswith(".safetensors")
+        return destination.on_disk and in_safetensors and not self._takes_codes(name, stored)
+
+    def requests(self, name: str, stored: Stored, destination: Destination) -> list[TensorRequest]:
+        """What to ask the stream for, in the order in which `make` takes it."""
+        entry, device = stored.entry, destination.device
+        if self._takes_codes(name, stored):
+            in_bands = self._quantizer.reads_bands
+        else:
+            in_bands = _is_cast_in_bands(entry, destination.dtype)
+        requests = [TensorRequest(entry, device, in_bands)]
+        if stored.scales is not None:
+            requests.insert(0, TensorRequest(stored.scales, device))
+        if stored.layout is not None:
+            requests.insert(0, TensorRequest(stored.layout, _CPU))  # one byte to look at
+        return requests
+
+    def make(self, name: str, stored: Stored, destination: Destination, stream: TensorStream) -> torch.Tensor:
+        """The parameter: an `Int8Params` for the weight of a converted module, else its values.
+
+        Raises:
+            Pyint8Error: See `TensorStream` and `Int8Quantizer.create_quantized_param`.
+        """
+        if not self._takes_codes(name, stored):
+            return self._cast(name, stored.entry, destination, stream)
+        self._recorder.count(self._quantizer.kind_of(name))
+        if stored.layout is not None:
+            checks.require_row_major(int(stream.whole(stored.layout.name)), stored.entry)
+        return self._quantizer.create_quantized_param(
+            name,
+            StreamSource(stream, stored.entry),
+            scales=None if stored.scales is None else stream.whole(stored.scales.name),
+            model_dtype=destination.dtype,
+            device=destination.device,
+        )
+
+    def finish(
+        self, name: str, converted: torch.Tensor, destination: Destination, sources: Sequence[Entry]
+    ) -> torch.Tensor:
+        """The parameter made of what a conversion (a merge, a split) gave, which was made of `sources`."""
+        if self._quantizer.check_quantized_param(name):
+            return self._quantizer.create_quantized_param(
+                name, TensorSource(converted), model_dtype=destination.dtype, device=destination.device
+            )
+        tensor = converted.to(destination.device)
+        dtypes = {entry.torch_dtype for entry in sources}
+        self._quantizer.health.watch_cast(name, tensor, dtypes, partial(_find_overflow, sources))
+        return tensor
+
+    def _takes_codes(self, name: str, stored: Stored) -> bool:
+        return self._quantizer.takes_codes(name, stored.scales is not None)
+
+    def _cast(self, name: str, entry: Entry, destination: Destination, stream: TensorStream) -> torch.Tensor:
+        """The entry's values, contiguous; a cast may overflow."""
+        device, dtype = destination.device, destination.dtype
+        self._recorder.count("as stored" if entry.torch_dtype == dtype else "cast")
+        if _is_cast_in_bands(entry, dtype):
+            tensor = torch.empty(entry.torch_shape, dtype=dtype, device=device)
+            for row, band in stream.bands(entry.name):
+                tensor[row : row + len(band)].copy_(band)
+        else:
+            tensor = stream.whole(entry.name).to(device=device, dtype=dtype)
+        self._quantizer.health.watch_cast(name, tensor, [entry.torch_dtype], partial(_find_overflow, [entry]))
+        return tensor
+
+
+def _is_cast_in_bands(entry: Entry, dtype: torch.dtype) -> bool:
+    """Whether a tensor that becomes `dtype` should pass through scratch instead of landing whole."""
+    return entry.torch_dtype != dtype and entry.nbytes > _BAND_WORTHY_BYTES and len(entry.torch_shape) > 0
+
+
+def _find_overflow(entries: Sequence[Entry]) -> BadWeight | None:
+    """The first value in any of the stored tensors that is finite, and too large for fp16."""
+    found = (first_overflow(entry.name, read_tensor(entry)) for entry in entries if entry.is_floating)
+    return next((bad for bad in found if bad is not None), None)

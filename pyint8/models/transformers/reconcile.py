@@ -1,0 +1,140 @@
+"""What the plan says about modules and shapes, before a byte is read."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+import torch
+
+from pyint8.checkpoint import Checkpoint, Entry
+from pyint8.errors import CheckpointError, ShapeMismatchError
+from pyint8.models import checks
+from pyint8.models.assembly import Stored
+from pyint8.models.reconcile import ABSENT, TIED, check_stored, judge_absent, reconcile_modules
+from pyint8.models.transformers.plan import LoadPlan, Target
+from pyint8.quantizer import Int8Quantizer
+
+
+def judge_disagreements(
+    plan: LoadPlan, model: Any, checkpoint: Checkpoint, *, strict: bool, allow_mismatched_shapes: bool
+) -> None:
+    """Refuses, or tells, what an index and its shards do not agree about (see `checks.judge_disagreements`)."""
+    used = {name for target in plan.targets.values() for name in target.source_names()}
+
+    def want(name: str) -> checks.Want:
+        if name not in plan.absent:
+            return checks.Want.YES if name in used else checks.Want.NO
+        target = plan.absent[name]
+        if target.format is not None or (target.source is not None and _is_had_otherwise(target.name, plan, model)):
+            return checks.Want.NO
+        others = plan.targets.get(target.name)  # of which it is a part, or the scales
+        if others is None or target.source is not None or (target.scales is None and allow_mismatched_shapes):
+            return checks.Want.YES
+        return checks.Want.CANNOT_DO_WITHOUT
+
+    checks.judge_disagreements(checkpoint, want, strict=strict)
+
+
+def _is_had_otherwise(name: str, plan: LoadPlan, model: Any) -> bool:
+    """Whether a parameter is made of another tensor, tied to one that is, or one that its model can do without."""
+    ties = model.all_tied_weights_keys  # names to the one whose memory they share
+    source = ties.get(name, name)
+    group = {source, *(tied for tied, other in ties.items() if other == source)}
+    can_be_absent = any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_missing or ())
+    return can_be_absent or not group.isdisjoint(plan.made_by())
+
+
+def reconcile(
+    plan: LoadPlan,
+    model: Any,
+    checkpoint: Checkpoint,
+    quantizer: Int8Quantizer,
+    *,
+    allow_mismatched_shapes: bool,
+) -> dict[str, torch.Tensor]:
+    """Puts back modules whose weight will not come as expected, then refuses tensors that cannot become parameters.
+
+    Args:
+        plan: Every tensor's place.
+        model: On meta; changed in place.
+        checkpoint: What there is.
+        quantizer: Told of what is put back.
+        allow_mismatched_shapes: Whether a wrong shape is left to transformers, or refused.
+
+    Returns:
+        The model's state dict from now on.
+
+    Raises:
+        CheckpointError: The checkpoint has none of the model's weights to quantize (`strict` only), experts are
+            missing, or a weight to be quantized is not of a floating dtype.
+        ShapeMismatchError: A tensor's shape is not its parameter's.
+        QuantizationStateError: int8 codes for a module that is not quantized here, or without sound scales.
+    """
+    parameters: dict[str, torch.Tensor] = model.state_dict()
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    made_by = plan.made_by()
+
+    def find(weight: str) -> Stored | str | None:
+        if weight not in made_by:
+            return TIED if weight in model.all_tied_weights_keys else ABSENT
+        return made_by[weight].stored(checkpoint)
+
+    if quantizer.strict and not plan.targets:
+        checks.refuse_what_does_not_fit(checkpoint, parameters)
+    replaced = list(quantizer.converted)
+    absent = reconcile_modules(model, quantizer, find, shapes if allow_mismatched_shapes else None)
+    prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    body = [name for name in replaced if name.startswith(prefix)]
+    judge_absent(checkpoint, quantizer, body, absent, parameters)
+    if len(quantizer.converted) < len(replaced):
+        parameters = model.state_dict()
+    for name, target in plan.targets.items():
+        _check_target(name, target, tuple(parameters[name].shape), checkpoint, quantizer, allow_mismatched_shapes)
+    return parameters
+
+
+def _check_target(
+    name: str,
+    target: Target,
+    shape: tuple[int, ...],
+    checkpoint: Checkpoint,
+    quantizer: Int8Quantizer,
+    allow_mismatched_shapes: bool,
+) -> None:
+    stored = target.stored(checkpoint)
+    if stored is None:
+        _check_sources(target, shape, checkpoint, allow_mismatched_shapes=allow_mismatched_shapes)
+    else:
+        check_stored(name, stored, shape, quantizer, allow_mismatched_shapes=allow_mismatched_shapes)
+
+
+def _check_sources(
+    target: Target, shape: tuple[int, ...], checkpoint: Checkpoint, *, allow_mismatched_shapes: bool
+) -> None:
+    """Of what a converter makes a parameter of `shape`."""
+    companion = target.scales or target.format
+    if companion is not None and not target.sources:
+        checks.refuse_orphan(checkpoint[companion], target.name)
+    if not target.stacks:
+        return
+    kinds: dict[str | None, list[Entry]] = {}
+    for name, pattern in target.sources:
+        kinds.setdefault(pattern, []).append(checkpoint[name])
+    for pattern, entries in kinds.items():  # experts: as many of each kind, and of one shape
+        if len(entries) != shape[0] and not allow_mismatched_shapes:
+            raise CheckpointError(
+                f"{target.name} is merged of {shape[0]} tensors named {pattern}, and the checkpoint has "
+                f"{len(entries)}; is it whole, and of this configuration?",
+                tensor=entries[0].name,
+                path=entries[0].path,
+            )
+        usual = Counter(entry.torch_shape for entry in entries).most_common(1)[0][0]
+        for entry in entries:
+            if entry.torch_shape != usual:
+                raise ShapeMismatchError(
+                    f"its shape is {list(entry.shape)}, and that of the others that {target.name} is merged of is "
+                    f"{list(usual)}; download the checkpoint again",
+                    **entry.place,
+                )

@@ -16,6 +16,12 @@ MAX_DEPTH = 127
 
 DOWNLOAD_AGAIN = "download the file again, or save it again with safetensors"
 
+ARCHIVE_PREFIX = b"PK\x03\x04"
+"""What a zip archive begins with, so what torch.save writes, and each record in it."""
+
+LEGACY_PREFIX = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""What torch.save wrote first before torch 1.6: a pickled number."""
+
 LFS_PREFIX = b"version "
 LFS_POINTER = "this is text, probably a Git LFS pointer instead of the file; run `git lfs pull`"
 

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pyint8.errors import CheckpointError, TruncatedError
 
+from ._reading import ARCHIVE_PREFIX
+
 if TYPE_CHECKING:
     import torch
 
 AGAIN = "download it again, or convert it to safetensors where it was made"
-
-SIGNATURE = b"PK\x03\x04"
-"""What a record begins with, and so such an archive."""
 
 _LOCAL_HEADER_BYTES = 30
 # Flags of what is encrypted, or a patch of something else.
@@ -134,5 +133,5 @@ def _records(path: str, file: BinaryIO) -> dict[int, _Record]:
         if start + record.compress_size > end:
             raise TruncatedError(f"the file ends within {record.filename}; {AGAIN}", path=path, offset=end)
         is_stored = record.compress_type == zipfile.ZIP_STORED and not record.flag_bits & _NOT_PLAIN
-        records[start] = _Record(record.file_size, is_stored and header.startswith(SIGNATURE))
+        records[start] = _Record(record.file_size, is_stored and header.startswith(ARCHIVE_PREFIX))
     return records

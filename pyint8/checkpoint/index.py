@@ -12,10 +12,10 @@ from types import MappingProxyType
 from pyint8.errors import CheckpointNotFoundError, OptionError
 
 from ._reading import os_errors
+from .advice import advice_for_file, advice_for_folder, first
 from .agreement import Index, choose, weight_map_of
 from .entry import Entry
-from .foreign import advice_for_file, advice_for_folder
-from .pickled import EXTENSIONS, PickledFile, read_pickled
+from .pickled import EXTENSIONS, PickledFile, is_pickled, read_pickled
 from .safetensors import SafetensorsFile, read_header
 from .stamp import FileStamp, changed, has_changed
 
@@ -190,9 +190,11 @@ def _is_file(path: str) -> bool:
 
 
 def _read_file(path: str) -> CheckpointFile:
-    if path.endswith(EXTENSIONS):
+    """By the name where it says the format, else by the bytes."""
+    if path.endswith(EXTENSIONS) or (not path.endswith(".safetensors") and is_pickled(path)):
         return read_pickled(path)
-    advice = advice_for_file(os.path.basename(path))
+    with os_errors(path):
+        advice = advice_for_file(path)
     if advice is not None:
         raise CheckpointNotFoundError(f"this is no safetensors file: {advice}", path=path)
     return read_header(path)
@@ -233,28 +235,16 @@ def _read_shard(path: str, index: str, weight_map: Mapping[str, str]) -> Checkpo
     except CheckpointNotFoundError as error:
         expected = [name for name, shard in weight_map.items() if shard == os.path.basename(path)]
         raise CheckpointNotFoundError(
-            f"this shard is missing; {index} says that it holds {_first(expected)}; download it", path=path
+            f"this shard is missing; {index} says that it holds {first(expected)}; download it", path=path
         ) from error
 
 
 def _nothing_in(folder: str, looked_for: Sequence[str]) -> CheckpointNotFoundError:
     with os_errors(folder):
         names = sorted(os.listdir(folder))
-    problem = f"the folder holds none of {', '.join(looked_for)}"
-    advice = advice_for_folder(names)
     unusable = [name for name in looked_for if name in names]
-    others = [name for name in names if ".safetensors" in name or name.startswith("pytorch_model")]
     if unusable:
         problem = f"{unusable[0]} is no file, or a link to one that is gone; download it again"
-    elif others:
-        problem += f", but {_first(others)}; give the path of the file itself, or the variant in its name"
-    elif advice is not None:
-        problem += f": {advice}"
     else:
-        problem += "; check the path, or save a model there with save_pretrained"
+        problem = f"the folder holds none of {', '.join(looked_for)}{advice_for_folder(names, looked_for)}"
     return CheckpointNotFoundError(problem, path=folder)
-
-
-def _first(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pyint8.errors import CheckpointError, Pyint8Error
 
-from ._reading import LFS_POINTER, LFS_PREFIX, os_errors
-from .archive import AGAIN, SIGNATURE, TorchArchive
+from ._reading import ARCHIVE_PREFIX, LEGACY_PREFIX, LFS_POINTER, LFS_PREFIX, os_errors
+from .archive import AGAIN, TorchArchive
 from .entry import DTYPES, Entry
 from .stamp import FileStamp, reading
 
@@ -48,6 +48,17 @@ class PickledFile:
     metadata: dict[str, str] = field(default_factory=dict)
 
 
+def is_pickled(path: str) -> bool:
+    """Whether a file begins as torch.save lets it begin, whatever its name.
+
+    Raises:
+        CheckpointNotFoundError: There is no such file.
+        ReadError: The operating system refused to open or read it; `errno` says why.
+    """
+    with os_errors(path), open(path, "rb") as file:
+        return file.read(len(LEGACY_PREFIX)).startswith((ARCHIVE_PREFIX, LEGACY_PREFIX))
+
+
 def read_pickled(path: str | os.PathLike[str]) -> PickledFile:
     """Read what a file that torch.save wrote says of its tensors; imports torch.
 
@@ -61,7 +72,7 @@ def read_pickled(path: str | os.PathLike[str]) -> PickledFile:
     with os_errors(path), open(path, "rb") as file, reading(path, file) as stamp:
         start = file.read(9)
         _refuse_other_formats(path, start)
-        entries = _entries_in_archive(path, file) if start.startswith(SIGNATURE) else None
+        entries = _entries_in_archive(path, file) if start.startswith(ARCHIVE_PREFIX) else None
         if entries is None:
             tensors = _tensors(path, _load(path, file))
             entries = [_in_memory(path, name, tensor) for name, tensor in tensors.items()]
@@ -103,8 +114,8 @@ def _torch_errors(path: str) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             "it cannot be read as data alone: it is damaged, or wants to run code. If you trust it, load it with "
-            "torch.load(path, weights_only=False) and save its tensors with safetensors.torch.save_file "
-            f"({_first_line(error)})",
+            "torch.load(path, map_location='cpu', weights_only=False), and torch.save the dict of tensors in it (of a "
+            f"module, its state_dict()) to another file ({_first_line(error)})",
             path=path,
         ) from error
     except (Pyint8Error, OSError):
@@ -119,25 +130,38 @@ def _first_line(error: BaseException) -> str:
 
 def _tensors(path: str, state: Any) -> dict[str, torch.Tensor]:
     """Of a state dict, what is a tensor."""
-    import torch
-
     if not isinstance(state, Mapping):
-        raise CheckpointError(f"it holds a {type(state).__name__}, not tensors by name; {AGAIN}", path=path)
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    nested = [name for name, value in state.items() if isinstance(value, Mapping)]
-    if not tensors and nested:
         raise CheckpointError(
-            f"its tensors are inside {nested[0]!r}; save that alone: torch.save(torch.load(path)[{nested[0]!r}], path)",
-            path=path,
+            f"it holds a {type(state).__name__}, not tensors by name; torch.save a dict of them", path=path
         )
+    tensors = _tensors_in(state)
+    _refuse_nested(path, state, len(tensors))
     if len(tensors) < len(state):
         left = [str(name) for name in state if name not in tensors]
         logger.warning("%s: %s are no tensors and are left out", path, ", ".join(left[:5]))
     for name, tensor in tensors.items():
         if not isinstance(name, str):
-            raise CheckpointError(f"a tensor is named {name!r}; names are strings", path=path)
+            raise CheckpointError(f"a tensor is named {name!r}; names are strings: torch.save it with one", path=path)
         _require_ordinary(path, name, tensor)
     return tensors
+
+
+def _tensors_in(state: Mapping[Any, Any]) -> dict[Any, torch.Tensor]:
+    import torch
+
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def _refuse_nested(path: str, state: Mapping[Any, Any], tensors: int) -> None:
+    """Refuses what has more tensors one level down, as training checkpoints do, than the `tensors` that it has here."""
+    nested = {name: len(_tensors_in(value)) for name, value in state.items() if isinstance(value, Mapping)}
+    most = max(nested, key=nested.__getitem__, default=None)
+    if most is not None and nested[most] > tensors:
+        raise CheckpointError(
+            f"its tensors are inside {most!r}; save those alone to another file: "
+            f"torch.save(torch.load(path, map_location='cpu')[{most!r}], 'weights.pt')",
+            path=path,
+        )
 
 
 def _require_ordinary(path: str, name: str, tensor: torch.Tensor) -> None:
@@ -165,7 +189,8 @@ def _require_ordinary(path: str, name: str, tensor: torch.Tensor) -> None:
 def _code(path: str, name: str, tensor: torch.Tensor) -> str:
     attribute = str(tensor.dtype).removeprefix("torch.")
     if attribute not in _CODES:
-        raise CheckpointError(f"a tensor of dtype {attribute} cannot be loaded", path=path, tensor=name)
+        problem = f"a tensor of dtype {attribute} cannot be loaded; save it with another"
+        raise CheckpointError(problem, path=path, tensor=name)
     return _CODES[attribute]
 
 

@@ -13,7 +13,17 @@ from dataclasses import dataclass
 
 from pyint8.errors import HeaderError, TruncatedError
 
-from ._reading import DOWNLOAD_AGAIN, LFS_POINTER, LFS_PREFIX, JsonError, brief, os_errors, parse_json
+from ._reading import (
+    ARCHIVE_PREFIX,
+    DOWNLOAD_AGAIN,
+    LEGACY_PREFIX,
+    LFS_POINTER,
+    LFS_PREFIX,
+    JsonError,
+    brief,
+    os_errors,
+    parse_json,
+)
 from .entry import DTYPES, Entry
 from .stamp import FileStamp, reading
 
@@ -99,6 +109,8 @@ def _read(path: str) -> tuple[FileStamp, bytes]:
 def _not_a_length(prefix: bytes, length: int) -> str:
     if prefix == LFS_PREFIX:
         return LFS_POINTER
+    if prefix.startswith((ARCHIVE_PREFIX, LEGACY_PREFIX[:_LENGTH_BYTES])):
+        return "it is a file of PyTorch's; let its name end in .bin"
     return (
         f"the header's length is {length}, more than the {MAX_HEADER_BYTES} that the format allows, so this is no "
         f"safetensors file or a damaged one; {DOWNLOAD_AGAIN}"

@@ -81,7 +81,7 @@ def test_subfolder_and_variant_choose_the_file(tmp_path):
     assert list(open_checkpoint(tmp_path, subfolder="sub", variant="fp16")) == ["v"]
     sharded(tmp_path, index="model.safetensors.index.fp16.json")
     assert len(open_checkpoint(tmp_path, variant="fp16").files) == 2
-    with pytest.raises(CheckpointNotFoundError, match=r"none of model\.safetensors, .*the variant in its name"):
+    with pytest.raises(CheckpointNotFoundError, match=r"none of model\.safetensors, .*pass variant=\"fp16\""):
         open_checkpoint(tmp_path)
     with pytest.raises(OptionError, match="subfolder and variant are for a folder"):
         open_checkpoint(tmp_path / ONE, variant="fp16")

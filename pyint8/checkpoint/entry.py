@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyint8.errors import CheckpointError
 
-from ._reading import os_errors
-from .stamp import FileStamp, reading
+from .stamp import FileStamp
 
 if TYPE_CHECKING:
     import torch
@@ -122,24 +121,6 @@ class Entry:
                 "pad the tensor or convert it to another dtype"
             )
         return (*self.shape[:-1], self.shape[-1] // 2)
-
-    def read(self) -> torch.Tensor:
-        """The tensor in memory of its own, read at once: for a question that is seldom asked.
-
-        Raises:
-            FileChangedError: The file is no longer the one whose header was read.
-            ReadError: The operating system refused to open or read it; `errno` says why.
-        """
-        import torch
-
-        if self.value is not None:
-            return self.value
-        if self.nbytes == 0:
-            return torch.empty(self.torch_shape, dtype=self.torch_dtype)
-        with os_errors(self.path), open(self.path, "rb") as file, reading(self.path, file, self.stamp):
-            file.seek(self.offset)
-            stored = bytearray(file.read(self.nbytes))
-        return self.shaped(torch.frombuffer(stored, dtype=self.torch_dtype))
 
     def shaped(self, elements: torch.Tensor) -> torch.Tensor:
         """The tensor, contiguous, of its elements [n] as they lie in the file."""

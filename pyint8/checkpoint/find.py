@@ -117,13 +117,23 @@ def _adapter_config(path: str, kwargs: Mapping[str, Any]) -> str | None:
             return cached
     except ValueError:  # no hub id
         return None
-    from transformers.utils.peft_utils import find_adapter_config_file
+    return _downloaded(path, name, where)
 
+
+def _downloaded(hub_id: str, file: str, where: Mapping[str, Any]) -> str | None:
+    """The path of a repository's file once it is in the local cache; None where the hub has none, or gives none.
+
+    Whoever asks for the configuration later will say what is wrong.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    names = ("cache_dir", "force_download", "local_files_only", "revision", "token")
     try:
-        found: str | None = find_adapter_config_file(path, **where)
-    except OSError:  # whoever asks for the configuration will say what is wrong
+        found = hf_hub_download(hub_id, file, **{name: where[name] for name in names if name in where})
+    except (OSError, ValueError, EntryNotFoundError):
         return None
-    return found
+    return str(found)
 
 
 def find_checkpoint(path: str, kwargs: Mapping[str, Any]) -> Checkpoint | None:

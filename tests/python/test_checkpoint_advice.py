@@ -19,6 +19,7 @@ from torch import nn
 import pyint8
 from pyint8.checkpoint import open_checkpoint
 from pyint8.errors import CheckpointError, CheckpointNotFoundError, HeaderError, OptionError
+from pyint8.streaming.stream import read_tensor
 
 Copy = Callable[..., Path]
 TENSORS = {"a": torch.arange(4.0), "b": torch.arange(6.0)}
@@ -33,7 +34,9 @@ def advice(path: Path, kind: type[CheckpointError] = CheckpointNotFoundError, **
 
 def same(path: Path, **where: Any) -> bool:
     checkpoint = open_checkpoint(path, **where)
-    return checkpoint.keys() == TENSORS.keys() and all(torch.equal(e.read(), TENSORS[n]) for n, e in checkpoint.items())
+    return checkpoint.keys() == TENSORS.keys() and all(
+        torch.equal(read_tensor(e), TENSORS[n]) for n, e in checkpoint.items()
+    )
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from zoo import PREQUANTIZED, ZOO, CheckpointStore
 
 import pyint8
 from pyint8 import errors
+from pyint8.models.assembly import Assembly
 from pyint8.models.transformers import parameters
 from pyint8.models.transformers.ahead import MadeAhead
 from pyint8.models.transformers.parameters import ParameterMaker
@@ -103,7 +104,7 @@ def test_an_error_on_a_thread_is_that_of_the_load(copy_of: Any, monkeypatch: pyt
 
 def test_a_failed_load_leaves_nothing_for_the_garbage_collector(copy_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = copy_of("llama_sharded", "bf16")
-    monkeypatch.setattr(ParameterMaker, "_quantized", fail)
+    monkeypatch.setattr(Assembly, "make", fail)
     gc.collect()
     gc.disable()
     try:

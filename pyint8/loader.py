@@ -16,8 +16,8 @@ from pyint8.host import garbage
 from pyint8.host.imports import importing
 from pyint8.host.memory import peak_resident_bytes
 from pyint8.models.keywords import int8_config, refuse_misplaced
-from pyint8.models.transformers.compat import require_transformers
 from pyint8.models.transformers.parallel import refuse_split_models
+from pyint8.models.transformers.releases import require_transformers
 from pyint8.report import LoadReport, Recorder, announce
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ Read from the sources: imports for type checkers and those inside functions coun
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,3 +117,42 @@ def test_the_house_has_no_circle() -> None:
 def test_an_arrow_that_is_planted_is_found(room: str, line: str, wrong: bool) -> None:
     found = [forbidden(room, imported) for imported in imports_of(line, f"pyint8.{room}")]
     assert any(found) == wrong
+
+
+PUBLIC_IN_TRANSFORMERS = re.compile(r"transformers(\.(quantizers|utils)(\.register_\w+|\.logging)?|\.[A-Z]\w*)?")
+"""What modules other than compat import of transformers: what its documentation shows."""
+
+
+def private_uses(source: str) -> Iterator[str]:
+    """What a module of models/transformers names of transformers' insides: imports, and attributes of the model."""
+    for imported in imports_of(source, "pyint8.models.transformers"):
+        if imported.split(".")[0] == "transformers" and not PUBLIC_IN_TRANSFORMERS.fullmatch(imported):
+            yield imported
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            owner = ast.unparse(node.value)
+            if owner.split(".")[-1].lstrip("_") in ("model", "config", "hf_quantizer"):
+                yield f"{owner}.{node.attr}"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "models" / "transformers").glob("*.py")), ids=lambda path: path.name)
+def test_only_compat_names_what_is_private_to_transformers(path: Path) -> None:
+    found = list(private_uses(path.read_text()))
+    assert bool(found) == (path.name == "compat.py"), found
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("from transformers.core_model_loading import SkipParameters", True),
+        ("from transformers import BitsAndBytesConfig", False),
+        ("from transformers.quantizers import register_quantizer", False),
+        ("import transformers", False),
+        ("model._keep_in_fp32_modules", True),
+        ("self._model._no_split_modules", True),
+        ("self._model.base_model_prefix", False),
+        ("model.__class__", False),
+    ],
+)
+def test_a_private_name_that_is_planted_is_found(line: str, found: bool) -> None:
+    assert bool(list(private_uses(line))) == found

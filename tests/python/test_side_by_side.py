@@ -20,7 +20,7 @@ import pyint8
 from pyint8 import errors
 from pyint8.models.assembly import Assembly
 from pyint8.models.transformers import parameters
-from pyint8.models.transformers.ahead import MadeAhead
+from pyint8.models.transformers.device_worker import DeviceWorker
 from pyint8.models.transformers.parameters import ParameterMaker
 from pyint8.streaming.stream import TensorStream
 from pyint8.streaming.transport import Transport
@@ -110,7 +110,7 @@ def test_a_failed_load_leaves_nothing_for_the_garbage_collector(copy_of: Any, mo
     try:
         with pytest.raises(RuntimeError, match="in between"):
             pyint8.load(folder, **KWARGS)
-        left = [type(value).__name__ for value in gc.get_objects() if type(value) in (MadeAhead, TensorStream)]
+        left = [type(value).__name__ for value in gc.get_objects() if type(value) in (DeviceWorker, TensorStream)]
     finally:
         gc.enable()
     assert left == []

@@ -27,7 +27,7 @@ from pyint8.errors import (
     PlacementError,
     Pyint8Error,
 )
-from pyint8.models.transformers import compat
+from pyint8.models.transformers import releases
 
 Load = Callable[..., Any]
 
@@ -128,7 +128,7 @@ def test_a_release_of_transformers_out_of_the_range(
     version: str, way: str, load: Load, checkpoints: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = checkpoints.folder(ZOO["llama"], "bf16")  # made before
-    monkeypatch.setattr(compat.metadata, "version", lambda _: version)
+    monkeypatch.setattr(releases.metadata, "version", lambda _: version)
     ways: dict[str, Callable[[], object]] = {
         "load": lambda: load(folder=folder),
         "config": lambda: Int8Config().quant_method,
@@ -140,17 +140,21 @@ def test_a_release_of_transformers_out_of_the_range(
 
 def test_transformers_is_missing(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> str:
-        raise compat.metadata.PackageNotFoundError(name)
+        raise releases.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(compat.metadata, "version", absent)
+    monkeypatch.setattr(releases.metadata, "version", absent)
     with pytest.raises(MissingDependencyError, match="transformers models need transformers"):
         pyint8.load("anywhere")
 
 
 @pytest.mark.parametrize("version", ["5.8.0", "5.24.1", "5.25.0.dev0", "5.99"])
-def test_a_release_of_transformers_in_the_range(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat.metadata, "version", lambda _: version)
-    compat.require_transformers()
+def test_a_release_of_transformers_in_the_range(
+    version: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(releases.metadata, "version", lambda _: version)
+    with caplog.at_level("INFO", "pyint8"):
+        releases.require_transformers()
+    assert ("newer than the releases known to work, 5.8 to 5.24" in caplog.text) is (version in ("5.25.0.dev0", "5.99"))
 
 
 def test_a_mistyped_relative_folder_never_reaches_the_hub(

@@ -1,31 +1,91 @@
-"""Which releases of transformers this package works with."""
+"""transformers' private names: the only file that knows them, so that a new release touches one file.
+
+All of these came with 5.0 unless a comment says later. `pyint8.models.transformers.releases` says which releases are
+known to work.
+"""
 
 from __future__ import annotations
 
-from importlib import metadata
+import re
+from collections.abc import Mapping
+from typing import Any
 
-from packaging.version import Version
+import torch
+from transformers.core_model_loading import (
+    ConversionOps,
+    MergeModulelist,
+    SkipParameters,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    build_glob_alternation,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.integrations.accelerate import expand_device_map, infer_auto_device_map
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from pyint8.errors import DependencyVersionError, MissingDependencyError
+__all__ = [
+    "AUTO_QUANTIZER_MAPPING",
+    "Bnb8BitHfQuantizer",
+    "ConversionOps",
+    "MergeModulelist",
+    "QuantizationConfigMixin",
+    "SkipParameters",
+    "WeightConverter",
+    "WeightRenaming",
+    "WeightTransform",
+    "dot_natural_key",
+    "expand_device_map",
+    "fixed_dtypes",
+    "infer_auto_device_map",
+    "kept_in_fp32",
+    "may_be_missing",
+    "rename_source_key",
+    "set_used_conversions",
+    "should_convert_module",
+    "tied_weights",
+    "unsplit_modules",
+]
 
-LOWEST = "5.8"
-"""The first release that lets a quantizer take part in renaming (`update_weight_conversions`)."""
-BELOW = "6"
 
+def fixed_dtypes(model: Any, dtype: torch.dtype, names: Mapping[str, Any]) -> dict[str, torch.dtype]:
+    """Of parameters, by name, the dtypes that the model's class demands when it is loaded as `dtype`.
 
-def require_transformers() -> None:
-    """Refuse a transformers that is absent, or of a release that pyint8 was not made for; imports none.
-
-    Raises:
-        MissingDependencyError: It is absent.
-        DependencyVersionError: It is too old or too new.
+    Source: `_get_dtype_plan` (5.2) and how `convert_and_load_state_dict_in_model` uses it.
     """
-    mend = f'`pip install "transformers>={LOWEST},<{BELOW}"`'
-    try:
-        version = Version(metadata.version("transformers"))
-    except metadata.PackageNotFoundError:
-        raise MissingDependencyError(f"transformers models need transformers: {mend}") from None
-    if not Version(LOWEST) <= version < Version(f"{BELOW}.dev0"):
-        raise DependencyVersionError(
-            f"transformers {version} is installed, and pyint8 works with {LOWEST} and later, below {BELOW}: {mend}"
-        )
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return {}
+    pattern, group_names, _ = build_glob_alternation(list(plan))
+    matches = {name: pattern.search(name) for name in names}
+    return {name: plan[group_names[match.lastgroup]] for name, match in matches.items() if match is not None}
+
+
+def kept_in_fp32(model: Any) -> list[str]:
+    """Patterns of modules that stay in fp32 when the model is loaded as fp16."""
+    return list(model._keep_in_fp32_modules or [])
+
+
+def unsplit_modules(model: Any) -> list[str]:
+    """Classes of modules that a device map keeps on one device."""
+    return list(getattr(model, "_no_split_modules", None) or ())
+
+
+def tied_weights(model: Any) -> Mapping[str, str]:
+    """Names of parameters to the name of the one whose memory they share."""
+    ties: Mapping[str, str] = model.all_tied_weights_keys
+    return ties
+
+
+def may_be_missing(model: Any, name: str) -> bool:
+    """Whether the model can do without a parameter of its checkpoint."""
+    return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_missing or ())
+
+
+def set_used_conversions(model: Any, used: list[WeightTransform]) -> None:
+    """Says which renamings and conversions saving the model has to revert."""
+    model._weight_conversions = used

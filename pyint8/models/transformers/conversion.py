@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
-
+from pyint8.models.transformers.compat import ConversionOps, WeightConverter, WeightRenaming
 from pyint8.models.transformers.plan import LoadPlan
 
 _CLAIMED = "pyint8"

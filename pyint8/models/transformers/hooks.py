@@ -12,13 +12,19 @@ from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig
-from transformers.integrations.accelerate import infer_auto_device_map
 from transformers.quantizers import register_quantization_config, register_quantizer
-from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pyint8.config import METHOD, Int8Config, bitsandbytes_field
+from pyint8.models.transformers.compat import (
+    Bnb8BitHfQuantizer,
+    QuantizationConfigMixin,
+    infer_auto_device_map,
+    kept_in_fp32,
+    set_used_conversions,
+    should_convert_module,
+    tied_weights,
+    unsplit_modules,
+)
 from pyint8.models.transformers.conversion import PlannedConverter, PlannedRenaming
 from pyint8.models.transformers.parallel import refuse_split_models
 from pyint8.models.transformers.session import LoadSession
@@ -102,10 +108,10 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         budget = self.session.request.budget
         if not budget.is_exact or budget.per_device is None:
             return self.int8.adjust_max_memory(max_memory)
-        blocks = getattr(self._model, "_no_split_modules", None) or ()
+        blocks = unsplit_modules(self._model)
 
         def plan(memory: dict[Any, float]) -> dict[str, Any]:
-            found: dict[str, Any] = infer_auto_device_map(self._model, memory, list(blocks), hf_quantizer=self)
+            found: dict[str, Any] = infer_auto_device_map(self._model, memory, blocks, hf_quantizer=self)
             return found
 
         converted = self._planned.conversion_bytes()
@@ -117,7 +123,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
 
     @cached_property
     def _tensor_bytes(self) -> dict[str, int]:
-        return tensor_bytes(self._model, self.int8, self._planned.dtypes, self._model.all_tied_weights_keys)
+        return tensor_bytes(self._model, self.int8, self._planned.dtypes, tied_weights(self._model))
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return self.int8.check_quantized_param(param_name)
@@ -171,9 +177,8 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **kwargs: Any) -> None:
         self._see_device_map(device_map)
-        found = self.get_modules_to_not_convert(
-            model, self.quantization_config.llm_int8_skip_modules, model._keep_in_fp32_modules
-        )
+        in_fp32 = kept_in_fp32(model)
+        found = self.get_modules_to_not_convert(model, self.quantization_config.llm_int8_skip_modules, in_fp32)
         self.int8.preprocess_model(
             model,
             skip=found,
@@ -182,7 +187,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
             tell_dead=not self._was_pre_quantized,
         )
         for name in self.int8.skipped:
-            if not should_convert_module(name, model._keep_in_fp32_modules or []):
+            if not should_convert_module(name, in_fp32):
                 self.int8.skipped[name] = _KEPT
 
     def _see_device_map(self, device_map: Any) -> None:
@@ -203,7 +208,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         self.session.finish()
         with self.session.recorder.phase("finish"):
             self.int8.postprocess_model(model, locate=self._planned.locate)
-            model._weight_conversions = self._planned.plan.used
+            set_used_conversions(model, self._planned.plan.used)
             genuine = Bnb8BitHfQuantizer(self.quantization_config, pre_quantized=self._was_pre_quantized)
             genuine.modules_to_not_convert = self.int8.skip
             model.hf_quantizer = genuine

@@ -8,13 +8,12 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from transformers.core_model_loading import build_glob_alternation
-from transformers.integrations.accelerate import expand_device_map
 
 from pyint8.checkpoint import Checkpoint, Entry
 from pyint8.errors import QuantizationStateError
 from pyint8.models.assembly import Assembly, Destination
-from pyint8.models.transformers.ahead import MadeAhead
+from pyint8.models.transformers.compat import expand_device_map, fixed_dtypes
+from pyint8.models.transformers.device_worker import DeviceWorker
 from pyint8.models.transformers.plan import LoadPlan, Target
 from pyint8.placement.device_map import landing_device
 from pyint8.quantizer import Int8Quantizer
@@ -38,16 +37,11 @@ def find_dtypes(
     model: Any, parameters: Mapping[str, torch.Tensor], dtype: torch.dtype, quantizer: Int8Quantizer
 ) -> dict[str, torch.dtype]:
     """What each of `model`'s parameters is loaded as, or quantized from: by the rule of transformers' loading loop."""
-    fixed = model._get_dtype_plan(dtype)
-    pattern, group_names, _ = build_glob_alternation(list(fixed)) if fixed else (None, {}, None)
-
-    def dtype_of(name: str, parameter: torch.Tensor) -> torch.dtype:
-        match = pattern.search(name) if pattern is not None else None
-        if match is not None:
-            return fixed[group_names[match.lastgroup]]  # type: ignore[no-any-return]
-        return dtype if quantizer.check_quantized_param(name) else parameter.dtype
-
-    return {name: dtype_of(name, parameter) for name, parameter in parameters.items()}
+    own = {
+        name: dtype if quantizer.check_quantized_param(name) else parameter.dtype
+        for name, parameter in parameters.items()
+    }
+    return own | fixed_dtypes(model, dtype, parameters)
 
 
 class ParameterMaker:
@@ -81,7 +75,7 @@ class ParameterMaker:
         self._destinations = destinations
         self._quantizer = quantizer
         self._recorder = recorder
-        self._makers: dict[torch.device, MadeAhead] = {}
+        self._makers: dict[torch.device, DeviceWorker] = {}
         self._assembly = Assembly(quantizer, recorder)
         self._groups = self._grouped()
         wanted = {device: [r for t in group for r in self._requests(t)] for device, group in self._groups.items()}
@@ -116,7 +110,7 @@ class ParameterMaker:
         if not self._makers:
             for gpu, group in self._groups.items():
                 make = partial(self._make, stream=self._streams[gpu], loading_info=loading_info)
-                self._makers[gpu] = MadeAhead(gpu, [target.name for target in group], make)
+                self._makers[gpu] = DeviceWorker(gpu, [target.name for target in group], make)
         return self._makers[self._landing_device(self._plan.targets[name])].take(name)
 
     def _grouped(self) -> dict[torch.device, list[Target]]:

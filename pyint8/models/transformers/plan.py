@@ -6,7 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers.core_model_loading import (
+from pyint8.checkpoint import Checkpoint
+from pyint8.models.assembly import Stored
+from pyint8.models.checks import FORMAT, SCALES
+from pyint8.models.transformers.compat import (
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
@@ -14,10 +17,6 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
-
-from pyint8.checkpoint import Checkpoint
-from pyint8.models.assembly import Stored
-from pyint8.models.checks import FORMAT, SCALES
 
 
 @dataclass

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers.core_model_loading import WeightTransform
 
 from pyint8.checkpoint import Checkpoint
 from pyint8.models.request import LoadRequest
+from pyint8.models.transformers.compat import WeightTransform
 from pyint8.models.transformers.parameters import ParameterMaker, find_destinations, find_dtypes
 from pyint8.models.transformers.plan import make_plan
 from pyint8.models.transformers.reconcile import judge_disagreements, reconcile

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from typing import Any
 
@@ -13,6 +12,7 @@ from pyint8.errors import CheckpointError, ShapeMismatchError
 from pyint8.models import checks
 from pyint8.models.assembly import Stored
 from pyint8.models.reconcile import ABSENT, TIED, check_stored, judge_absent, reconcile_modules
+from pyint8.models.transformers.compat import may_be_missing, tied_weights
 from pyint8.models.transformers.plan import LoadPlan, Target
 from pyint8.quantizer import Int8Quantizer
 
@@ -39,11 +39,10 @@ def judge_disagreements(
 
 def _is_had_otherwise(name: str, plan: LoadPlan, model: Any) -> bool:
     """Whether a parameter is made of another tensor, tied to one that is, or one that its model can do without."""
-    ties = model.all_tied_weights_keys  # names to the one whose memory they share
+    ties = tied_weights(model)
     source = ties.get(name, name)
     group = {source, *(tied for tied, other in ties.items() if other == source)}
-    can_be_absent = any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_missing or ())
-    return can_be_absent or not group.isdisjoint(plan.made_by())
+    return may_be_missing(model, name) or not group.isdisjoint(plan.made_by())
 
 
 def reconcile(
@@ -78,7 +77,7 @@ def reconcile(
 
     def find(weight: str) -> Stored | str | None:
         if weight not in made_by:
-            return TIED if weight in model.all_tied_weights_keys else ABSENT
+            return TIED if weight in tied_weights(model) else ABSENT
         return made_by[weight].stored(checkpoint)
 
     if quantizer.strict and not plan.targets:

@@ -9,11 +9,11 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from transformers.core_model_loading import SkipParameters
 
 from pyint8.checkpoint import Checkpoint, checkpoint_of_files
 from pyint8.config import StreamOptions
 from pyint8.models.request import LoadRequest
+from pyint8.models.transformers.compat import SkipParameters
 from pyint8.models.transformers.initialization import NoInitializationOnMeta
 from pyint8.models.transformers.planned import PlannedLoad
 from pyint8.quantizer import Int8Quantizer

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-
 from pyint8.errors import OptionError
+from pyint8.models.transformers.compat import AUTO_QUANTIZER_MAPPING
 from pyint8.models.transformers.hooks import StreamedInt8HfQuantizer
 from pyint8.report import LoadReport, collected
 

@@ -8,12 +8,13 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from transformers.core_model_loading import SkipParameters
+
+from pyint8.models.transformers.compat import SkipParameters
 
 Made = dict[str, torch.Tensor]
 
 
-class MadeAhead:
+class DeviceWorker:
     """Makes what goes to one device in a thread, in order, for whoever asks for it by name.
 
     Args:

@@ -1,0 +1,38 @@
+"""Which releases of transformers this package works with; importing it imports none."""
+
+from __future__ import annotations
+
+import logging
+from importlib import metadata
+
+from packaging.version import Version
+
+from pyint8.errors import DependencyVersionError, MissingDependencyError
+
+logger = logging.getLogger("pyint8")
+
+LOWEST = "5.8"
+"""The first release that lets a quantizer take part in renaming (`update_weight_conversions`)."""
+KNOWN = "5.24"
+"""The last minor release that the suite was run with."""
+BELOW = "6"
+
+
+def require_transformers() -> None:
+    """Refuse a transformers that is absent, or of a release that pyint8 was not made for; imports none.
+
+    Raises:
+        MissingDependencyError: It is absent.
+        DependencyVersionError: It is too old or too new.
+    """
+    mend = f'`pip install "transformers>={LOWEST},<{BELOW}"`'
+    try:
+        version = Version(metadata.version("transformers"))
+    except metadata.PackageNotFoundError:
+        raise MissingDependencyError(f"transformers models need transformers: {mend}") from None
+    if not Version(LOWEST) <= version < Version(f"{BELOW}.dev0"):
+        raise DependencyVersionError(
+            f"transformers {version} is installed, and pyint8 works with {LOWEST} and later, below {BELOW}: {mend}"
+        )
+    if version.release[:2] > Version(KNOWN).release:
+        logger.info("transformers %s is newer than the releases known to work, %s to %s", version, LOWEST, KNOWN)

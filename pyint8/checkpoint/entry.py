@@ -73,8 +73,8 @@ class Entry:
     stamp: FileStamp | None = None
 
     @property
-    def place(self) -> dict[str, Any]:
-        """Where it lies, as the errors of `pyint8.errors` take it: `raise ShapeMismatchError("...", **entry.place)`."""
+    def location(self) -> dict[str, Any]:
+        """Where it lies, as errors take it: `raise ShapeMismatchError("...", **entry.location)`."""
         return {"tensor": self.name, "path": self.path, "offset": self.offset}
 
     @property

@@ -62,7 +62,7 @@ def require_shape(entry: Entry, name: str, expected: tuple[int, ...]) -> None:
         raise ShapeMismatchError(
             f"its shape is {list(entry.shape)}, and {name} needs {list(expected)}; is this the checkpoint of this "
             "configuration? (ignore_mismatched_sizes=True initializes such parameters of transformers models afresh)",
-            **entry.place,
+            **entry.location,
         )
 
 
@@ -74,18 +74,20 @@ def require_real_floats(entry: Entry) -> None:
         raise QuantizationStateError(
             "an int8 weight, and the checkpoint does not say how it was quantized (its scales, `SCB`, or the "
             "quantization_config of its config.json are missing); save the quantized model again",
-            **entry.place,
+            **entry.location,
         )
     raise CheckpointError(
         f"a weight of dtype {entry.dtype} cannot be quantized; leave its module out with "
         "config=Int8Config(skip_modules=[...])",
-        **entry.place,
+        **entry.location,
     )
 
 
 def refuse_codes(entry: Entry, name: str, reason: str) -> None:
     """Raises for int8 codes whose module is not quantized here."""
-    raise QuantizationStateError(f"int8 codes for {name}, whose module is not quantized here: {reason}", **entry.place)
+    raise QuantizationStateError(
+        f"int8 codes for {name}, whose module is not quantized here: {reason}", **entry.location
+    )
 
 
 def refuse_orphan(companion: Entry, name: str) -> None:
@@ -93,7 +95,7 @@ def refuse_orphan(companion: Entry, name: str) -> None:
     raise QuantizationStateError(
         f"it belongs to {name}, which the checkpoint does not have. Save the quantized model again; if that gives the "
         "same, transformers splits or fuses this weight when it saves, and only the 16-bit checkpoint can be loaded",
-        **companion.place,
+        **companion.location,
     )
 
 
@@ -101,18 +103,18 @@ def require_scales(scales: Entry | None, weight: Entry) -> None:
     """Raises unless a pre-quantized weight is int8 [out, in], and its scales are there, fp32 [out]."""
     if scales is None:
         raise QuantizationStateError(
-            "an int8 weight without its scales (its `SCB` tensor); save the quantized model again", **weight.place
+            "an int8 weight without its scales (its `SCB` tensor); save the quantized model again", **weight.location
         )
     if weight.dtype != "I8":
         raise QuantizationStateError(
             f"scales (`SCB`) for a weight of dtype {weight.dtype}, which must be int8; save the quantized model again",
-            **weight.place,
+            **weight.location,
         )
     if scales.dtype != "F32" or scales.shape != weight.shape[:1]:
         raise QuantizationStateError(
             f"its scales {scales.name} are {scales.dtype} {list(scales.shape)}; they must be F32 "
             f"{list(weight.shape[:1])}",
-            **weight.place,
+            **weight.location,
         )
 
 
@@ -122,7 +124,7 @@ def require_row_major(layout: int, entry: Entry) -> None:
         raise QuantizationStateError(
             f"its weight_format is {layout}; only weights of format {_ROW_MAJOR} (row-major) can be loaded: save the "
             "model again with a recent bitsandbytes",
-            **entry.place,
+            **entry.location,
         )
 
 

@@ -58,7 +58,7 @@ def fill_module(module: nn.Module, request: LoadRequest, preparation: Preparatio
         with recorder.phase("finish"):
             # accelerate opens these by their paths.
             checkpoint.require_unchanged({left["safetensors_file"] for left in filler.left_in_files.values()})
-            filler.place_the_rest()
+            filler.move_remaining()
             quantizer.postprocess_model(module, locate=filler.locate)
             dispatch(module, filler.device_map, request.offload_folder, filler.left_in_files)
     tell_unquantized(module, quantizer, recorder.report)
@@ -237,7 +237,7 @@ class _Filler:
             "dtype": str(destination.dtype).removeprefix("torch."),
         }
 
-    def place_the_rest(self) -> None:
+    def move_remaining(self) -> None:
         """Moves what the checkpoint did not hold (fresh heads, buffers) and ties again what was tied."""
         for group in self._ties:
             source = next((name for name in group if name in self._loaded), None)
@@ -257,7 +257,7 @@ class _Filler:
     def locate(self, name: str) -> dict[str, Any]:
         """Where a tensor lies, for errors: "tensor", "path" and "offset"."""
         entry = self._checkpoint.entries.get(name)
-        return {"tensor": name} if entry is None else entry.place
+        return {"tensor": name} if entry is None else entry.location
 
     def _filled_by_ties(self) -> set[str]:
         return {name for group in self._ties if not group.isdisjoint(self._checkpoint.entries) for name in group}

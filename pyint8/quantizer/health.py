@@ -163,7 +163,7 @@ class WeightHealth:
             self._watched.setdefault(device, []).append(_Watched(name, row, values.count, count, find_overflow))
             return values.next(count)
 
-    def settle(self, *, strict: bool, locate: Callable[[str], dict[str, Any]] | None = None) -> None:
+    def raise_or_warn(self, *, strict: bool, locate: Callable[[str], dict[str, Any]] | None = None) -> None:
         """Raises NonFiniteWeightError for the first bad weight, or with `strict` off logs one warning for all.
 
         Args:

@@ -260,7 +260,7 @@ class Int8Quantizer:
         Raises:
             NonFiniteWeightError: `strict`, and a weight has NaN, infinity, or a value beyond fp16.
         """
-        self.health.settle(strict=self.strict, locate=locate)
+        self.health.raise_or_warn(strict=self.strict, locate=locate)
         model.is_loaded_in_8bit = True  # type: ignore[assignment]
         model.is_8bit_serializable = self.is_serializable  # type: ignore[assignment]
 

@@ -31,7 +31,7 @@ class Lane:
         index: The engine's number of this lane.
         stream: The caller's stream as an integer; work on landed tensors is ordered after their arrival on it.
         scratch_bytes: Memory for what only passes through. It is allocated when first needed.
-        ahead: Bytes asked for into tensors of their own and not yet taken.
+        bytes_in_flight: Bytes asked for into tensors of their own and not yet taken.
     """
 
     device: torch.device
@@ -39,10 +39,10 @@ class Lane:
     stream: int
     scratch_bytes: int
     ring: ScratchRing = field(init=False)
-    ahead: int = 0
+    bytes_in_flight: int = 0
     filling: bool = True
     _buffer: torch.Tensor | None = None
-    _turned: torch.Tensor | None = None
+    _transposed: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         # What is left holds the band being quantized: its fp16 form and its codes.
@@ -60,16 +60,16 @@ class Lane:
             self._buffer = torch.empty(self.ring.size, dtype=torch.uint8, device=self.device)
         return self._buffer
 
-    def turned(self, rows: int, columns: int) -> torch.Tensor:
-        """fp16 [rows, columns] for one turned weight at a time: new memory for each would be new pages for each."""
-        if self._turned is None or self._turned.numel() < rows * columns:
-            self._turned = None  # first: not both at once
-            self._turned = torch.empty(rows * columns, dtype=torch.float16, device=self.device)
-        return self._turned[: rows * columns].view(rows, columns)
+    def transposed(self, rows: int, columns: int) -> torch.Tensor:
+        """fp16 [rows, columns] for one transposed weight at a time: new memory for each would be new pages for each."""
+        if self._transposed is None or self._transposed.numel() < rows * columns:
+            self._transposed = None  # first: not both at once
+            self._transposed = torch.empty(rows * columns, dtype=torch.float16, device=self.device)
+        return self._transposed[: rows * columns].view(rows, columns)
 
     def release(self) -> None:
         """Gives the scratch memory back, once the engine is closed; whoever still uses a part of it keeps it."""
-        self._buffer = self._turned = None
+        self._buffer = self._transposed = None
 
 
 LaneOpener = Callable[[_core.Engine, torch.device, "StreamOptions"], Lane]

@@ -30,7 +30,7 @@ class ScratchRing:
     def acquire(self, nbytes: int) -> Region | None:
         """A region of `nbytes`, or None while there is no room for it."""
         need = max(1, -(-nbytes // ALIGNMENT)) * ALIGNMENT
-        start = self._place(need)
+        start = self._fit(need)
         if start is None:
             return None
         region = Region(start, nbytes, start + need)
@@ -46,7 +46,7 @@ class ScratchRing:
         if not self._regions:
             self._next = 0
 
-    def _place(self, need: int) -> int | None:
+    def _fit(self, need: int) -> int | None:
         if not self._regions:
             return 0 if need <= self.size else None
         oldest = self._regions[0].start

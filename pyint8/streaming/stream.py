@@ -14,7 +14,7 @@ from pyint8.errors import FileChangedError, ReadError, TruncatedError
 from pyint8.report import Recorder
 from pyint8.streaming.lane import Lane, LaneOpener, open_lane
 from pyint8.streaming.transport import Read, Transport
-from pyint8.streaming.turn import Turner
+from pyint8.streaming.transpose import Transposer
 
 if TYPE_CHECKING:
     from pyint8.checkpoint import Entry
@@ -94,7 +94,7 @@ class TensorStream:
         early_lanes = (tensor.lane for tensor in (early or {}).values())
         self._host_lane = next((lane for lane in early_lanes if lane.device.type != "cuda"), None)
         self._engine = self._transport.engine
-        self._turner = Turner(self._engine)
+        self._transposer = Transposer(self._engine)
         self._chunks: dict[str, list[_Chunk]] = {}
         for request in requests:
             name = request.entry.name
@@ -150,10 +150,10 @@ class TensorStream:
         first = self._chunks[name][0]
         entry, lane = first.request.entry, first.lane
         rows, columns = entry.torch_shape
-        turned = lane.turned(columns, rows)
+        transposed = lane.transposed(columns, rows)
         for row, band in self.bands(name):
-            self._turner.turn(lane, band, entry.dtype, model_dtype, turned, row)
-        return turned
+            self._transposer.transpose(lane, band, entry.dtype, model_dtype, transposed, row)
+        return transposed
 
     def _cut(self, request: TensorRequest) -> list[_Chunk]:
         entry = request.entry
@@ -222,7 +222,7 @@ class TensorStream:
         while self._cursor < len(self._pending):
             chunk = self._pending[self._cursor]
             if chunk.ticket is None and chunk.request.entry.value is None:
-                if not self._place(chunk):
+                if not self._allocate(chunk):
                     break
                 if batch and batch[-1].lane is not chunk.lane:
                     self._submit(batch)
@@ -231,7 +231,7 @@ class TensorStream:
             self._cursor += 1
         self._submit(batch)
 
-    def _place(self, chunk: _Chunk) -> bool:
+    def _allocate(self, chunk: _Chunk) -> bool:
         """Gives a chunk its memory; False while there is no room."""
         lane = chunk.lane
         if chunk.passes:
@@ -241,11 +241,11 @@ class TensorStream:
             chunk.memory = lane.buffer[chunk.region.start : chunk.region.start + chunk.nbytes]
             return True
         # Tensors of their own: ask for many at a time, so that small neighbours share reads.
-        lane.filling = lane.filling or lane.ahead <= lane.scratch_bytes // 2
-        if lane.ahead and (not lane.filling or lane.ahead + chunk.nbytes > lane.scratch_bytes):
+        lane.filling = lane.filling or lane.bytes_in_flight <= lane.scratch_bytes // 2
+        if lane.bytes_in_flight and (not lane.filling or lane.bytes_in_flight + chunk.nbytes > lane.scratch_bytes):
             lane.filling = False
             return False
-        lane.ahead += chunk.nbytes
+        lane.bytes_in_flight += chunk.nbytes
         chunk.memory = torch.empty(chunk.nbytes, dtype=torch.uint8, device=lane.device)
         return True
 
@@ -272,7 +272,7 @@ class TensorStream:
             flat = value.reshape(-1).view(torch.uint8)
             return flat.clone() if flat.device == chunk.lane.device else flat.to(chunk.lane.device)
         if chunk.ticket is None:  # taken out of order: it gets memory of its own, ahead of the queue
-            chunk.lane.ahead += chunk.nbytes
+            chunk.lane.bytes_in_flight += chunk.nbytes
             chunk.memory = torch.empty(chunk.nbytes, dtype=torch.uint8, device=chunk.lane.device)
             self._submit([chunk], first=True)
         assert chunk.ticket is not None
@@ -291,7 +291,7 @@ class TensorStream:
         if chunk.region is not None:
             chunk.lane.ring.release(chunk.region)
         elif not chunk.early:
-            chunk.lane.ahead -= chunk.nbytes
+            chunk.lane.bytes_in_flight -= chunk.nbytes
         chunk.memory = None
         self._fill_window()
 

@@ -184,9 +184,9 @@ def test_no_more_than_the_budget_is_asked_for(tmp_path: Path) -> None:
     with open_stream(requests(checkpoint), TINY, opener=opener) as stream:
         (lane,) = lanes
         for name, entry in checkpoint.items():
-            assert 0 < lane.ahead <= MIB
+            assert 0 < lane.bytes_in_flight <= MIB
             assert content(stream.whole(name)) == stored(entry)
-        assert lane.ahead == 0
+        assert lane.bytes_in_flight == 0
 
 
 def test_early_and_double_close(tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ def test_without_kernels_torch_turns_and_says_so_once(
         without = turn_all()
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert record.getMessage() == ("Conv1D weights are turned by torch, more slowly: no kernel image is available")
+    assert record.getMessage() == ("Conv1D weights are transposed by torch, more slowly: no kernel image is available")
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(without, with_kernels, strict=True))
 
 

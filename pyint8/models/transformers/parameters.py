@@ -51,7 +51,7 @@ class ParameterMaker:
 
     Args:
         plan: Every tensor's place.
-        model: On meta, its modules settled.
+        model: On meta, its modules reconciled with the checkpoint.
         checkpoint: Where the bytes lie.
         destinations: Where parameters go and as what.
         quantizer: Makes int8 parameters.
@@ -171,7 +171,7 @@ class ParameterMaker:
             if entry.dtype == "I8" and self._quantizer.pre_quantized:
                 raise QuantizationStateError(
                     f"int8 codes cannot be split or fused into {target.name}; quantize the 16-bit checkpoint instead",
-                    **entry.place,
+                    **entry.location,
                 )
             converter.add_tensor(target.name, name, pattern, partial(self._read, stream, name, device, dtype))
         made = converter.convert(

@@ -115,4 +115,4 @@ class PlannedLoad:
         """Where a parameter's (or a checkpoint's) tensor lies, for errors: "tensor", "path" and "offset"."""
         target = self.plan.made_by().get(name)
         source = target.sources[0][0] if target is not None and target.sources else name
-        return self._checkpoint[source].place if source in self._checkpoint else {"tensor": name}
+        return self._checkpoint[source].location if source in self._checkpoint else {"tensor": name}

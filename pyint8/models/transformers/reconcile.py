@@ -135,5 +135,5 @@ def _check_sources(
                 raise ShapeMismatchError(
                     f"its shape is {list(entry.shape)}, and that of the others that {target.name} is merged of is "
                     f"{list(usual)}; download the checkpoint again",
-                    **entry.place,
+                    **entry.location,
                 )

@@ -1,4 +1,4 @@
-"""Turning Conv1D weights: with the extension's kernel where there is one, else with torch's own operators."""
+"""Transposing Conv1D weights: with the extension's kernel where there is one, else with torch's own operators."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from pyint8.streaming.lane import Lane
 
 logger = logging.getLogger("pyint8")
 
-_TURNED_DTYPES = frozenset({"F16", "BF16", "F32"})
+_KERNEL_DTYPES = frozenset({"F16", "BF16", "F32"})
 _MODEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 
 
-class Turner:
-    """Turns bands of a weight [in, out] into columns of an fp16 tensor [out, in], on one engine's lanes."""
+class Transposer:
+    """Transposes bands of a weight [in, out] into columns of an fp16 tensor [out, in], on one engine's lanes."""
 
     def __init__(self, engine: _core.Engine) -> None:
         self._engine = engine
         self._kernels = True
 
-    def turn(
+    def transpose(
         self,
         lane: Lane,
         band: torch.Tensor,
         dtype: str,
         model_dtype: torch.dtype,
-        turned: torch.Tensor,
+        transposed: torch.Tensor,
         column: int,
     ) -> None:
-        """Writes `band` [rows, out], stored as `dtype`, to `turned[:, column : column + rows]`.
+        """Writes `band` [rows, out], stored as `dtype`, to `transposed[:, column : column + rows]`.
 
         Values are rounded to `model_dtype`, then to fp16, as transformers and bitsandbytes round them.
         """
-        if not self._turn_with_kernel(lane, band, dtype, model_dtype, turned, column):
-            turned[:, column : column + len(band)] = band.to(model_dtype).to(torch.float16).T
+        if not self._transpose_with_kernel(lane, band, dtype, model_dtype, transposed, column):
+            transposed[:, column : column + len(band)] = band.to(model_dtype).to(torch.float16).T
 
-    def _turn_with_kernel(
+    def _transpose_with_kernel(
         self,
         lane: Lane,
         band: torch.Tensor,
         dtype: str,
         model_dtype: torch.dtype,
-        turned: torch.Tensor,
+        transposed: torch.Tensor,
         column: int,
     ) -> bool:
-        if not self._kernels or dtype not in _TURNED_DTYPES or model_dtype not in _MODEL_DTYPES:
+        if not self._kernels or dtype not in _KERNEL_DTYPES or model_dtype not in _MODEL_DTYPES:
             return False
         rows, columns = band.shape
         try:
@@ -59,12 +59,12 @@ class Turner:
                 model_dtype == torch.bfloat16,
                 rows,
                 columns,
-                turned.data_ptr() + column * turned.element_size(),
-                turned.stride(0),
+                transposed.data_ptr() + column * transposed.element_size(),
+                transposed.stride(0),
                 lane.stream,
             )
         except DeviceError as error:
-            logger.warning("Conv1D weights are turned by torch, more slowly: %s", error)
+            logger.warning("Conv1D weights are transposed by torch, more slowly: %s", error)
             self._kernels = False
             return False
         return True

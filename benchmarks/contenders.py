@@ -88,7 +88,8 @@ def _raw_engine(folder: Path) -> tuple[Any, dict[str, Any]]:
 
     from pyint8.checkpoint import open_checkpoint
     from pyint8.config import StreamOptions
-    from pyint8.streaming.stream import TensorRequest, TensorStream
+    from pyint8.streaming.chunks import TensorRequest
+    from pyint8.streaming.stream import TensorStream
     from pyint8.streaming.transport import Transport
 
     checkpoint = open_checkpoint(str(folder))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from pyint8.config import StreamOptions
 from pyint8.errors import FileChangedError, ReadError, TruncatedError
 from pyint8.report import Recorder
+from pyint8.streaming.chunks import Chunk, TensorRequest, bands_of, cut, gather_batches, typed
 from pyint8.streaming.lane import Lane, LaneOpener, open_lane
 from pyint8.streaming.transport import Read, Transport
 from pyint8.streaming.transpose import Transposer
@@ -19,47 +20,6 @@ from pyint8.streaming.transpose import Transposer
 if TYPE_CHECKING:
     from pyint8.checkpoint import Entry
     from pyint8.streaming.head_start import EarlyTensor
-    from pyint8.streaming.scratch import Region
-
-
-@dataclass(frozen=True)
-class TensorRequest:
-    """One entry's way.
-
-    Attributes:
-        entry: What to read.
-        device: Where the result is wanted. It lands there if that is a CUDA device or the CPU, else on the CPU.
-        in_bands: Land in scratch, a band of rows at a time, instead of in a tensor of its own.
-        batch: Land in one piece of memory with those before and after that have the same `batch`, dtype and shape;
-            to be had by `TensorStream.batched` alone, and not in bands.
-    """
-
-    entry: Entry
-    device: torch.device
-    in_bands: bool = False
-    batch: str | None = None
-
-
-@dataclass(eq=False, slots=True)
-class _Chunk:
-    """What lands at once: a whole tensor, a band of its rows, or a batch of tensors."""
-
-    request: TensorRequest
-    lane: Lane
-    row: int
-    rows: int
-    start: int  # of what lands, in bytes from the start of the entry
-    nbytes: int
-    passes: bool = False  # through scratch
-    early: bool = False  # there, or asked for, before the stream was, so in no budget
-    memory: torch.Tensor | None = None  # uint8
-    region: Region | None = None
-    ticket: int | None = None  # of the first entry; the others follow
-    entries: list[Entry] = field(default_factory=list)  # more than one in a batch
-    landed: dict[str, torch.Tensor] = field(default_factory=dict)  # those of a batch, until they are taken
-
-    def __post_init__(self) -> None:
-        self.entries.append(self.request.entry)
 
 
 class TensorStream:
@@ -95,12 +55,12 @@ class TensorStream:
         self._host_lane = next((lane for lane in early_lanes if lane.device.type != "cuda"), None)
         self._engine = self._transport.engine
         self._transposer = Transposer(self._engine)
-        self._chunks: dict[str, list[_Chunk]] = {}
+        self._chunks: dict[str, list[Chunk]] = {}
         for request in requests:
             name = request.entry.name
-            self._chunks[name] = self._take_over(request, early or {}) or self._cut(request)
+            self._chunks[name] = self._take_over(request, early or {}) or cut(request, self._lane(request.device))
         self._discard(early or {})
-        self._pending = self._gather_batches()
+        self._pending = gather_batches(self._chunks)
         self._cursor = 0
         self._fill_window()
 
@@ -115,7 +75,7 @@ class TensorStream:
         if len(chunk.entries) == 1:
             return self.whole(name).to(dtype)
         if name not in chunk.landed:
-            tensors = _typed(self._land(chunk), chunk.entries[0], (len(chunk.entries), *chunk.entries[0].torch_shape))
+            tensors = typed(self._land(chunk), chunk.entries[0], (len(chunk.entries), *chunk.entries[0].torch_shape))
             names = (entry.name for entry in chunk.entries)
             chunk.landed = dict(zip(names, tensors.to(dtype).unbind(), strict=True))
             del tensors
@@ -129,7 +89,7 @@ class TensorStream:
         if len(chunks) == 1 and chunks[0].region is None:
             memory = self._land(chunks[0])
             self._release(chunks[0])
-            return _typed(memory, entry, entry.torch_shape)
+            return typed(memory, entry, entry.torch_shape)
         tensor = torch.empty(entry.torch_shape, dtype=entry.torch_dtype, device=chunks[0].lane.device)
         for row, band in self.bands(name):
             tensor[row : row + len(band)] = band
@@ -140,7 +100,7 @@ class TensorStream:
         for chunk in self._chunks[name]:
             memory = self._land(chunk)
             try:
-                yield from _bands_of(chunk, memory)
+                yield from bands_of(chunk, memory)
             finally:
                 del memory
                 self._release(chunk)
@@ -155,29 +115,6 @@ class TensorStream:
             self._transposer.transpose(lane, band, entry.dtype, model_dtype, transposed, row)
         return transposed
 
-    def _cut(self, request: TensorRequest) -> list[_Chunk]:
-        entry = request.entry
-        lane = self._lane(request.device)
-        rows = entry.torch_shape[0] if entry.torch_shape else 1
-        if entry.value is not None:
-            return [_Chunk(request, lane, 0, rows, 0, entry.nbytes, early=True)]
-        if not request.in_bands or not entry.torch_shape or entry.nbytes == 0 or entry.stride is not None:
-            return [_Chunk(request, lane, 0, rows, 0, entry.nbytes)]
-        row_bytes = entry.nbytes // rows
-        step = _rows_in_band(entry, lane)
-        return [
-            _Chunk(
-                request,
-                lane,
-                row,
-                min(step, rows - row),
-                row * row_bytes,
-                min(step, rows - row) * row_bytes,
-                passes=row_bytes <= lane.ring.size,
-            )
-            for row in range(0, rows, step)
-        ]
-
     def _lane(self, device: torch.device) -> Lane:
         """A GPU has one lane, whoever uses it; in host memory, where there may be several streams, each has its own."""
         if device.type == "cuda":
@@ -186,7 +123,7 @@ class TensorStream:
             self._host_lane = self._transport.open_lane(torch.device("cpu"))
         return self._host_lane
 
-    def _take_over(self, request: TensorRequest, early: dict[str, EarlyTensor]) -> list[_Chunk]:
+    def _take_over(self, request: TensorRequest, early: dict[str, EarlyTensor]) -> list[Chunk]:
         """The whole entry as one chunk, if it is on its way to the right place already."""
         entry = request.entry
         tensor = early.get(entry.name)
@@ -194,21 +131,9 @@ class TensorStream:
             return []
         del early[entry.name]
         rows = entry.torch_shape[0] if entry.torch_shape else 1
-        chunk = _Chunk(request, tensor.lane, 0, rows, 0, entry.nbytes, early=True)
+        chunk = Chunk(request, tensor.lane, 0, rows, 0, entry.nbytes, early=True)
         chunk.memory, chunk.ticket = tensor.memory, tensor.ticket
         return [chunk]
-
-    def _gather_batches(self) -> list[_Chunk]:
-        """All chunks in order; those of a batch become one, of no more than a band's bytes."""
-        gathered: list[_Chunk] = []
-        for name, chunks in self._chunks.items():
-            if gathered and _go_together(gathered[-1], chunks[0]):
-                gathered[-1].entries.append(chunks[0].request.entry)
-                gathered[-1].nbytes += chunks[0].nbytes
-                self._chunks[name] = gathered[-1:]
-            else:
-                gathered.extend(chunks)
-        return gathered
 
     def _discard(self, early: dict[str, EarlyTensor]) -> None:
         """Gives memory back that nobody wants, once the bus is through with it."""
@@ -218,7 +143,7 @@ class TensorStream:
 
     def _fill_window(self) -> None:
         """Asks for as much as the budgets allow, in order."""
-        batch: list[_Chunk] = []
+        batch: list[Chunk] = []
         while self._cursor < len(self._pending):
             chunk = self._pending[self._cursor]
             if chunk.ticket is None and chunk.request.entry.value is None:
@@ -231,7 +156,7 @@ class TensorStream:
             self._cursor += 1
         self._submit(batch)
 
-    def _allocate(self, chunk: _Chunk) -> bool:
+    def _allocate(self, chunk: Chunk) -> bool:
         """Gives a chunk its memory; False while there is no room."""
         lane = chunk.lane
         if chunk.passes:
@@ -249,7 +174,7 @@ class TensorStream:
         chunk.memory = torch.empty(chunk.nbytes, dtype=torch.uint8, device=lane.device)
         return True
 
-    def _submit(self, chunks: list[_Chunk], *, first: bool = False) -> None:
+    def _submit(self, chunks: list[Chunk], *, first: bool = False) -> None:
         if not chunks:
             return
         reads: list[Read] = []
@@ -264,7 +189,7 @@ class TensorStream:
             chunk.ticket = ticket
             ticket += len(chunk.entries)
 
-    def _land(self, chunk: _Chunk) -> torch.Tensor:
+    def _land(self, chunk: Chunk) -> torch.Tensor:
         """Waits until the chunk's bytes are ordered before the caller's stream; its memory."""
         value = chunk.request.entry.value
         if value is not None:
@@ -286,7 +211,7 @@ class TensorStream:
         self._recorder.landed(chunk.nbytes)
         return chunk.memory
 
-    def _release(self, chunk: _Chunk) -> None:
+    def _release(self, chunk: Chunk) -> None:
         """The caller has put all its work on the chunk's memory into its stream, or owns the memory."""
         if chunk.region is not None:
             chunk.lane.ring.release(chunk.region)
@@ -345,44 +270,6 @@ def read_tensor(entry: Entry) -> torch.Tensor:
     """One entry, contiguous, in host memory of its own: for a question that is seldom asked."""
     with open_stream([TensorRequest(entry, torch.device("cpu"))], StreamOptions(threads=1)) as stream:
         return stream.whole(entry.name)
-
-
-def _go_together(batch: _Chunk, chunk: _Chunk) -> bool:
-    """Whether `chunk` may land behind what lands in `batch` already."""
-    first, entry = batch.request.entry, chunk.request.entry
-    return (
-        chunk.request.batch is not None
-        and chunk.request.batch == batch.request.batch
-        and chunk.lane is batch.lane
-        and not (batch.early or chunk.early)
-        and (entry.dtype, entry.shape) == (first.dtype, first.shape)
-        and entry.stride is first.stride is None
-        and 0 < batch.nbytes + chunk.nbytes <= chunk.lane.band_bytes
-    )
-
-
-def _bands_of(chunk: _Chunk, memory: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """A chunk that came through scratch is one band; one that landed whole, early, is cut into bands here."""
-    entry = chunk.request.entry
-    if not entry.torch_shape:
-        yield chunk.row, _typed(memory, entry, ())
-        return
-    tensor = _typed(memory, entry, (chunk.rows, *entry.torch_shape[1:]))
-    step = _rows_in_band(entry, chunk.lane) if chunk.early and entry.nbytes else max(1, chunk.rows)
-    for row in range(0, max(1, chunk.rows), step):
-        yield chunk.row + row, tensor[row : row + step]
-
-
-def _rows_in_band(entry: Entry, lane: Lane) -> int:
-    return max(1, lane.band_bytes // (entry.nbytes // entry.torch_shape[0]))
-
-
-def _typed(memory: torch.Tensor, entry: Entry, shape: tuple[int, ...]) -> torch.Tensor:
-    """`memory` as elements of the entry's dtype."""
-    if entry.nbytes == 0:
-        return torch.empty(shape, dtype=entry.torch_dtype, device=memory.device)
-    elements = memory.view(entry.torch_dtype)
-    return elements.view(shape) if entry.stride is None else entry.shaped(elements)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from pyint8.streaming.chunks import TensorRequest
 from pyint8.streaming.head_start import EarlyTensor
-from pyint8.streaming.stream import TensorRequest, TensorStream
+from pyint8.streaming.stream import TensorStream
 from pyint8.streaming.transport import Transport
 
 

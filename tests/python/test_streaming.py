@@ -23,10 +23,11 @@ from pyint8 import StreamOptions
 from pyint8.checkpoint import DTYPES, Checkpoint, Entry, open_checkpoint
 from pyint8.errors import CancelledError, CheckpointError, DeviceError, ReadError, TruncatedError
 from pyint8.report import Recorder
+from pyint8.streaming.chunks import TensorRequest
 from pyint8.streaming.extension import _core
 from pyint8.streaming.head_start import EarlyTensor, HeadStart
 from pyint8.streaming.lane import Lane, open_lane
-from pyint8.streaming.stream import StreamSource, TensorRequest, TensorStream, open_stream
+from pyint8.streaming.stream import StreamSource, TensorStream, open_stream
 from pyint8.streaming.transport import Read, Transport
 
 pytestmark = pytest.mark.usefixtures("nothing_left")

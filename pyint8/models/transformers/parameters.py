@@ -18,8 +18,9 @@ from pyint8.models.transformers.plan import LoadPlan, Target
 from pyint8.placement.device_map import landing_device
 from pyint8.quantizer import Int8Quantizer
 from pyint8.report import Recorder
+from pyint8.streaming.chunks import TensorRequest
 from pyint8.streaming.preparation import Preparation
-from pyint8.streaming.stream import TensorRequest, TensorStream
+from pyint8.streaming.stream import TensorStream
 
 
 def find_destinations(

@@ -1,0 +1,129 @@
+"""What lands at once: entries cut into bands of rows, or gathered into batches; pure arithmetic on what headers say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from pyint8.checkpoint import Entry
+    from pyint8.streaming.lane import Lane
+    from pyint8.streaming.scratch import Region
+
+
+@dataclass(frozen=True)
+class TensorRequest:
+    """One entry's way.
+
+    Attributes:
+        entry: What to read.
+        device: Where the result is wanted. It lands there if that is a CUDA device or the CPU, else on the CPU.
+        in_bands: Land in scratch, a band of rows at a time, instead of in a tensor of its own.
+        batch: Land in one piece of memory with those before and after that have the same `batch`, dtype and shape;
+            to be had by `TensorStream.batched` alone, and not in bands.
+    """
+
+    entry: Entry
+    device: torch.device
+    in_bands: bool = False
+    batch: str | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Chunk:
+    """What lands at once: a whole tensor, a band of its rows, or a batch of tensors."""
+
+    request: TensorRequest
+    lane: Lane
+    row: int
+    rows: int
+    start: int  # of what lands, in bytes from the start of the entry
+    nbytes: int
+    passes: bool = False  # through scratch
+    early: bool = False  # there, or asked for, before the stream was, so in no budget
+    memory: torch.Tensor | None = None  # uint8
+    region: Region | None = None
+    ticket: int | None = None  # of the first entry; the others follow
+    entries: list[Entry] = field(default_factory=list)  # more than one in a batch
+    landed: dict[str, torch.Tensor] = field(default_factory=dict)  # those of a batch, until they are taken
+
+    def __post_init__(self) -> None:
+        self.entries.append(self.request.entry)
+
+
+def cut(request: TensorRequest, lane: Lane) -> list[Chunk]:
+    """The entry whole, or in bands of rows that pass through the lane's scratch, in order."""
+    entry = request.entry
+    rows = entry.torch_shape[0] if entry.torch_shape else 1
+    if entry.value is not None:
+        return [Chunk(request, lane, 0, rows, 0, entry.nbytes, early=True)]
+    if not request.in_bands or not entry.torch_shape or entry.nbytes == 0 or entry.stride is not None:
+        return [Chunk(request, lane, 0, rows, 0, entry.nbytes)]
+    row_bytes = entry.nbytes // rows
+    step = _rows_in_band(entry, lane)
+    return [
+        Chunk(
+            request,
+            lane,
+            row,
+            min(step, rows - row),
+            row * row_bytes,
+            min(step, rows - row) * row_bytes,
+            passes=row_bytes <= lane.ring.size,
+        )
+        for row in range(0, rows, step)
+    ]
+
+
+def gather_batches(chunks_of: dict[str, list[Chunk]]) -> list[Chunk]:
+    """All chunks in order; those of a batch become one, of no more than a band's bytes, for all of its entries."""
+    gathered: list[Chunk] = []
+    for name, chunks in chunks_of.items():
+        if gathered and _go_together(gathered[-1], chunks[0]):
+            gathered[-1].entries.append(chunks[0].request.entry)
+            gathered[-1].nbytes += chunks[0].nbytes
+            chunks_of[name] = gathered[-1:]
+        else:
+            gathered.extend(chunks)
+    return gathered
+
+
+def _go_together(batch: Chunk, chunk: Chunk) -> bool:
+    """Whether `chunk` may land behind what lands in `batch` already."""
+    first, entry = batch.request.entry, chunk.request.entry
+    return (
+        chunk.request.batch is not None
+        and chunk.request.batch == batch.request.batch
+        and chunk.lane is batch.lane
+        and not (batch.early or chunk.early)
+        and (entry.dtype, entry.shape) == (first.dtype, first.shape)
+        and entry.stride is first.stride is None
+        and 0 < batch.nbytes + chunk.nbytes <= chunk.lane.band_bytes
+    )
+
+
+def bands_of(chunk: Chunk, memory: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """A chunk that came through scratch is one band; one that landed whole, early, is cut into bands here."""
+    entry = chunk.request.entry
+    if not entry.torch_shape:
+        yield chunk.row, typed(memory, entry, ())
+        return
+    tensor = typed(memory, entry, (chunk.rows, *entry.torch_shape[1:]))
+    step = _rows_in_band(entry, chunk.lane) if chunk.early and entry.nbytes else max(1, chunk.rows)
+    for row in range(0, max(1, chunk.rows), step):
+        yield chunk.row + row, tensor[row : row + step]
+
+
+def _rows_in_band(entry: Entry, lane: Lane) -> int:
+    return max(1, lane.band_bytes // (entry.nbytes // entry.torch_shape[0]))
+
+
+def typed(memory: torch.Tensor, entry: Entry, shape: tuple[int, ...]) -> torch.Tensor:
+    """`memory` as elements of the entry's dtype."""
+    if entry.nbytes == 0:
+        return torch.empty(shape, dtype=entry.torch_dtype, device=memory.device)
+    elements = memory.view(entry.torch_dtype)
+    return elements.view(shape) if entry.stride is None else entry.shaped(elements)

@@ -167,7 +167,8 @@ def _save_int8(source: Path, folder: Path) -> Path:
     import pyint8
 
     unfinished = folder.with_name(f"{folder.name}-unfinished")
-    pyint8.load(source, device_map=None, progress=False).save_pretrained(unfinished, max_shard_size=_SHARD_BYTES)
+    model = pyint8.load(source, device_map=None, dtype="float16", progress=False)
+    model.save_pretrained(unfinished, max_shard_size=_SHARD_BYTES)
     unfinished.rename(folder)
     return folder
 

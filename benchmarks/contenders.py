@@ -55,7 +55,7 @@ def _import_model_code(folder: Path) -> None:
 
 
 def _import_pyint8(folder: Path) -> None:
-    import pyint8.models.transformers  # noqa: F401
+    import pyint8.models.transformers.loading  # noqa: F401
 
     _import_model_code(folder)
 

@@ -130,7 +130,8 @@ def run_start(name: str, folder: Path) -> dict[str, Any]:
 
         import pyint8
 
-        pyint8.load(folder, device_map={"": 0 if torch.cuda.is_available() else "cpu"}, progress=False)
+        device = 0 if torch.cuda.is_available() else "cpu"
+        pyint8.load(folder, device_map={"": device}, dtype="float16", progress=False)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     else:

@@ -139,7 +139,7 @@ def test_offload_takes_no_more_memory_than_its_parts(wide_llama: Path, tmp_path:
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 def test_offload_takes_no_more_of_the_host_than_its_parts(wide_llama: Path, tmp_path: Path, place: str) -> None:
     program = f"""
-import torch, transformers, pyint8.models.transformers
+import torch, transformers, pyint8.models.transformers.loading
 from pyint8 import Int8Config
 torch.zeros(1, device="cuda")
 device_map = {{"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": {place!r}, "model.norm": 0}}

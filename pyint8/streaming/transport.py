@@ -47,10 +47,11 @@ class Transport:
         self._lanes: dict[torch.device, Lane] = {}
         self._opened: list[Lane] = []
         self._files: dict[str, int] = {}
+        threads = options.worker_threads(gpus)
         self.engine = _core.Engine(
-            threads=options.worker_threads(gpus),
-            spare_slots=options.spare_slots * max(1, gpus),
-            slot_bytes=options.slot_bytes,
+            threads=threads,
+            slots_per_thread=options.slots_per_thread,
+            slot_bytes=options.slot_size(threads),
             direct_io=options.direct_io,
         )
 

@@ -8,8 +8,8 @@
 namespace pyint8 {
 namespace {
 
-// Less than a slot takes on the bus.
-constexpr std::chrono::microseconds kPollInterval{20};
+// Less than the slots that are on their way together take on the bus.
+constexpr std::chrono::microseconds kPollInterval{50};
 
 }  // namespace
 
@@ -27,18 +27,24 @@ Event& Ring::Slot::event_on(Device& device, std::size_t lane) {
   return *(in_flight_ = events_[lane].get());
 }
 
-// Any slot may be the first to be emptied, where they are on their way to several devices. Events are polled:
-// one that a thread can sleep for interrupts the CPU when it passes, and holds up the copies behind it.
+// Events are polled: one that a thread can sleep for interrupts the CPU when it passes, and holds up the
+// copies behind it.
 std::optional<std::size_t> Ring::wait_for_empty() {
-  const auto is_empty = [](const Slot* slot) {
-    return slot->in_flight_ == nullptr || slot->in_flight_->passed();
-  };
-  auto at = std::ranges::find_if(free_, is_empty);
-  for (; at == free_.end(); at = std::ranges::find_if(free_, is_empty))
-    std::this_thread::sleep_for(kPollInterval);
-  Slot& slot = **at;
-  if (std::exchange(slot.in_flight_, nullptr) == nullptr) return std::nullopt;
-  return slot.lane_;
+  Slot* slot = find_empty();
+  for (; slot == nullptr; slot = find_empty()) std::this_thread::sleep_for(kPollInterval);
+  if (std::exchange(slot->in_flight_, nullptr) == nullptr) return std::nullopt;
+  return slot->lane_;
+}
+
+// A lane's copies pass in order, so only its oldest is asked for; between lanes, any may be the first.
+Ring::Slot* Ring::find_empty() {
+  for (auto at = free_.begin(); at != free_.end(); ++at) {
+    Slot& slot = **at;
+    if (slot.in_flight_ == nullptr) return &slot;
+    const auto is_older = [&](const Slot* other) { return other->lane_ == slot.lane_; };
+    if (std::none_of(free_.begin(), at, is_older) && slot.in_flight_->passed()) return &slot;
+  }
+  return nullptr;
 }
 
 Ring::Slot& Ring::lease() {

@@ -42,6 +42,8 @@ class Ring {
   void give_back(Slot& slot) { free_.push_back(&slot); }
 
  private:
+  Slot* find_empty();
+
   std::deque<Slot> slots_;
   std::deque<Slot*> free_;  // in the order they were given back
 };

@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PINNED := -c tests/constraints.txt
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc pyint8 -type f -not -path '*/__pycache__/*')
-CXX_SOURCES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu')
+CXX_SOURCES := $(shell find csrc tests/cpp benchmarks -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu')
 CMAKE_TESTS := -S . -G Ninja -DPYINT8_BUILD_TESTS=ON -DPYINT8_BUILD_MODULE=OFF -DPYINT8_WERROR=ON
 
 .PHONY: demo test test-python test-cpp client-tests transformers-matrix gpu-test gpu-sanitize lint format wheel clean

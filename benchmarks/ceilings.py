@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import atexit
+import json
 import mmap
 import os
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from benchmarks import machine, page_cache
+from pyint8.config import StreamOptions
 
 _GB = 1e9
 _PIECE = 2 << 20
 _COPY_BYTES = 1 << 30
 _SMALL_COPY_BYTES = 1 << 27  # without a GPU
 _COLD_BYTES = 4 << 30
+_SOURCES = Path(__file__).parents[1] / "csrc" / "core"
+_RING_PASSES = 4
 
 
 def _best(work: Callable[[], int], repeats: int) -> float:
@@ -97,6 +106,44 @@ def read_by_threads(files: list[Path], threads: int, *, direct: bool = False, li
     return sum(counts) / seconds / _GB
 
 
+@cache
+def _bare_ring_program() -> Path:
+    """bare_ring.cpp, compiled with what it uses of the core by the compiler that `c++` is."""
+    sources = [Path(__file__).with_name("bare_ring.cpp"), _SOURCES / "error.cpp"]
+    sources += [path for room in ("storage", "numeric", "device") for path in (_SOURCES / room).glob("*.cpp")]
+    folder = tempfile.TemporaryDirectory(prefix="pyint8-")
+    atexit.register(folder.cleanup)
+    program = Path(folder.name) / "bare_ring"
+    command = ["c++", "-O2", "-std=c++20", f"-I{_SOURCES}", *map(str, sources), "-o", str(program), "-pthread", "-ldl"]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return program
+
+
+def bare_ring(files: list[Path], gpus: int) -> float | None:
+    """GB/s from the page cache to so many GPUs through the simplest ring there is, with as many threads as the engine.
+
+    Of two forms of the ring, the engine's own and one of more, smaller slots, the faster; None where there is no
+    compiler.
+    """
+    options = StreamOptions()
+    threads = options.worker_threads(gpus)
+    forms = ((options.slots_per_thread, options.slot_size(threads)), (3, 1 << 20))
+    rates = [_ring_rate(files, options.libcuda, gpus, threads, slots, nbytes) for slots, nbytes in forms]
+    return max((rate for rate in rates if rate is not None), default=None)
+
+
+def _ring_rate(files: list[Path], library: str, gpus: int, threads: int, slots: int, nbytes: int) -> float | None:
+    """GB/s of the fastest pass."""
+    try:
+        command = [str(_bare_ring_program()), library, *map(str, (gpus, threads, slots, nbytes, _RING_PASSES))]
+        done = subprocess.run([*command, *map(str, files)], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"no bare ring: {getattr(error, 'stderr', None) or error}", file=sys.stderr)
+        return None
+    measured = json.loads(done.stdout)
+    return float(measured["bytes"] / min(measured["seconds"]) / _GB)
+
+
 def cold_read(files: list[Path], threads: int, *, direct: bool) -> float | None:
     """GB/s of the disk, of files verified cold; None where the file system refuses O_DIRECT."""
     page_cache.prepare(files, "cold")
@@ -128,6 +175,9 @@ def measure(files: list[Path], *, cold: bool, few_cpus: Iterable[int] = ()) -> d
     }
     for threads in sorted({1, 4, 8, cpus} & set(range(1, cpus + 1))):
         ceilings[f"page cache to memory, {threads} threads"] = max(read_by_threads(files, threads) for _ in range(3))
+    for gpus in (1, 2, 4, 8):
+        if gpus <= torch.cuda.device_count():
+            ceilings[f"page cache to GPUs through a bare ring, {gpus}"] = bare_ring(files, gpus)
     for few in sorted(set(few_cpus)):
         with _allowed(few):
             rate = max(read_by_threads(files, few) for _ in range(3))

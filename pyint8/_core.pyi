@@ -11,7 +11,7 @@ class Engine:
 
     Args:
         threads: Workers that read, 1 to 1024.
-        spare_slots: Pinned slots on their way to a GPU, beside one for each worker, 1 to 1024.
+        slots_per_thread: Pinned slots of each worker, for GPUs, 1 to 64.
         slot_bytes: Size of a slot and of the largest single read, a multiple of 4096.
         direct_io: Read what is not in the page cache past it (O_DIRECT), where the file system can.
 
@@ -19,7 +19,7 @@ class Engine:
         OptionError: A value out of its range, naming the option.
     """
 
-    def __init__(self, *, threads: int, spare_slots: int, slot_bytes: int, direct_io: bool) -> None: ...
+    def __init__(self, *, threads: int, slots_per_thread: int, slot_bytes: int, direct_io: bool) -> None: ...
     def add_file(self, path: str | bytes, stamp: tuple[int, int, int, int] | None = None) -> int:
         """Opens a file and returns its number.
 

@@ -27,8 +27,10 @@ _THREADS_FOR_A_GPU = 14
 # However many GPUs, in all processes of a host: more threads copy no faster out of the page cache, and their slots
 # would not stay in the last-level cache.
 _MOST_THREADS = 32
-_SPARE_SLOTS = 4
-_LEAST_SPARE_SLOTS = 2
+# Of all slots together, for any number of GPUs, and the limits of one slot: benchmarks/README.md, "Slots".
+_RING_BYTES = 84 * _MIB
+_LEAST_SLOT = _MIB // 4
+_MOST_SLOT = 4 * _MIB
 # Beside the scratch, a load reserved 71 MiB on an H200 (the allocator's rounding), and its kernels took some 100 MiB.
 _DEVICE_EXTRA = 256 * _MIB
 _ENVIRONMENT_PREFIX = "PYINT8_"
@@ -139,11 +141,9 @@ class StreamOptions:
             load on 16 cores took 0.46 s instead of 0.43. Up to four CPUs, where reading takes longest, each has one:
             32 GB/s with four on four, 26 with three. The processes that torchrun starts on a host (LOCAL_WORLD_SIZE)
             share all three numbers.
-        spare_slots: Pinned slots on their way to a GPU, beside one for each worker that is being filled. None means
-            four, of which processes of one host share what leaves each two. Three kept the bus busy on the machines
-            measured.
-        slot_bytes: Size of one slot, a multiple of 4096. The ring should stay inside the last-level cache; but on a
-            PCIe 5 x16 bus, copies of 2 MiB, one after the other, reach 0.93 of what one large copy does, of 4 MiB 0.96.
+        slots_per_thread: Pinned slots of each worker, for a GPU: one that is being filled, the others on their way.
+        slot_bytes: Size of one slot and of the largest single read, a multiple of 4096. None means as large as lets all
+            slots of a host stay inside its last-level cache together, 4 MiB at most.
         device_scratch: GPU memory, in bytes, for weights on their way to int8; a larger weight is quantized in bands
             of rows. At least 1 MiB.
         host_scratch: The same for weights that are quantized on the CPU.
@@ -156,8 +156,8 @@ class StreamOptions:
     """
 
     threads: int | None = None
-    spare_slots: int | None = None
-    slot_bytes: int = 4 * _MIB
+    slots_per_thread: int = 2
+    slot_bytes: int | None = None
     device_scratch: int = 256 * _MIB
     host_scratch: int = 32 * _MIB
     direct_io: bool = False
@@ -165,9 +165,9 @@ class StreamOptions:
 
     def __post_init__(self) -> None:
         _require_int("threads", self.threads, 1, 1024, optional=True)
-        _require_int("spare_slots", self.spare_slots, 1, 1024, optional=True)
-        _require_int("slot_bytes", self.slot_bytes, 2 * 4096, 1 << 30)
-        if self.slot_bytes % 4096:
+        _require_int("slots_per_thread", self.slots_per_thread, 1, 64)
+        _require_int("slot_bytes", self.slot_bytes, 2 * 4096, 1 << 30, optional=True)
+        if self.slot_bytes is not None and self.slot_bytes % 4096:
             raise OptionError(f"slot_bytes is {self.slot_bytes}; it must be a multiple of 4096")
         _require_int("device_scratch", self.device_scratch, _MIB, 1 << 40)
         _require_int("host_scratch", self.host_scratch, _MIB, 1 << 40)
@@ -190,12 +190,12 @@ class StreamOptions:
         most = max(1, _MOST_THREADS // processes)
         return min(_THREADS_FOR_A_GPU * max(1, gpus), most, max(min(4, cpus), cpus - 2))
 
-    def slots_in_flight(self, gpus: int = 1) -> int:
-        """`spare_slots`, or its default, for a load onto so many GPUs."""
-        spare = self.spare_slots
-        if spare is None:
-            spare = max(_LEAST_SPARE_SLOTS, _SPARE_SLOTS // processes_on_host())
-        return spare * max(1, gpus)
+    def slot_size(self, threads: int) -> int:
+        """`slot_bytes`, or its default for so many workers."""
+        if self.slot_bytes is not None:
+            return self.slot_bytes
+        share = _RING_BYTES // (processes_on_host() * threads * self.slots_per_thread)
+        return max(_LEAST_SLOT, min(_MOST_SLOT, share // _LEAST_SLOT * _LEAST_SLOT))
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> StreamOptions:

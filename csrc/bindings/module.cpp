@@ -113,10 +113,11 @@ PYBIND11_MODULE(_core, module) {
   });
 
   py::class_<Engine, EngineHolder>(module, "Engine")
-      .def(py::init([](std::size_t threads, std::size_t spare_slots, std::size_t slot_bytes, bool direct_io) {
-             return EngineHolder(new Engine({threads, spare_slots, slot_bytes, direct_io}));
-           }),
-           py::kw_only(), "threads"_a, "spare_slots"_a, "slot_bytes"_a, "direct_io"_a)
+      .def(py::init(
+               [](std::size_t threads, std::size_t slots_per_thread, std::size_t slot_bytes, bool direct_io) {
+                 return EngineHolder(new Engine({threads, slots_per_thread, slot_bytes, direct_io}));
+               }),
+           py::kw_only(), "threads"_a, "slots_per_thread"_a, "slot_bytes"_a, "direct_io"_a)
       .def("add_file", &add_file, "path"_a, "stamp"_a = py::none(), py::call_guard<py::gil_scoped_release>())
       .def(
           "add_host_device",

@@ -19,7 +19,7 @@ void require_between(const char* name, std::size_t value, std::size_t low, std::
 
 void validate(const EngineOptions& options) {
   require_between("threads", options.threads, 1, 1024);
-  require_between("spare_slots", options.spare_slots, 1, 1024);
+  require_between("slots_per_thread", options.slots_per_thread, 1, 64);
   require_between("slot_bytes", options.slot_bytes, 2 * kDirectAlignment, std::size_t{1} << 30);
   if (options.slot_bytes % kDirectAlignment != 0) {
     throw Error(ErrorCode::kInvalidArgument, "slot_bytes is " + std::to_string(options.slot_bytes) +

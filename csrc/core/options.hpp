@@ -7,11 +7,11 @@ namespace pyint8 {
 
 struct EngineOptions {
   std::size_t threads = 1;           // workers that read
-  std::size_t spare_slots = 4;       // pinned slots on their way, beside one for each thread being filled
+  std::size_t slots_per_thread = 2;  // pinned slots of each worker: one being filled, the others on their way
   std::size_t slot_bytes = 2 << 20;  // size of one slot, and of the largest single read
   bool direct_io = false;            // read past the page cache (O_DIRECT) where the file system can
 
-  std::size_t slots() const { return threads + spare_slots; }
+  std::size_t ring_bytes() const { return slots_per_thread * slot_bytes; }  // of one worker
 };
 
 // Throws kInvalidArgument naming the option, its value and its limits.

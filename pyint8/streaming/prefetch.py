@@ -40,7 +40,7 @@ class PageCachePrefetch:
                 continue
             if self._engine is None:
                 self._engine = _core.Engine(
-                    threads=options.worker_threads(), spare_slots=1, slot_bytes=_STEP, direct_io=False
+                    threads=options.worker_threads(), slots_per_thread=1, slot_bytes=_STEP, direct_io=False
                 )
                 lane = self._engine.add_discarding_device()
             file = self._engine.add_file(os.fsencode(path), stamp)

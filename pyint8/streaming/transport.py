@@ -49,10 +49,11 @@ class Transport:
         self._lanes: dict[torch.device, Lane] = {}
         self._opened: list[Lane] = []
         self._files: dict[tuple[str, FileStamp | None], int] = {}
+        threads = options.worker_threads(gpus)
         self.engine = _core.Engine(
-            threads=options.worker_threads(gpus),
-            spare_slots=options.slots_in_flight(gpus),
-            slot_bytes=options.slot_bytes,
+            threads=threads,
+            slots_per_thread=options.slots_per_thread,
+            slot_bytes=options.slot_size(threads),
             direct_io=options.direct_io,
         )
 

@@ -42,8 +42,8 @@ def tensors() -> dict[str, torch.Tensor]:
     "options",
     [
         StreamOptions(),
-        StreamOptions(threads=1, spare_slots=1, slot_bytes=8192, device_scratch=1 << 20),
-        StreamOptions(threads=13, spare_slots=2, slot_bytes=65536, device_scratch=3 << 20),
+        StreamOptions(threads=1, slots_per_thread=1, slot_bytes=8192, device_scratch=1 << 20),
+        StreamOptions(threads=13, slots_per_thread=2, slot_bytes=65536, device_scratch=3 << 20),
         StreamOptions(threads=4, direct_io=True),
     ],
     ids=["default", "tiny", "odd", "direct"],

@@ -14,7 +14,7 @@ from pyint8.host.cpus import usable_cpus
 MIB = 1 << 20
 LIMITS = {
     "threads": (1, 1024),
-    "spare_slots": (1, 1024),
+    "slots_per_thread": (1, 64),
     "slot_bytes": (8192, 1 << 30),
     "device_scratch": (MIB, 1 << 40),
     "host_scratch": (MIB, 1 << 40),
@@ -59,7 +59,7 @@ def test_switches_of_the_config_are_bool(name: str, value: Any) -> None:
 
 def test_stream_defaults() -> None:
     options = StreamOptions()
-    assert (options.spare_slots, options.slots_in_flight(), options.slot_bytes) == (None, 4, 4 * MIB)
+    assert (options.slots_per_thread, options.slot_bytes) == (2, None)
     assert (options.device_scratch, options.host_scratch) == (256 * MIB, 32 * MIB)
     assert (options.direct_io, options.libcuda, options.threads) == (False, "libcuda.so.1", None)
 
@@ -72,6 +72,13 @@ def test_stream_options_have_limits(name: str) -> None:
     for bad in (low - 1, high + 1, 0, -low, float(low), str(low), True):
         with pytest.raises(OptionError, match=rf"{name} is .*; it must be an integer from {low} to {high}"):
             StreamOptions(**{name: bad})
+
+
+def test_slots_share_a_ring_that_does_not_grow_with_the_workers() -> None:
+    for threads, slot in ((1, 4.0), (10, 4.0), (12, 3.5), (14, 3.0), (28, 1.5), (32, 1.25), (1024, 0.25)):
+        assert StreamOptions().slot_size(threads) == slot * MIB
+    assert StreamOptions(slots_per_thread=3).slot_size(28) == MIB
+    assert StreamOptions(slot_bytes=8192).slot_size(28) == 8192
 
 
 def test_slots_are_whole_blocks() -> None:
@@ -101,7 +108,7 @@ def test_threads_default_to_all_usable_cpus_but_two(monkeypatch: pytest.MonkeyPa
     ("variable", "text", "name", "value"),
     [
         ("PYINT8_THREADS", "7", "threads", 7),
-        ("PYINT8_SPARE_SLOTS", "2", "spare_slots", 2),
+        ("PYINT8_SLOTS_PER_THREAD", "3", "slots_per_thread", 3),
         ("PYINT8_SLOT_BYTES", "65536", "slot_bytes", 65536),
         ("PYINT8_DEVICE_SCRATCH", str(3 * MIB), "device_scratch", 3 * MIB),
         ("PYINT8_HOST_SCRATCH", str(2 * MIB), "host_scratch", 2 * MIB),
@@ -127,7 +134,7 @@ def test_every_option_has_a_variable(
         ("PYINT8_THREADS", "many", "is 'many'; it must be an integer"),
         ("PYINT8_THREADS", "", "is ''; it must be an integer"),
         ("PYINT8_THREADS", "0", "threads is 0; it must be an integer from 1 to 1024"),
-        ("PYINT8_SPARE_SLOTS", "1025", "from 1 to 1024"),
+        ("PYINT8_SLOTS_PER_THREAD", "65", "from 1 to 64"),
         ("PYINT8_SLOT_BYTES", "2MiB", "is '2MiB'; it must be an integer"),
         ("PYINT8_SLOT_BYTES", "10000", "multiple of 4096"),
         ("PYINT8_DEVICE_SCRATCH", "1.5", "must be an integer"),

@@ -21,8 +21,8 @@ from pyint8.errors import CancelledError, DeviceError, OptionError, Pyint8Error,
 MIB = 1 << 20
 
 
-def make_engine(threads: int = 1, spare_slots: int = 2, slot_bytes: int = 8192, direct_io: bool = False):
-    return _core.Engine(threads=threads, spare_slots=spare_slots, slot_bytes=slot_bytes, direct_io=direct_io)
+def make_engine(threads: int = 1, slots_per_thread: int = 2, slot_bytes: int = 8192, direct_io: bool = False):
+    return _core.Engine(threads=threads, slots_per_thread=slots_per_thread, slot_bytes=slot_bytes, direct_io=direct_io)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -140,7 +140,7 @@ def test_a_path_that_is_not_unicode(engine: _core.Engine, tmp_path: Path) -> Non
     ("options", "words"),
     [
         ({"threads": 0}, "threads is 0; it must be from 1 to 1024"),
-        ({"spare_slots": 1025}, "spare_slots is 1025; it must be from 1 to 1024"),
+        ({"slots_per_thread": 65}, "slots_per_thread is 65; it must be from 1 to 64"),
         ({"slot_bytes": 9000}, "slot_bytes is 9000; it must be a multiple of 4096"),
     ],
 )

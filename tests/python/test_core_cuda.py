@@ -94,7 +94,7 @@ def path(tmp_path: Path, content: bytes) -> str:
 
 def make_engine(driver: FakeDriver, path: str, lanes: int = 1, **options: int) -> _core.Engine:
     """Lane i is device i; file 0 is `path`."""
-    defaults = {"threads": 2, "spare_slots": 2, "slot_bytes": SLOT, "direct_io": False}
+    defaults = {"threads": 2, "slots_per_thread": 2, "slot_bytes": SLOT, "direct_io": False}
     engine = _core.Engine(**{**defaults, **options})
     for ordinal in range(lanes):
         assert engine.add_cuda_device(ordinal, library=driver.path) == ordinal
@@ -195,7 +195,7 @@ def test_errors_of_a_worker_and_of_the_driver(driver: FakeDriver, path: str, con
 def test_a_machine_whose_driver_has_no_device(driver: FakeDriver) -> None:
     code = f"""
 from pyint8 import _core
-engine = _core.Engine(threads=1, spare_slots=1, slot_bytes={SLOT}, direct_io=False)
+engine = _core.Engine(threads=1, slots_per_thread=1, slot_bytes={SLOT}, direct_io=False)
 engine.add_cuda_device(0, library={driver.path!r})
 """
     environment = {**os.environ, "FAKE_CUDA_DEVICES": "0"}

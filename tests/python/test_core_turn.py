@@ -43,7 +43,7 @@ dtypes = st.sampled_from(list(NAMES))
 
 @pytest.fixture(scope="module")
 def turner() -> _core.Engine:
-    engine = _core.Engine(threads=1, spare_slots=1, slot_bytes=8192, direct_io=False)
+    engine = _core.Engine(threads=1, slots_per_thread=1, slot_bytes=8192, direct_io=False)
     engine.add_host_device(threads=3)
     return engine
 

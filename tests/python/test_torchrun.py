@@ -24,24 +24,24 @@ Load = Callable[..., Any]
 
 
 @pytest.mark.parametrize(
-    ("processes", "cpus", "workers", "spare"),
-    [("1", 128, 14, 4), ("2", 32, 14, 2), ("2", 128, 14, 2), ("4", 64, 8, 2), ("8", 128, 4, 2), ("8", 8, 1, 2)],
+    ("processes", "cpus", "workers", "kib"),
+    [("1", 128, 14, 3072), ("2", 32, 14, 1536), ("4", 64, 8, 1280), ("8", 128, 4, 1280), ("8", 8, 1, 4096)],
 )
 def test_processes_of_a_host_share_threads_and_slots(
-    processes: str, cpus: int, workers: int, spare: int, monkeypatch: pytest.MonkeyPatch
+    processes: str, cpus: int, workers: int, kib: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
     monkeypatch.setattr("pyint8.config.usable_cpus", lambda: cpus)
     options = StreamOptions()
-    assert (options.worker_threads(), options.slots_in_flight()) == (workers, spare)
-    asked = StreamOptions(threads=20, spare_slots=9)
-    assert (asked.worker_threads(), asked.slots_in_flight(), asked.slots_in_flight(gpus=2)) == (20, 9, 18)
+    assert (options.worker_threads(), options.slot_size(workers)) == (workers, kib << 10)
+    asked = StreamOptions(threads=20, slot_bytes=8192)
+    assert (asked.worker_threads(), asked.slot_size(20)) == (20, 8192)
 
 
 @pytest.mark.parametrize("text", ["", "none", "0", "-3"])
 def test_nonsense_in_local_world_size_is_no_sharing(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", text)
-    assert StreamOptions().slots_in_flight() == 4
+    assert StreamOptions().slot_size(14) == 3 << 20
 
 
 @pytest.mark.parametrize(("rank", "shown"), [(None, True), ("0", True), ("1", False), ("7", False)])

@@ -19,9 +19,8 @@ using Address = std::uintptr_t;
 class Event {
  public:
   virtual ~Event() = default;
-  // Blocks the calling thread until the moment has passed; returns at once if none was ever recorded. For
-  // events watched by threads.
-  virtual void wait() = 0;
+  // Whether the moment has passed, or none was ever recorded.
+  virtual bool passed() = 0;
 };
 
 // Host memory that a device can read on its own, given back when destroyed.

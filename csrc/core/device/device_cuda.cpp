@@ -6,9 +6,7 @@
 #include <array>
 #include <atomic>
 #include <cerrno>
-#include <chrono>
 #include <string>
-#include <thread>
 
 #include "device/kernel_images.hpp"
 #include "device/kernel_tile.hpp"
@@ -20,17 +18,12 @@ namespace {
 constexpr unsigned kMostBlocksY = 65535;
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 
-// A quarter of the time that a slot takes on a PCIe 5 x16 bus.
-constexpr std::chrono::microseconds kPollInterval{20};
-
 std::atomic<std::size_t> pinned_bytes{0};
 
 CuStream as_stream(StreamHandle handle) {
   return reinterpret_cast<CuStream>(handle);
 }
 
-// Polled: an event that the driver lets a thread sleep for interrupts the CPU when it passes, and holds up
-// the copies behind it (benchmarks/README.md, "The bus").
 class CudaEvent final : public Event {
  public:
   explicit CudaEvent(std::shared_ptr<CudaContext> context) : context_(std::move(context)) {
@@ -42,12 +35,11 @@ class CudaEvent final : public Event {
     const CudaContext::Scope scope(*context_, std::nothrow);
     context_->api().event_destroy(handle_);
   }
-  void wait() override {
+  bool passed() override {
     const CudaContext::Scope scope(*context_);
-    const CudaApi& api = context_->api();
-    CuResult result = api.event_query(handle_);
-    for (; result == kNotReady; result = api.event_query(handle_)) std::this_thread::sleep_for(kPollInterval);
-    api.check(result, "cuEventQuery");
+    const CuResult result = context_->api().event_query(handle_);
+    if (result != kNotReady) context_->api().check(result, "cuEventQuery");
+    return result != kNotReady;
   }
   CuEvent handle() const { return handle_; }
 

@@ -1,6 +1,6 @@
 #include "transfer/engine.hpp"
 
-#include <limits>
+#include <optional>
 
 #include "error.hpp"
 #include "storage/file.hpp"
@@ -39,13 +39,14 @@ Error cancelled() {
 
 Engine::Engine(const EngineOptions& options)
     : options_(validated(options)),
-      workers_(
-          options_.threads, [this](const Job& job) { run(job); },
-          [this] {
-            // The lock orders this with a waiter between its check and its sleep.
-            const std::lock_guard lock(mutex_);
-            progress_.notify_all();
-          }) {}
+      workers_(options_.threads, {.get_ready = [this](std::size_t worker) { await_slot(worker); },
+                                  .run = [this](const Job& job, std::size_t worker) { run(job, worker); },
+                                  .on_failure =
+                                      [this] {
+                                        // The lock orders this with a waiter between its check and its sleep.
+                                        const std::lock_guard lock(mutex_);
+                                        progress_.notify_all();
+                                      }}) {}
 
 Engine::~Engine() {
   try {
@@ -74,17 +75,21 @@ Device& Engine::device(std::uint32_t lane) {
   throw Error(ErrorCode::kInvalidArgument, "there is no lane " + std::to_string(lane));
 }
 
-void Engine::make_ring(Device& device) {
-  if (ring_ != nullptr) return;
-  auto memory = device.allocate_host(options_.slots() * options_.slot_bytes);
-  ring_ = std::make_unique<Ring>(std::move(memory), options_.slot_bytes, options_.slots());
+void Engine::make_rings(Device& device) {
+  if (has_rings_) return;
+  slots_ = device.allocate_host(options_.threads * options_.ring_bytes());
+  for (std::size_t worker = 0; worker < options_.threads; ++worker) {
+    rings_.emplace_back(slots_->data() + worker * options_.ring_bytes(), options_.slot_bytes,
+                        options_.slots_per_thread);
+  }
+  has_rings_ = true;
 }
 
 void Engine::prepare(std::uint32_t lane) {
   Device& to = device(lane);
   const std::lock_guard lock(mutex_);
   if (closed_) throw cancelled();
-  if (!to.reads_in_place()) make_ring(to);
+  if (!to.reads_in_place()) make_rings(to);
 }
 
 std::unique_ptr<Event> Engine::take_event(std::uint32_t lane) {
@@ -103,11 +108,11 @@ Ticket Engine::submit(std::uint32_t lane, std::span<const Read> reads, StreamHan
 
   std::unique_lock lock(mutex_);
   if (closed_) throw cancelled();
-  if (!to.reads_in_place()) make_ring(to);  // fails here, not on a worker, where memory cannot be pinned
+  if (!to.reads_in_place()) make_rings(to);  // fails here, not on a worker, where memory cannot be pinned
   const Ticket ticket = pending_.size();
   std::vector<Job> jobs = make_jobs(lane, reads, start);
   lock.unlock();
-  workers_.push(std::move(jobs), first);
+  workers_.push(lane, std::move(jobs), first);
   return ticket;
 }
 
@@ -124,11 +129,11 @@ std::vector<Engine::Job> Engine::make_jobs(std::uint32_t lane, std::span<const R
   std::vector<Piece> pieces = make_plan(ranges, limits_for(*devices_[lane], options_));
 
   const std::size_t base = pending_.size();
-  for (std::size_t i = 0; i < reads.size(); ++i) pending_.push_back({lane, 0, take_event(lane)});
+  for (std::size_t i = 0; i < reads.size(); ++i) pending_.emplace_back(lane, take_event(lane));
   std::vector<Job> jobs;
   jobs.reserve(pieces.size());
   for (Piece& piece : pieces) {
-    Job job{lane, std::move(piece), {}, {}, start};
+    Job job{lane, devices_[lane].get(), files_[piece.file].get(), std::move(piece), {}, {}, start};
     for (const Segment& segment : job.piece.segments) {
       Pending& pending = pending_[base + segment.range];
       ++pending.pieces_left;
@@ -137,44 +142,47 @@ std::vector<Engine::Job> Engine::make_jobs(std::uint32_t lane, std::span<const R
     }
     jobs.push_back(std::move(job));
   }
+  for (std::size_t i = base; i < pending_.size(); ++i) pending_[i].on_its_way = pending_[i].pieces_left == 0;
   return jobs;
 }
 
-void Engine::run(const Job& job) {
-  std::unique_lock lock(mutex_);
-  const Source& source = *files_[job.piece.file];
-  Device& to = *devices_[job.lane];
-  lock.unlock();
-  if (to.reads_in_place()) {
-    read_into_host(job, source);
+void Engine::await_slot(std::size_t worker) {
+  if (!has_rings_) return;
+  const Clock::time_point start = Clock::now();
+  const std::optional<std::size_t> emptied = rings_[worker].wait_for_empty();
+  slot_nanoseconds_.fetch_add(nanoseconds_since(start), std::memory_order_relaxed);
+  if (emptied) workers_.done(*emptied);
+}
+
+void Engine::run(const Job& job, std::size_t worker) {
+  if (job.device->reads_in_place()) {
+    read_in_place(job);
   } else {
-    read_through_slot(job, source, to);
+    read_through_slot(job, rings_[worker]);
   }
   pieces_.fetch_add(1, std::memory_order_relaxed);
-  complete(job, to);
+  complete(job);
 }
 
-void Engine::read_into_host(const Job& job, const Source& source) {
+void Engine::read_in_place(const Job& job) {
   for (std::size_t i = 0; i < job.to.size(); ++i) {
     const Segment& segment = job.piece.segments[i];
-    timed_read(source, reinterpret_cast<std::byte*>(job.to[i]), segment.nbytes, segment.nbytes,
+    timed_read(*job.source, reinterpret_cast<std::byte*>(job.to[i]), segment.nbytes, segment.nbytes,
                job.piece.offset + segment.piece_offset);
   }
+  workers_.done(job.lane);
 }
 
-void Engine::read_through_slot(const Job& job, const Source& source, Device& to) {
-  const Clock::time_point start = Clock::now();
-  Ring::Slot& slot = ring_->lease();
-  slot_nanoseconds_.fetch_add(nanoseconds_since(start), std::memory_order_relaxed);
-
-  timed_read(source, slot.data(), job.piece.needed, job.piece.capacity, job.piece.offset);
-  await(*job.start, to);
+void Engine::read_through_slot(const Job& job, Ring& ring) {
+  Ring::Slot& slot = ring.lease();
+  timed_read(*job.source, slot.data(), job.piece.needed, job.piece.capacity, job.piece.offset);
+  await(*job.start, *job.device);
   for (std::size_t i = 0; i < job.to.size(); ++i) {
     const Segment& segment = job.piece.segments[i];
-    to.copy(job.to[i], slot.data() + segment.piece_offset, segment.nbytes);
+    job.device->copy(job.to[i], slot.data() + segment.piece_offset, segment.nbytes);
   }
-  to.record(slot.event_on(to));
-  ring_->give_back(slot);
+  job.device->record(slot.event_on(*job.device, job.lane));
+  ring.give_back(slot);
 }
 
 void Engine::await(Start& start, Device& to) {
@@ -192,24 +200,20 @@ void Engine::timed_read(const Source& source, std::byte* out, std::size_t needed
   bytes_read_.fetch_add(needed, std::memory_order_relaxed);
 }
 
-// A ticket's event is recorded by whoever issues its last copy: all the others are on the stream already.
-void Engine::complete(const Job& job, Device& to) {
-  std::uint64_t delivered = 0;
-  bool landed = false;
+void Engine::complete(const Job& job) {
+  std::vector<Pending*> finished;
+  for (std::size_t i = 0; i < job.tickets.size(); ++i) {
+    bytes_delivered_.fetch_add(job.piece.segments[i].nbytes, std::memory_order_relaxed);
+    if (--job.tickets[i]->pieces_left == 0) finished.push_back(job.tickets[i]);
+  }
+  if (finished.empty()) return;
+  // Whoever issues a ticket's last copy records its event: all the others are on the stream already.
+  for (const Pending* pending : finished) job.device->record(*pending->landed);
   {
     const std::lock_guard lock(mutex_);
-    for (std::size_t i = 0; i < job.tickets.size(); ++i) {
-      Pending& pending = *job.tickets[i];
-      delivered += job.piece.segments[i].nbytes;
-      if (pending.pieces_left == 1) {
-        to.record(*pending.landed);
-        landed = true;
-      }
-      --pending.pieces_left;
-    }
+    for (Pending* pending : finished) pending->on_its_way = true;
   }
-  bytes_delivered_.fetch_add(delivered, std::memory_order_relaxed);
-  if (landed) progress_.notify_all();
+  progress_.notify_all();
 }
 
 bool Engine::wait(Ticket ticket, StreamHandle stream, std::chrono::milliseconds timeout) {
@@ -219,9 +223,8 @@ bool Engine::wait(Ticket ticket, StreamHandle stream, std::chrono::milliseconds 
   }
   Pending& pending = pending_[ticket];
   std::exception_ptr error;
-  const bool over = progress_.wait_for(lock, timeout, [&] {
-    return pending.pieces_left == 0 || closed_ || (error = workers_.error()) != nullptr;
-  });
+  const bool over = progress_.wait_for(
+      lock, timeout, [&] { return pending.on_its_way || closed_ || (error = workers_.error()) != nullptr; });
   if (!over) return false;
   if (error != nullptr) std::rethrow_exception(error);
   if (closed_) throw cancelled();
@@ -258,7 +261,8 @@ void Engine::close() {
       if (error == nullptr) error = std::current_exception();
     }
   }
-  ring_.reset();
+  rings_.clear();
+  slots_.reset();
   for (auto& events : spare_events_) events.clear();
   for (Pending& pending : pending_) pending.landed.reset();
   files_.clear();

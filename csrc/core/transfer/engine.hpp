@@ -81,8 +81,10 @@ class Engine {
 
  private:
   struct Pending {  // one ticket
+    Pending(std::uint32_t on, std::unique_ptr<Event> event) : lane(on), landed(std::move(event)) {}
     std::uint32_t lane;
-    std::size_t pieces_left;
+    std::atomic<std::size_t> pieces_left{0};
+    bool on_its_way = false;  // all its copies are issued and `landed` is recorded
     std::unique_ptr<Event> landed;
   };
   struct Start {  // of the copies of one submission: their destinations may be written after it
@@ -92,6 +94,8 @@ class Engine {
   };
   struct Job {
     std::uint32_t lane;
+    Device* device;
+    const Source* source;
     Piece piece;
     std::vector<Address> to;        // one for each segment
     std::vector<Pending*> tickets;  // one for each segment
@@ -99,16 +103,17 @@ class Engine {
   };
 
   Device& device(std::uint32_t lane);
-  void make_ring(Device& device);  // with the lock held
+  void make_rings(Device& device);  // with the lock held
   std::vector<Job> make_jobs(std::uint32_t lane, std::span<const Read> reads,
                              const std::shared_ptr<Start>& start);
-  void run(const Job& job);
+  void await_slot(std::size_t worker);
+  void run(const Job& job, std::size_t worker);
   static void await(Start& start, Device& to);
-  void read_into_host(const Job& job, const Source& source);
-  void read_through_slot(const Job& job, const Source& source, Device& device);
+  void read_in_place(const Job& job);
+  void read_through_slot(const Job& job, Ring& ring);
   void timed_read(const Source& source, std::byte* out, std::size_t needed, std::size_t capacity,
                   std::uint64_t offset);
-  void complete(const Job& job, Device& device);
+  void complete(const Job& job);
   std::unique_ptr<Event> take_event(std::uint32_t lane);
 
   const EngineOptions options_;
@@ -118,7 +123,9 @@ class Engine {
   std::deque<std::unique_ptr<Device>> devices_;
   std::deque<Pending> pending_;
   std::vector<std::vector<std::unique_ptr<Event>>> spare_events_;  // by lane
-  std::unique_ptr<Ring> ring_;
+  std::unique_ptr<HostMemory> slots_;
+  std::deque<Ring> rings_;  // of the workers, each of which uses its own without the lock
+  std::atomic<bool> has_rings_{false};
   bool closed_ = false;
   std::condition_variable progress_;
 

@@ -1,40 +1,57 @@
 #include "transfer/ring.hpp"
 
-namespace pyint8 {
+#include <algorithm>
+#include <chrono>
+#include <thread>
+#include <utility>
 
-Ring::Ring(std::unique_ptr<HostMemory> memory, std::size_t slot_bytes, std::size_t slots)
-    : memory_(std::move(memory)), slots_(slots) {
-  for (std::size_t i = 0; i < slots; ++i) {
-    slots_[i].data_ = memory_->data() + i * slot_bytes;
-    free_.push_back(&slots_[i]);
+namespace pyint8 {
+namespace {
+
+// Less than the slots that are on their way together take on the bus.
+constexpr std::chrono::microseconds kPollInterval{50};
+
+}  // namespace
+
+Ring::Ring(std::byte* memory, std::size_t slot_bytes, std::size_t slots) : slots_(slots) {
+  for (Slot& slot : slots_) {
+    slot.data_ = std::exchange(memory, memory + slot_bytes);
+    free_.push_back(&slot);
   }
 }
 
-Event& Ring::Slot::event_on(Device& device) {
-  for (auto& [owner, event] : events_) {
-    if (owner == &device) return *(in_flight_ = event.get());
+Event& Ring::Slot::event_on(Device& device, std::size_t lane) {
+  if (events_.size() <= lane) events_.resize(lane + 1);
+  if (events_[lane] == nullptr) events_[lane] = device.make_event();
+  lane_ = lane;
+  return *(in_flight_ = events_[lane].get());
+}
+
+// Events are polled: one that a thread can sleep for interrupts the CPU when it passes, and holds up the
+// copies behind it.
+std::optional<std::size_t> Ring::wait_for_empty() {
+  Slot* slot = find_empty();
+  for (; slot == nullptr; slot = find_empty()) std::this_thread::sleep_for(kPollInterval);
+  if (std::exchange(slot->in_flight_, nullptr) == nullptr) return std::nullopt;
+  return slot->lane_;
+}
+
+// A lane's copies pass in order, so only its oldest is asked for; between lanes, any may be the first.
+Ring::Slot* Ring::find_empty() {
+  for (auto at = free_.begin(); at != free_.end(); ++at) {
+    Slot& slot = **at;
+    if (slot.in_flight_ == nullptr) return &slot;
+    const auto is_older = [&](const Slot* other) { return other->lane_ == slot.lane_; };
+    if (std::none_of(free_.begin(), at, is_older) && slot.in_flight_->passed()) return &slot;
   }
-  events_.emplace_back(&device, device.make_event());
-  return *(in_flight_ = events_.back().second.get());
+  return nullptr;
 }
 
 Ring::Slot& Ring::lease() {
-  std::unique_lock lock(mutex_);
-  returned_.wait(lock, [this] { return !free_.empty(); });
-  Slot& slot = *free_.front();
-  free_.pop_front();
-  lock.unlock();
-  if (slot.in_flight_ != nullptr) slot.in_flight_->wait();
-  slot.in_flight_ = nullptr;
+  const auto at = std::ranges::find(free_, nullptr, &Slot::in_flight_);
+  Slot& slot = **at;
+  free_.erase(at);
   return slot;
-}
-
-void Ring::give_back(Slot& slot) {
-  {
-    const std::lock_guard lock(mutex_);
-    free_.push_back(&slot);
-  }
-  returned_.notify_one();
 }
 
 }  // namespace pyint8

@@ -1,46 +1,51 @@
-// A fixed number of equal slots of host memory, leased to be filled and given back to be emptied by the bus.
+// A worker's own slots of host memory: leased to be filled, and given back to be emptied by the bus.
+//
+// A worker fills no slot but its own, so that the lines it writes are in its core's cache already; small
+// enough for the last-level cache, all rings together let the bus read them there too. Not thread-safe.
 #pragma once
 
-#include <condition_variable>
+#include <cstddef>
 #include <deque>
 #include <memory>
-#include <mutex>
+#include <optional>
 #include <vector>
 
 #include "device/device.hpp"
 
 namespace pyint8 {
 
-// Small enough for the last-level cache, a ring lets a byte be copied out of the page cache and read by the
-// bus without a trip to memory.
 class Ring {
  public:
-  Ring(std::unique_ptr<HostMemory> memory, std::size_t slot_bytes, std::size_t slots);
+  // `memory` holds the slots one behind the other, and outlives this.
+  Ring(std::byte* memory, std::size_t slot_bytes, std::size_t slots);
 
   class Slot {
    public:
     std::byte* data() const { return data_; }
-    // The event to record once the copies out of this slot are issued on `device`.
-    Event& event_on(Device& device);
+    // The event to record once the copies out of this slot are issued on `device`, which is lane `lane`.
+    Event& event_on(Device& device, std::size_t lane);
 
    private:
     friend class Ring;
     std::byte* data_ = nullptr;
-    Event* in_flight_ = nullptr;  // the event of the last copies, if any
-    std::vector<std::pair<Device*, std::unique_ptr<Event>>> events_;
+    Event* in_flight_ = nullptr;                  // of the last copies, until it is known that they are over
+    std::size_t lane_ = 0;                        // theirs
+    std::vector<std::unique_ptr<Event>> events_;  // by lane
   };
 
-  // The slot that was given back longest ago, once the bus has emptied it. Blocks while there is none.
+  // Waits until the bus has emptied one of the slots that were given back. The lane whose copies emptied it,
+  // if it was not empty before.
+  std::optional<std::size_t> wait_for_empty();
+  // Of the slots that are empty, the one that was given back longest ago. There must be one.
   Slot& lease();
   // Gives a slot back while its copies, marked by `event_on`, may still be under way.
-  void give_back(Slot& slot);
+  void give_back(Slot& slot) { free_.push_back(&slot); }
 
  private:
-  std::unique_ptr<HostMemory> memory_;
-  std::vector<Slot> slots_;
-  std::mutex mutex_;  // guards free_
-  std::condition_variable returned_;
-  std::deque<Slot*> free_;
+  Slot* find_empty();
+
+  std::deque<Slot> slots_;
+  std::deque<Slot*> free_;  // in the order they were given back
 };
 
 }  // namespace pyint8

@@ -3,23 +3,31 @@
 #pragma once
 
 #include <condition_variable>
-#include <deque>
 #include <exception>
 #include <functional>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <vector>
+
+#include "transfer/lane_queue.hpp"
 
 namespace pyint8 {
 
 template <typename Job>
 class Workers {
  public:
-  // `run` is called on the threads, one job at a time each; `on_failure` once, after the first error is kept.
-  Workers(std::size_t threads, std::function<void(const Job&)> run, std::function<void()> on_failure)
-      : run_(std::move(run)), on_failure_(std::move(on_failure)) {
+  // What a worker, numbered from 0, does; all but `on_failure` are called on its thread.
+  struct Role {
+    // Returns once the worker could run a job at once: until then, jobs are left to others.
+    std::function<void(std::size_t worker)> get_ready;
+    std::function<void(const Job&, std::size_t worker)> run;
+    std::function<void()> on_failure;  // called once, after the first error is kept
+  };
+
+  Workers(std::size_t threads, Role role) : role_(std::move(role)) {
     try {
-      for (std::size_t i = 0; i < threads; ++i) threads_.emplace_back([this] { loop(); });
+      for (std::size_t i = 0; i < threads; ++i) threads_.emplace_back([this, i] { loop(i); });
     } catch (...) {  // no more threads to be had: join those there are
       stop();
       throw;
@@ -30,14 +38,19 @@ class Workers {
   Workers& operator=(const Workers&) = delete;
 
   // `first`: ahead of everything that waits. Discarded once stopped.
-  void push(std::vector<Job> jobs, bool first) {
+  void push(std::size_t lane, std::vector<Job> jobs, bool first) {
     {
       const std::lock_guard lock(mutex_);
       if (stopped_) return;
-      const auto at = first ? jobs_.begin() : jobs_.end();
-      jobs_.insert(at, std::make_move_iterator(jobs.begin()), std::make_move_iterator(jobs.end()));
+      jobs_.push(lane, std::move(jobs), first);
     }
     wake_.notify_all();
+  }
+
+  // The device of this lane is through with one of its jobs.
+  void done(std::size_t lane) {
+    const std::lock_guard lock(mutex_);
+    jobs_.done(lane);
   }
 
   // Lets the jobs under way end, discards the others, joins. Idempotent.
@@ -61,20 +74,29 @@ class Workers {
   }
 
  private:
-  void loop() {
-    for (;;) {
-      std::unique_lock lock(mutex_);
-      wake_.wait(lock, [this] { return stopped_ || !jobs_.empty(); });
-      if (stopped_) return;
-      const Job job = std::move(jobs_.front());
-      jobs_.pop_front();
-      lock.unlock();
+  void loop(std::size_t worker) {
+    while (wait_for_jobs()) {
       try {
-        run_(job);
+        role_.get_ready(worker);
+        if (const std::optional<Job> job = take()) role_.run(*job, worker);
       } catch (...) {
         fail(std::current_exception());
       }
     }
+  }
+
+  // False once stopped.
+  bool wait_for_jobs() {
+    std::unique_lock lock(mutex_);
+    wake_.wait(lock, [this] { return stopped_ || !jobs_.empty(); });
+    return !stopped_;
+  }
+
+  // Nothing where others took what there was.
+  std::optional<Job> take() {
+    const std::lock_guard lock(mutex_);
+    if (stopped_ || jobs_.empty()) return std::nullopt;
+    return jobs_.pop();
   }
 
   void fail(std::exception_ptr error) {
@@ -86,13 +108,12 @@ class Workers {
       jobs_.clear();
     }
     wake_.notify_all();
-    on_failure_();
+    role_.on_failure();
   }
 
-  std::function<void(const Job&)> run_;
-  std::function<void()> on_failure_;
+  Role role_;
   mutable std::mutex mutex_;  // guards the three below
-  std::deque<Job> jobs_;
+  LaneQueue<Job> jobs_;
   std::exception_ptr error_;
   bool stopped_ = false;
   std::condition_variable wake_;

@@ -1,6 +1,7 @@
 #include "cuda_support.hpp"
 
 #include <array>
+#include <thread>
 
 namespace pyint8 {
 namespace {
@@ -38,6 +39,10 @@ OnlyKernelImages::OnlyKernelImages(std::span<const KernelImage> only) {
 
 OnlyKernelImages::~OnlyKernelImages() {
   images = all_images;
+}
+
+void wait_until_passed(Event& event) {
+  while (!event.passed()) std::this_thread::yield();
 }
 
 FakeCudaCounters counters() {

@@ -16,6 +16,8 @@ std::shared_ptr<const CudaApi> fake_driver();
 
 FakeCudaCounters counters();
 
+void wait_until_passed(Event& event);
+
 // The tests stand in for the kernels that a build has: machine code for 9.0, 8.0 and 7.5, and PTX. While one
 // of these lives, there are only some.
 class OnlyKernelImages {

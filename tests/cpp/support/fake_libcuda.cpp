@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <string_view>
 
@@ -203,6 +204,20 @@ CuResult cuMemcpyHtoDAsync_v2(CuDevicePtr to, const void* from, std::size_t nbyt
     });
   }
   return kSuccess;
+}
+
+// Device memory is the host's; for programs that have no allocator of their own.
+CuResult cuMemAlloc_v2(CuDevicePtr* memory, std::size_t nbytes) {
+  BEGIN_IN_CONTEXT("cuMemAlloc_v2");
+  *memory = reinterpret_cast<CuDevicePtr>(std::malloc(nbytes));
+  return *memory == 0 ? 2 : kSuccess;
+}
+
+CuResult cuMemFree_v2(CuDevicePtr memory) {
+  const Call call("cuMemFree_v2");
+  RETURN_IF(call.context == nullptr, kInvalidContext);
+  std::free(reinterpret_cast<void*>(memory));
+  return call.result;
 }
 
 CuResult cuMemHostRegister_v2(void* address, std::size_t nbytes, unsigned flags) {

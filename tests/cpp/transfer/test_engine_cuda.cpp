@@ -68,16 +68,16 @@ TEST_CASE("every read is byte-exact, whatever the lanes, threads, slots and read
   Random random(1);
   for (const int lanes : {1, 3}) {
     for (const std::size_t threads : {1, 3}) {
-      for (const std::size_t spare_slots : {1, 3}) {
+      for (const std::size_t slots_per_thread : {1, 3}) {
         for (const std::size_t slot_bytes : {8192, 20480, 69632}) {
           for (const bool direct_io : {false, true}) {
             CAPTURE(lanes);
             CAPTURE(threads);
-            CAPTURE(spare_slots);
+            CAPTURE(slots_per_thread);
             CAPTURE(slot_bytes);
             CAPTURE(direct_io);
             const Accounts accounts;
-            pour(checkpoint, {threads, spare_slots, slot_bytes, direct_io}, lanes, random);
+            pour(checkpoint, {threads, slots_per_thread, slot_bytes, direct_io}, lanes, random);
           }
         }
       }
@@ -200,7 +200,7 @@ TEST_CASE("reads submitted first overtake those that wait") {
   Consumer consumer(0);
   for (const bool first : {false, true}) {
     Bytes held(2 * kSlot), next(kSlot), contested(kSlot);
-    Engine engine({.threads = 1, .spare_slots = 1, .slot_bytes = kSlot});
+    Engine engine({.threads = 1, .slots_per_thread = 2, .slot_bytes = kSlot});
     checkpoint.open(engine);
     add_lane(engine, 0);
     Gate gate(consumer);
@@ -219,6 +219,32 @@ TEST_CASE("reads submitted first overtake those that wait") {
     consumer.synchronize();
     CHECK(contested == part(checkpoint, (first ? 3 : 4) * kSlot, kSlot));  // whoever was read last
   }
+}
+
+TEST_CASE("a lane whose copies are held up leaves slots to the others, whoever asked first") {
+  const Accounts accounts;
+  const Checkpoint checkpoint({100 * kSlot});
+  Bytes before(4 * kSlot), held(100 * kSlot), free(20 * kSlot);
+  Consumer first(0), stuck(1), fast(2);
+  Engine engine({.threads = 2, .slots_per_thread = 2, .slot_bytes = kSlot});
+  checkpoint.open(engine);
+  for (const int lane : {0, 1, 2}) add_lane(engine, lane);
+  Gate all(first), some(stuck);
+  const auto submit = [&](std::uint32_t lane, Bytes& to, Consumer& consumer) {
+    const Read read = read_of(0, to);
+    return engine.submit(lane, {&read, 1}, consumer.stream(), false);
+  };
+  wait_for(engine, submit(0, before, first), first.stream());  // all slots are on their way, behind the gate
+  const Ticket late = submit(1, held, stuck);
+  const Ticket soon_there = submit(2, free, fast);
+  all.open();
+  wait_for(engine, soon_there, fast.stream());
+  fast.synchronize();
+  CHECK(free == part(checkpoint, 0, free.size()));
+  some.open();
+  wait_for(engine, late, stuck.stream());
+  stuck.synchronize();
+  CHECK(held == checkpoint.contents[0]);
 }
 
 TEST_CASE("lanes of both kinds share one engine") {
@@ -266,7 +292,7 @@ TEST_CASE("scratch is used again and again without a word to the host") {
   Bytes scratch(3 * kSlot);
   std::vector<Bytes> seen(64);
   Consumer consumer(0);
-  Engine engine({.threads = 3, .spare_slots = 2, .slot_bytes = kSlot});
+  Engine engine({.threads = 3, .slots_per_thread = 2, .slot_bytes = kSlot});
   checkpoint.open(engine);
   add_lane(engine, 0);
   for (std::size_t i = 0; i < seen.size(); ++i) {

@@ -11,7 +11,7 @@ namespace {
 
 constexpr std::size_t kSlot = 8192;
 constexpr int kLanes = 3;
-constexpr EngineOptions kOptions = {.threads = 2, .spare_slots = 2, .slot_bytes = kSlot};
+constexpr EngineOptions kOptions = {.threads = 2, .slots_per_thread = 2, .slot_bytes = kSlot};
 
 Read whole(Bytes& to) {
   return {{0, 0, to.size()}, reinterpret_cast<Address>(to.data())};
@@ -183,7 +183,7 @@ TEST_CASE("a truncated file among good ones") {
     const Checkpoint checkpoint({64 * kSlot, 100});
     std::vector<Bytes> to(50, Bytes(64 * kSlot));
     Consumer consumer(0);
-    Engine engine({.threads = 3, .spare_slots = 1, .slot_bytes = kSlot, .direct_io = direct_io});
+    Engine engine({.threads = 3, .slots_per_thread = 1, .slot_bytes = kSlot, .direct_io = direct_io});
     checkpoint.open(engine);
     add_lane(engine, 0);
     std::vector<Read> reads;

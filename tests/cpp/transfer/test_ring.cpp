@@ -1,6 +1,6 @@
 #include <atomic>
 #include <chrono>
-#include <latch>
+#include <optional>
 #include <thread>
 
 #include "support.hpp"
@@ -15,30 +15,17 @@ class SpyDevice final : public Device {
   class SpyEvent final : public Event {
    public:
     explicit SpyEvent(SpyDevice& device) : device_(device) {}
-    void wait() override {
-      ++device_.waits;
-      device_.passed.wait(false);
+    bool passed() override {
       if (device_.fails) throw Error(ErrorCode::kDriver, "lost");
+      return device_.passed;
     }
 
    private:
     SpyDevice& device_;
   };
-  class SpyMemory final : public HostMemory {
-   public:
-    SpyMemory(SpyDevice& device, std::size_t nbytes) : device_(device), bytes_(nbytes) { ++device_.memories; }
-    ~SpyMemory() override { --device_.memories; }
-    std::byte* data() override { return bytes_.data(); }
-
-   private:
-    SpyDevice& device_;
-    Bytes bytes_;
-  };
 
   bool reads_in_place() const override { return false; }
-  std::unique_ptr<HostMemory> allocate_host(std::size_t nbytes) override {
-    return std::make_unique<SpyMemory>(*this, nbytes);
-  }
+  std::unique_ptr<HostMemory> allocate_host(std::size_t) override { return nullptr; }
   std::unique_ptr<Event> make_event() override {
     ++events;
     return std::make_unique<SpyEvent>(*this);
@@ -53,124 +40,137 @@ class SpyDevice final : public Device {
 
   std::atomic<bool> passed = true;
   std::atomic<bool> fails = false;
-  std::atomic<int> waits = 0;
   int events = 0;
-  int memories = 0;
 };
 
-void soon() {
-  std::this_thread::sleep_for(std::chrono::milliseconds(20));
+struct RingOf {
+  explicit RingOf(std::size_t slots) : bytes(slots * 100), ring(bytes.data(), 100, slots) {}
+
+  Ring::Slot& lease() {
+    emptied = ring.wait_for_empty();
+    return ring.lease();
+  }
+  void send(Ring::Slot& slot, Device& device, std::size_t lane) {
+    slot.event_on(device, lane);
+    ring.give_back(slot);
+  }
+
+  Bytes bytes;
+  Ring ring;
+  std::optional<std::size_t> emptied;
+};
+
+// Lets a device's copies pass in a while.
+std::jthread passes_soon(SpyDevice& device) {
+  device.passed = false;
+  return std::jthread([&device] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    device.passed = true;
+  });
 }
 
 }  // namespace
 
 TEST_CASE("slots lie one behind the other, and come round in the order they were given back") {
   SpyDevice device;
-  {
-    Ring ring(device.allocate_host(3 * 100), 100, 3);
-    Ring::Slot& a = ring.lease();
-    Ring::Slot& b = ring.lease();
-    Ring::Slot& c = ring.lease();
-    CHECK(b.data() == a.data() + 100);
-    CHECK(c.data() == b.data() + 100);
-    ring.give_back(b);
-    ring.give_back(c);
-    ring.give_back(a);
-    CHECK(&ring.lease() == &b);
-    CHECK(&ring.lease() == &c);
-    CHECK(&ring.lease() == &a);
-    CHECK(device.waits == 0);  // no copy was marked
+  RingOf of(3);
+  Ring::Slot& a = of.lease();
+  Ring::Slot& b = of.lease();
+  Ring::Slot& c = of.lease();
+  CHECK(a.data() == of.bytes.data());
+  CHECK(b.data() == a.data() + 100);
+  CHECK(c.data() == b.data() + 100);
+  for (Ring::Slot* slot : {&b, &c, &a}) of.ring.give_back(*slot);
+  for (Ring::Slot* slot : {&b, &c, &a}) {
+    CHECK(&of.lease() == slot);
+    CHECK_FALSE(of.emptied);  // no copy was marked
   }
-  CHECK(device.memories == 0);
 }
 
-TEST_CASE("a lease waits for the copies out of the slot, once") {
+TEST_CASE("the copies out of a slot are awaited once, and it is said whose they were") {
   SpyDevice device;
-  Ring ring(device.allocate_host(10), 10, 1);
-  Ring::Slot& slot = ring.lease();
-  slot.event_on(device);
-  device.passed = false;
-  ring.give_back(slot);
-  std::atomic<bool> leased = false;
-  std::thread other([&] {
-    ring.lease();
-    leased = true;
-  });
-  soon();
-  CHECK_FALSE(leased);
-  device.passed = true;
-  device.passed.notify_all();
-  other.join();
-  CHECK(leased);
-  ring.give_back(slot);
-  ring.lease();
-  CHECK(device.waits == 1);
+  RingOf of(1);
+  of.send(of.lease(), device, 7);
+  const std::jthread bus = passes_soon(device);
+  Ring::Slot& slot = of.lease();
+  CHECK(device.passed);
+  CHECK(of.emptied == 7);
+  of.ring.give_back(slot);
+  of.lease();
+  CHECK_FALSE(of.emptied);
 }
 
-TEST_CASE("a lease waits for a slot to be given back") {
+TEST_CASE("an empty slot that is not leased stays empty") {
   SpyDevice device;
-  Ring ring(device.allocate_host(10), 10, 1);
-  Ring::Slot& slot = ring.lease();
-  std::atomic<bool> leased = false;
-  std::thread other([&] {
-    ring.give_back(ring.lease());
-    leased = true;
-  });
-  soon();
-  CHECK_FALSE(leased);
-  ring.give_back(slot);
-  other.join();
-  CHECK(leased);
+  RingOf of(2);
+  Ring::Slot& slot = of.lease();
+  of.send(of.lease(), device, 3);
+  of.send(slot, device, 4);
+  CHECK(of.ring.wait_for_empty() == 3);
+  CHECK_FALSE(of.ring.wait_for_empty());
+  of.ring.lease();
+  CHECK(of.ring.wait_for_empty() == 4);
+  CHECK(&of.ring.lease() == &slot);
 }
 
-TEST_CASE("a slot has one event on each device, and waits for the one that was marked last") {
+TEST_CASE("a slot that is empty already comes before an older one that is not") {
+  SpyDevice slow, fast;
+  RingOf of(2);
+  Ring::Slot& older = of.lease();
+  Ring::Slot& newer = of.lease();
+  slow.passed = false;
+  of.send(older, slow, 0);
+  of.send(newer, fast, 1);
+  CHECK(&of.lease() == &newer);
+  CHECK(of.emptied == 1);
+}
+
+TEST_CASE("of several empty slots the one given back longest ago comes first") {
+  SpyDevice device;
+  RingOf of(2);
+  Ring::Slot& first = of.lease();
+  Ring::Slot& second = of.lease();
+  of.send(second, device, 0);
+  of.send(first, device, 0);
+  const std::jthread bus = passes_soon(device);
+  CHECK(&of.lease() == &second);
+}
+
+TEST_CASE("while none is empty, all are watched: a newer one may be the first") {
+  SpyDevice stuck, slow;
+  RingOf of(2);
+  Ring::Slot& older = of.lease();
+  Ring::Slot& newer = of.lease();
+  stuck.passed = false;
+  of.send(older, stuck, 0);
+  of.send(newer, slow, 1);
+  const std::jthread bus = passes_soon(slow);
+  CHECK(&of.lease() == &newer);
+  CHECK(of.emptied == 1);
+}
+
+TEST_CASE("a slot has one event on each lane, and waits for the one that was marked last") {
   SpyDevice first, second;
-  Ring ring(first.allocate_host(10), 10, 1);
-  Ring::Slot& slot = ring.lease();
-  Event& on_first = slot.event_on(first);
-  CHECK(&slot.event_on(first) == &on_first);
-  Event& on_second = slot.event_on(second);
-  CHECK(&on_second != &on_first);
-  CHECK(&slot.event_on(first) == &on_first);
-  slot.event_on(second);
-  ring.give_back(slot);
-  ring.lease();
+  RingOf of(1);
+  Ring::Slot& slot = of.lease();
+  Event& on_first = slot.event_on(first, 0);
+  CHECK(&slot.event_on(first, 0) == &on_first);
+  CHECK(&slot.event_on(second, 2) != &on_first);
+  CHECK(&slot.event_on(first, 0) == &on_first);
+  of.send(slot, second, 2);
+  first.passed = false;
+  of.lease();
+  CHECK(of.emptied == 2);
   CHECK(first.events == 1);
   CHECK(second.events == 1);
-  CHECK(first.waits == 0);
-  CHECK(second.waits == 1);
 }
 
-TEST_CASE("a device that fails while a slot is awaited is an error of the lease") {
+TEST_CASE("a device that fails while a slot is awaited is an error of the wait") {
   SpyDevice device;
-  Ring ring(device.allocate_host(10), 10, 1);
-  Ring::Slot& slot = ring.lease();
-  slot.event_on(device);
-  ring.give_back(slot);
+  RingOf of(1);
+  of.send(of.lease(), device, 0);
   device.fails = true;
-  CHECK(error_of([&] { ring.lease(); }).code() == ErrorCode::kDriver);
-}
-
-TEST_CASE("no slot is ever leased twice at once") {
-  SpyDevice device;
-  constexpr std::size_t kSlots = 3;
-  Ring ring(device.allocate_host(kSlots), 1, kSlots);
-  std::atomic<int> collisions = 0;
-  std::vector<std::jthread> threads;
-  for (int t = 0; t < 6; ++t) {
-    threads.emplace_back([&] {
-      for (int i = 0; i < 2000; ++i) {
-        Ring::Slot& slot = ring.lease();
-        if (*slot.data() != std::byte{0}) ++collisions;
-        *slot.data() = std::byte{1};
-        slot.event_on(device);
-        *slot.data() = std::byte{0};
-        ring.give_back(slot);
-      }
-    });
-  }
-  threads.clear();
-  CHECK(collisions == 0);
+  CHECK(error_of([&] { of.ring.wait_for_empty(); }).code() == ErrorCode::kDriver);
 }
 
 }  // namespace pyint8::testing

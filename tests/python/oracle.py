@@ -81,7 +81,7 @@ def describe(value: Any, name: str = "", above: tuple[int, ...] = ()) -> Any:
         return "seen above"
     above = (*above, id(value))
     if isinstance(value, Mapping):
-        if "_hooks" in name:  # keyed by a counter of the process
+        if "_hooks" in name or name == "tied_params_map":  # keyed by a counter of the process, by addresses
             return [describe(item, "", above) for item in value.values()]
         return {str(key): describe(item, str(key), above) for key, item in value.items()}
     if isinstance(value, (set, frozenset)) or (name in UNORDERED and value is not None):

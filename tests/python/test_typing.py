@@ -63,7 +63,8 @@ def check(program: str, folder: Path) -> str:
     """mypy's words, with transformers' classes but not their insides."""
     (folder / "program.py").write_text(program)
     (folder / "mypy.ini").write_text("[mypy]\nstrict = True\n[mypy-torch.*]\nfollow_imports = silent\n")
-    environment = {**os.environ, "MYPYPATH": str(Path(pyint8.__file__).parents[1])}
+    where = Path(pyint8.__file__).parents[1]
+    environment = dict(os.environ) if where.name == "site-packages" else {**os.environ, "MYPYPATH": str(where)}
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "--cache-dir", "cache", "program.py"],
         capture_output=True,

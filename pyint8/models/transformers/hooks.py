@@ -15,6 +15,7 @@ from transformers import BitsAndBytesConfig
 from transformers.quantizers import register_quantization_config, register_quantizer
 
 from pyint8.config import METHOD, Int8Config, bitsandbytes_field
+from pyint8.models.transformers.buffers import warn_of_unset_buffers
 from pyint8.models.transformers.compat import (
     Bnb8BitHfQuantizer,
     QuantizationConfigMixin,
@@ -213,6 +214,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
             genuine.modules_to_not_convert = self.int8.skip
             model.hf_quantizer = genuine
             tell_unquantized(model, self.int8, self.session.recorder.report)
+            warn_of_unset_buffers(model)
         if self.session.is_drop_in:
             announce(self.session.recorder.report, model.name_or_path)
         return model

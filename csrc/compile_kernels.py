@@ -2,8 +2,8 @@
 
 NVRTC 12.0 (a build requirement of 23 MB; no toolkit, headers or GPU needed) writes PTX ISA 8.0 and machine code that
 every driver since 525 accepts; nvcc 13 would write ISA 9.0 and need 580. The PTX, for Volta and all that came after,
-takes the driver 0.13 to 0.2 s to compile where it is new to it; the machine code, for the architectures named here and
-those of the same major version, nothing.
+has to be compiled by the driver where it is new to it; the machine code, for the architectures named here and those of
+the same major version, not (docs/performance.md, "First kernels of a process").
 Exits with 3, and writes a file without kernels, where NVRTC is not installed.
 """
 

@@ -22,16 +22,16 @@ METHOD = "pyint8"
 
 _register: Callable[[], None] | None = None
 _MIB = 1 << 20
-# 8 fill a PCIe 5 x16 bus where the page cache gives a thread 8 GB/s (an H200's host), 14 where it gives 4 (an H100's).
+# See docs/performance.md, "Threads on 16 CPUs".
 _THREADS_FOR_A_GPU = 14
 # However many GPUs, in all processes of a host: more threads copy no faster out of the page cache, and their slots
-# would not stay in the last-level cache.
+# would not stay in the last-level cache. See docs/performance.md, "Threads for several GPUs".
 _MOST_THREADS = 32
-# Of all slots together, for any number of GPUs, and the limits of one slot: benchmarks/README.md, "Slots".
+# Of all slots together, for any number of GPUs, and the limits of one slot: docs/performance.md, "Slots".
 _RING_BYTES = 84 * _MIB
 _LEAST_SLOT = _MIB // 4
 _MOST_SLOT = 4 * _MIB
-# Beside the scratch, a load reserved 71 MiB on an H200 (the allocator's rounding), and its kernels took some 100 MiB.
+# For the allocator's rounding and the kernels: docs/performance.md, "Memory beside the scratch".
 _DEVICE_EXTRA = 256 * _MIB
 _ENVIRONMENT_PREFIX = "PYINT8_"
 _FOR_TESTS = ("PYINT8_TEST_", "PYINT8_REQUIRE_")
@@ -133,23 +133,22 @@ def bitsandbytes_field(config: Any, name: str) -> Any:
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """How bytes travel from the files to their device. The defaults suit every machine measured so far.
+    """How bytes travel from the files to their device. What the defaults rest on is in docs/performance.md.
 
     Args:
-        threads: Workers that read. None means all CPUs this process may use (affinity and cgroup) but two, 14 for each
-            GPU and 32 in all at most: with a worker on every CPU, the thread that quantizes waits for its turn, and a
-            load on 16 cores took 0.46 s instead of 0.43. Up to four CPUs, where reading takes longest, each has one:
-            32 GB/s with four on four, 26 with three. The processes that torchrun starts on a host (LOCAL_WORLD_SIZE)
-            share all three numbers.
-        slots_per_thread: Pinned slots of each worker, for a GPU: one that is being filled, the others on their way.
-        slot_bytes: Size of one slot and of the largest single read, a multiple of 4096. None means as large as lets all
-            slots of a host stay inside its last-level cache together, 4 MiB at most.
+        threads: Workers that read, 1 to 1024. None means all CPUs this process may use (affinity and cgroup) but two,
+            at most 14 for each GPU and 32 in all; of up to four CPUs, all. The processes that torchrun starts on a host
+            (LOCAL_WORLD_SIZE) share these numbers.
+        slots_per_thread: Pinned slots of each worker, for a GPU: one that is being filled, the others on their way. 1
+            to 64; default 2.
+        slot_bytes: Size of one slot and of the largest single read, in bytes: a multiple of 4096, 8192 to 2^30. None
+            means as large as lets all slots of a host stay inside its last-level cache together, 4 MiB at most.
         device_scratch: GPU memory, in bytes, for weights on their way to int8; a larger weight is quantized in bands
-            of rows. At least 1 MiB.
-        host_scratch: The same for weights that are quantized on the CPU.
+            of rows. 1 MiB to 2^40; default 256 MiB.
+        host_scratch: The same for weights that are quantized on the CPU; default 32 MiB.
         direct_io: Read what is not in the page cache past it (O_DIRECT), where the file system can: for a cold
-            checkpoint that shall not take its place there.
-        libcuda: The driver library to open.
+            checkpoint that shall not take its place there. Default False.
+        libcuda: The driver library to open, by name or path. Default "libcuda.so.1".
 
     Raises:
         OptionError: A value out of its range, naming the option.

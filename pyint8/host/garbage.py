@@ -14,7 +14,8 @@ def paused() -> Iterator[None]:
     """Collects nothing while it lasts, in any thread, and afterwards as before.
 
     A load makes many objects at once, all of which stay; for each part of them Python would traverse everything that
-    lives, and find nothing. What has come meanwhile goes to the oldest generation, as if it had been traversed.
+    lives, and find nothing (docs/performance.md, "The garbage collector"). What has come meanwhile goes to the oldest
+    generation, as if it had been traversed.
     """
     was_on = gc.isenabled()
     gc.disable()

@@ -1,7 +1,8 @@
 """bitsandbytes, or an error that says how to get it; imported without the compiler it may never need.
 
-Decorating a few functions with `torch.compile`, bitsandbytes imports torch's inductor: one to ten seconds for code that
-an int8 load does not run. While it is imported here, they are decorated to be compiled in their first call instead.
+Decorating a few functions with `torch.compile`, bitsandbytes imports torch's inductor, for code that an int8 load does
+not run. While it is imported here, they are decorated to be compiled in their first call instead. See
+docs/performance.md, "Importing bitsandbytes".
 """
 
 from __future__ import annotations

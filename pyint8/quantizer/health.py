@@ -74,8 +74,9 @@ class WeightHealth:
     """Collects, on the devices, what shows which rows are bad; says so once at the end.
 
     bitsandbytes says nothing: its GPU kernel swallows NaN, and makes a row of zeros of one with infinity, or with a
-    value beyond fp16's 65504. A weight costs one kernel here, or none; and as every kind of kernel that a process has
-    not used before takes it some 20 ms and 15 MB to load, what they find is looked at on the host.
+    value beyond fp16's 65504. A weight costs one kernel here, or none; and as every kind of kernel costs a process
+    time and memory when it first uses one (docs/performance.md, "First kernels of a process"), what they find is looked
+    at on the host.
     """
 
     def __init__(self) -> None:

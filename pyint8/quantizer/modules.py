@@ -100,7 +100,7 @@ def replace_with_int8(
     skipped: dict[str, str] = {}
     modules = dict(model.named_modules())
     uncalled = _used_by_fast_paths(modules.values())
-    templates: dict[tuple[Any, ...], nn.Module] = {}  # copied in a third of the time a constructor takes
+    templates: dict[tuple[Any, ...], nn.Module] = {}  # docs/performance.md, "Building int8 modules"
     for name, module in modules.items():
         if not is_linear(module) or name == "":
             continue

@@ -23,7 +23,7 @@ def installed_version(package: str) -> Version | None:
         return None
 
 
-@cache  # of what is there: a load asks five times, and each time a file would be parsed, in 1 ms
+@cache  # of what is there: a load asks five times, and each time a file would be parsed
 def _version(package: str) -> Version:
     return Version(metadata.version(package))
 

@@ -11,8 +11,8 @@ import torch
 from pyint8.quantizer.backend import bitsandbytes
 from pyint8.quantizer.health import WeightHealth
 
-# What is quantized at once on the CPU, where bitsandbytes' operator goes over its rows six times: a weight of 20 MB
-# took 55 ms at once, and 10 ms in pieces of 0.4 to 0.6 million elements, which the cache holds (2 cores, 32 MiB).
+# What is quantized at once on the CPU, where bitsandbytes' operator goes over its rows six times: what the cache holds.
+# See docs/performance.md, "Quantizing on the CPU in pieces".
 _CPU_PIECE_ELEMENTS = 1 << 19
 
 

@@ -117,8 +117,8 @@ class HeadStart:
             self._error = error
 
     def _ask(self, lane: Lane, entries: Sequence[Entry], nbytes: int) -> None:
-        """Asks for all at once, by storages: a tensor lets go of the interpreter's lock while it gets its memory, and
-        the thread that builds the model would have it each time."""
+        """Asks for all at once, by storages: allocating a tensor releases the interpreter's lock, and the thread that
+        builds the model would take it each time (docs/performance.md, "The interpreter's lock")."""
         wanted: list[tuple[Entry, torch.UntypedStorage]] = []
         for entry in entries:
             if entry.nbytes < _WORTHWHILE_BYTES or entry.value is not None:

@@ -1,7 +1,8 @@
 // Jobs that wait, by lane: each lane gets its share of the workers, however the jobs were submitted.
 //
 // In one queue for all, a lane's jobs come in bursts as large as its consumer's window, and while one
-// device's bus is busy with its burst the others' are idle. Not thread-safe: Workers guards it.
+// device's bus is busy with its burst the others' are idle (docs/performance.md, "Lanes"). Not thread-safe:
+// Workers guards it.
 #pragma once
 
 #include <algorithm>

@@ -1,7 +1,8 @@
 // A worker's own slots of host memory: leased to be filled, and given back to be emptied by the bus.
 //
 // A worker fills no slot but its own, so that the lines it writes are in its core's cache already; small
-// enough for the last-level cache, all rings together let the bus read them there too. Not thread-safe.
+// enough for the last-level cache, all rings together let the bus read them there too
+// (docs/performance.md, "Slots"). Not thread-safe.
 #pragma once
 
 #include <cstddef>

@@ -1,7 +1,8 @@
 """Building a model without initializing what lies on meta, where there is nothing to initialize.
 
-torch runs every initializer of a module on meta too, through its decompositions: a quarter to a third of the time that
-transformers takes to build a model. Values on meta are nowhere, and drawing them there takes nothing from a generator.
+torch runs every initializer of a module on meta too, through its decompositions, which takes a large part of the time
+in which transformers builds a model (docs/performance.md, "Building on meta"). Tensors on meta have no storage, and
+drawing values for them takes nothing from a generator.
 """
 
 from __future__ import annotations

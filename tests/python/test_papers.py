@@ -1,0 +1,98 @@
+"""The papers beside the code: what they link to is there, and so are the sections that the code names."""
+
+from __future__ import annotations
+
+import re
+from importlib import metadata
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+import pyint8
+
+ROOT = Path(__file__).resolve().parents[2]
+PAPERS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+# `docs/performance.md`, `csrc/core/`, `SECURITY.md`: paths in code type, from the root of the tree.
+NAMED_PATH = re.compile(r"`((?:benchmarks|csrc|docs|pyint8|tests|\.ci)/[\w./-]*|[A-Z]+\.md)`")
+NAMED_TEST = re.compile(r"`((?:test|check)_\w+)`")
+# `TensorStream`, `Engine.submit`: what ARCHITECTURE.md follows a tensor through.
+NAMED_CLASS = re.compile(r"`([A-Z][a-z]\w+)(?:\.(\w+))?`")
+FOREIGN_CLASSES = {"Int8Params", "Linear8bitLt"}
+EXPERIMENT = re.compile(r'docs/performance\.md, "([^"]+)"')
+
+in_source_tree = pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="the tests are apart from their tree")
+
+
+def anchor(title: str) -> str:
+    """What a heading is linked to as."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+def titles(paper: Path) -> list[str]:
+    return re.findall(r"^#+ (.+)$", paper.read_text(), re.MULTILINE)
+
+
+def is_there(paper: Path, link: str) -> bool:
+    """Whether a relative link, or one to a heading, leads to something."""
+    path, _, fragment = link.partition("#")
+    target = (paper.parent / path) if path else paper
+    return target.exists() and (not fragment or fragment in map(anchor, titles(target)))
+
+
+@in_source_tree
+@pytest.mark.parametrize("paper", PAPERS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_something(paper: Path) -> None:
+    links = [link for link in LINK.findall(paper.read_text()) if not link.startswith(("https://", "http://"))]
+    assert not [link for link in links if not is_there(paper, link)]
+
+
+@in_source_tree
+@pytest.mark.parametrize("paper", PAPERS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_paths_that_papers_name_are_there(paper: Path) -> None:
+    assert not [path for path in NAMED_PATH.findall(paper.read_text()) if not (ROOT / path).exists()]
+
+
+@in_source_tree
+def test_tests_that_papers_name_are_there() -> None:
+    named = set(chain.from_iterable(NAMED_TEST.findall(paper.read_text()) for paper in PAPERS))
+    there = {path.stem for path in (ROOT / "tests").rglob("*.*")}
+    assert named
+    assert not named - there
+
+
+@in_source_tree
+def test_names_that_the_architecture_follows_are_there() -> None:
+    sources = [*(ROOT / "pyint8").rglob("*.py"), *(ROOT / "csrc").rglob("*.hpp"), ROOT / "pyint8" / "_core.pyi"]
+    source = "\n".join(path.read_text() for path in sources)
+    named = set(NAMED_CLASS.findall((ROOT / "ARCHITECTURE.md").read_text()))
+    assert named
+    for name, member in named:
+        assert name in FOREIGN_CLASSES or re.search(rf"\b(class|struct) {name}\b", source), name
+        assert re.search(rf"\b{member}\b", source), f"{name}.{member}"
+
+
+@in_source_tree
+def test_readme_is_whole_without_its_tree() -> None:
+    """On PyPI a relative link leads nowhere: the README has none but its chart, whose text says what it shows."""
+    links = [link for link in LINK.findall((ROOT / "README.md").read_text()) if not link.startswith("https://")]
+    assert [Path(link).suffix for link in links] == [".svg"]
+
+
+@in_source_tree
+def test_experiments_that_the_code_names_are_in_the_lab_book() -> None:
+    known = titles(ROOT / "docs" / "performance.md")
+    sources = [
+        path
+        for folder in ("pyint8", "csrc", "tests/cpp", "benchmarks")
+        for path in chain.from_iterable((ROOT / folder).rglob(f"*.{end}") for end in ("py", "pyi", "cpp", "hpp", "cu"))
+    ]
+    text_of = {path: re.sub(r"\s+(?:(?://|#) )?", " ", path.read_text()) for path in sources}
+    named = {(path.name, title) for path, text in text_of.items() for title in EXPERIMENT.findall(text)}
+    assert named
+    assert not [each for each in named if each[1] not in known]
+
+
+def test_the_version_is_said_once_for_all() -> None:
+    assert pyint8.__version__ == metadata.version("pyint8")

@@ -23,7 +23,7 @@ from pyint8.placement.budget import MemoryBudget
 from pyint8.placement.device_map import device_of, landing_device
 from pyint8.placement.dispatch import dispatch
 from pyint8.placement.planner import ModelSizes, plan_device_map
-from pyint8.quantizer import Int8Quantizer, first_overflow, modules_to_keep, tensor_bytes
+from pyint8.quantizer import Int8Quantizer, first_overflow, modules_to_keep, tensor_bytes, tied_names
 from pyint8.report import Recorder
 from pyint8.streaming.preparation import Preparation
 from pyint8.streaming.stream import open_stream
@@ -114,14 +114,15 @@ class _Filler:
         self._assembly = Assembly(quantizer, recorder)
         self.device_map: dict[str, Any] = {}
         self.left_in_files: dict[str, dict[str, str]] = {}  # see `placement.dispatch`
-        self._ties = _tied_names(module)
+        self._ties = tied_names(module)
         self._loaded: set[str] = set()
 
     def replace_modules(self, device_map: Any, budget: MemoryBudget) -> None:
         """Puts int8 layers in place, refuses what cannot be filled, and decides where everything goes."""
         config = self._quantizer.config
         skip = modules_to_keep(self._module) if config.skip_modules is None else list(config.skip_modules)
-        self._quantizer.preprocess_model(self._module, skip=skip, device_map=device_map)
+        training = self._module.training
+        self._quantizer.preprocess_model(self._module, skip=skip, device_map=device_map, training=training)
         self._reconcile_modules()
         self._check_names()
         for name, value in self._module.state_dict().items():
@@ -184,7 +185,8 @@ class _Filler:
         """Refuses parameters and buffers that nothing would fill; reports what is left over."""
         own = self._module.state_dict()
         checks.judge_disagreements(self._checkpoint, partial(self._want, own), strict=self._quantizer.strict)
-        companions = {f"{name}.{leaf}" for name in self._quantizer.converted for leaf in (checks.SCALES, checks.FORMAT)}
+        with_codes = [*self._quantizer.converted, *self._quantizer.read]
+        companions = {f"{name}.{leaf}" for name in with_codes for leaf in (checks.SCALES, checks.FORMAT)}
         missing = sorted(set(own) - set(self._checkpoint) - self._filled_by_ties())
         unexpected = sorted(set(self._checkpoint) - set(own) - companions)
         self._recorder.report.loading_info = {"missing_keys": set(missing), "unexpected_keys": set(unexpected)}
@@ -265,11 +267,17 @@ class _Filler:
     def _destination(self, name: str) -> Destination:
         is_tied = any(name in group for group in self._ties)
         device = device_of(name, self.device_map)
-        dtype = self._target_dtype(self._checkpoint[name].torch_dtype)
+        stored = self._stored(name)
+        dtype = self._target_dtype(stored.entry.torch_dtype if stored.scales is None else self._stored_dtype())
         return Destination(landing_device(device), dtype, on_disk=device == "disk" and not is_tied)
 
     def _target_dtype(self, stored: torch.dtype) -> torch.dtype:
         return self._dtype if self._dtype is not None and stored.is_floating_point else stored
+
+    def _stored_dtype(self) -> torch.dtype:
+        """That of what the checkpoint has beside int8 weights and their scales."""
+        rest = (entry for entry in self._checkpoint.entries.values() if not entry.name.endswith(f".{checks.SCALES}"))
+        return next((entry.torch_dtype for entry in rest if entry.is_floating), torch.float16)
 
     def _set(self, name: str, value: torch.Tensor) -> None:
         owner_name, _, leaf = name.rpartition(".")
@@ -283,10 +291,3 @@ class _Filler:
                 value = nn.Parameter(value, requires_grad=wants_gradient)
             owner._parameters[leaf] = value
         self._loaded.add(name)
-
-
-def _tied_names(module: nn.Module) -> list[set[str]]:
-    groups: dict[int, set[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), set()).add(name)
-    return [names for names in groups.values() if len(names) > 1]

@@ -11,6 +11,7 @@ from pyint8.errors import PlacementError
 
 DeviceMap = Mapping[str, Any]
 PLANNED_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+OFF_DEVICE = ("cpu", "disk")
 
 
 def is_planned(device_map: Any) -> bool:
@@ -72,6 +73,17 @@ def device_of(name: str, device_map: DeviceMap) -> Any:
     while name not in device_map and name:
         name = name.rpartition(".")[0]
     return device_map.get(name)
+
+
+def device_name(device: Any) -> str:
+    """A device as maps write it: "cpu", "disk", or anything else."""
+    return device.type if isinstance(device, torch.device) else str(device)
+
+
+def off_device(device_map: Any) -> list[str]:
+    """The names of what a map has on the CPU or the disk; none where it is no map yet."""
+    named = device_map.items() if isinstance(device_map, Mapping) else ()
+    return [name for name, device in named if device_name(device) in OFF_DEVICE]
 
 
 def landing_device(device: Any) -> torch.device:

@@ -2,7 +2,7 @@
 
 from pyint8.quantizer.health import BadWeight, WeightHealth, first_overflow
 from pyint8.quantizer.lifecycle import Int8Quantizer
-from pyint8.quantizer.modules import modules_to_keep
+from pyint8.quantizer.modules import modules_to_keep, tied_names
 from pyint8.quantizer.sizes import tensor_bytes
 from pyint8.quantizer.weights import TensorSource, WeightSource
 
@@ -15,4 +15,5 @@ __all__ = [
     "first_overflow",
     "modules_to_keep",
     "tensor_bytes",
+    "tied_names",
 ]

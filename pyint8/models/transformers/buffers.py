@@ -1,50 +1,55 @@
-"""Buffers that a model computes in its constructor and does not save: from_pretrained may lose them.
+"""Buffers that are neither in a checkpoint nor computed again after a load.
 
-transformers builds a model on meta, where nothing is computed, and gives such buffers memory afterwards; only
-`_init_weights` puts values there. A class that computes them in `__init__` alone is left with what was in the memory.
+transformers builds models on meta, and gives a buffer that is not saved (`persistent=False`) memory that may hold
+anything; what `__init__` computed is lost, and it is for the class's `_init_weights` to write it again.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+import torch
+import transformers
+from torch import nn
 
 logger = logging.getLogger("pyint8")
 
+_NAMED_AT_MOST = 5
 
-def warn_of_unset_buffers(model: Any) -> None:
-    """One warning for the buffers that nothing has written to since they have memory."""
-    unset = list(_unset(model))
-    if unset:
+
+def tell_unfilled_buffers(model: transformers.PreTrainedModel, device_map: Mapping[str, Any] | None) -> None:
+    """One warning that names the buffers of a loaded model that nothing was written to."""
+    devices = {str(device) for device in (device_map or {}).values()}
+    if len(devices) > 1 and devices & {"cpu", "disk"}:
+        return  # accelerate has moved buffers between devices, where it cannot be seen what was written before
+    unfilled = [name for name, buffer in model.named_non_persistent_buffers() if _is_unfilled(model, name, buffer)]
+    if unfilled:
         logger.warning(
-            "%s: %s never got their values, and hold what was in the memory before. transformers' from_pretrained runs "
-            "no constructor with values; let the class's _init_weights set them, or save them (persistent=True)",
+            "%s%s of this %s: computed in __init__, not in the checkpoint, and lost in transformers' from_pretrained, "
+            "which builds models without values; such buffers hold whatever was in memory. Write them in the class's "
+            "_init_weights too, or register them with persistent=True and save the model again",
+            ", ".join(unfilled[:_NAMED_AT_MOST]),
+            f" and {len(unfilled) - _NAMED_AT_MOST} more" if len(unfilled) > _NAMED_AT_MOST else "",
             type(model).__name__,
-            ", ".join(unset),
         )
 
 
-def _unset(model: Any) -> Iterator[str]:
-    """A write in place counts up a tensor's version; a tensor that replaces another may have none, so a buffer that
-    the class's own `_init_weights` mentions is taken to be set."""
-    code = _own_initialization(type(model))
-    if code is None:
-        return
-    for name, module in model.named_modules():
-        for leaf in sorted(module._non_persistent_buffers_set):
-            buffer = module._buffers.get(leaf)
-            if buffer is None or buffer.is_meta or buffer.numel() == 0:
-                continue
-            if buffer._version == 0 and leaf not in code:
-                yield f"{name}.{leaf}" if name else leaf
+def _is_unfilled(model: nn.Module, name: str, buffer: torch.Tensor) -> bool:
+    """Whether it is as it was allocated: never written to in place, nor put there by an `_init_weights`."""
+    if buffer.is_meta or not buffer.numel() or buffer.is_inference() or buffer._version:
+        return False
+    leaf = name.rpartition(".")[2]
+    return not any(leaf in names for names in _assigning_names(model, name))
 
 
-def _own_initialization(kind: type) -> str | None:
-    """The source of every `_init_weights` of a class; None where one has no source, and may set anything."""
-    functions = [vars(cls)["_init_weights"] for cls in kind.__mro__ if "_init_weights" in vars(cls)]
-    try:
-        return "\n".join(map(inspect.getsource, functions))
-    except (OSError, TypeError):
-        return None
+def _assigning_names(model: nn.Module, name: str) -> Iterator[tuple[str, ...]]:
+    """What the `_init_weights` of the models around a buffer speak of, transformers' own, which assigns none, aside."""
+    parts = name.split(".")
+    around = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts)))
+    for module in around:
+        for cls in type(module).__mro__:
+            function = vars(cls).get("_init_weights")
+            if function is not None and cls is not transformers.PreTrainedModel:
+                yield getattr(function, "__wrapped__", function).__code__.co_names

@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig
 from transformers.quantizers import register_quantization_config, register_quantizer
 
 from pyint8.config import METHOD, Int8Config, bitsandbytes_field
-from pyint8.models.transformers.buffers import warn_of_unset_buffers
+from pyint8.models.transformers.buffers import tell_unfilled_buffers
 from pyint8.models.transformers.compat import (
     Bnb8BitHfQuantizer,
     QuantizationConfigMixin,
@@ -79,6 +79,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         genuine = genuine_config(quantization_config)
         super().__init__(genuine, **kwargs)
+        self._config_copies: list[BitsAndBytesConfig] = []
         self._was_pre_quantized: bool = kwargs.get("pre_quantized", True)
         # The session of the pyint8.load under way, or one of its own for a from_pretrained of somebody else.
         is_strict = isinstance(quantization_config, Int8Config) and quantization_config.strict
@@ -160,17 +161,19 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         """Becomes transformers' own quantizer: tensors that are in memory (`state_dict=`) need nobody to read them."""
         self._name_genuine_config(model)
         self.session.model_is_built()
-        del self.session, self.int8, self._model, self._dtype, self._was_pre_quantized
+        del self.session, self.int8, self._model, self._dtype, self._was_pre_quantized, self._config_copies
         self.__class__ = Bnb8BitHfQuantizer
 
     def _name_genuine_config(self, model: Any) -> None:
         """Some models (T5) copied their configuration, ours in it, while they were built."""
+        self._config_copies = []
         for module in model.modules():
             config = vars(module).get("config")
             if config is not None and isinstance(
                 getattr(config, "quantization_config", None), (StreamedInt8Config, Int8Config)
             ):
                 config.quantization_config = copy.deepcopy(self.quantization_config)
+                self._config_copies.append(config.quantization_config)
 
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
         if plan:  # else nothing would come of a walk through all parameters
@@ -186,6 +189,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
             device_map=device_map,
             matches=lambda name, patterns: not should_convert_module(name, patterns),
             tell_dead=not self._was_pre_quantized,
+            facts={"_is_quantized": True},
         )
         for name in self.int8.skipped:
             if not should_convert_module(name, in_fp32):
@@ -197,10 +201,10 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
         """Takes the place of the model's own conversions; they are kept in the plan."""
-        known = len(self.int8.skip)
         self._planned = self.session.make_plan(self._model, weight_conversions, self._dtype, self.int8)
-        if len(self.int8.skip) > known:  # a saved model must say so, or its floats would be taken for int8
-            self.quantization_config.llm_int8_skip_modules = list(self.int8.skip)
+        if self.int8.found:
+            for config in (self.quantization_config, *self._config_copies):
+                config.llm_int8_skip_modules = list(self.int8.skip)
         # transformers reads the tensors of a pre-quantized checkpoint at once, in threads, and others when asked.
         self.pre_quantized = False
         return [PlannedRenaming(self._planned.plan), PlannedConverter(self._planned.plan, self.session.make)]
@@ -214,7 +218,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
             genuine.modules_to_not_convert = self.int8.skip
             model.hf_quantizer = genuine
             tell_unquantized(model, self.int8, self.session.recorder.report)
-            warn_of_unset_buffers(model)
+            tell_unfilled_buffers(model, self.session.device_map)
         if self.session.is_drop_in:
             announce(self.session.recorder.report, model.name_or_path)
         return model

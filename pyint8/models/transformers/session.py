@@ -39,6 +39,7 @@ class LoadSession:
     Attributes:
         request: As given.
         recorder: As given.
+        device_map: Modules to devices, once transformers has decided.
         planned: The plan, once transformers has said how it renames.
         on_files: Called when transformers has all files, and begins to build.
         on_start: Called when the stream has started.
@@ -52,7 +53,7 @@ class LoadSession:
         self.on_start: Callable[[], object] = lambda: None
         self._preparation = preparation
         self._checkpoint: Checkpoint | None = preparation.checkpoint
-        self._device_map: Mapping[str, Any] | None = None
+        self.device_map: Mapping[str, Any] | None = None
         self._building = NoInitializationOnMeta()
         self._made_at = time.perf_counter()
 
@@ -114,13 +115,13 @@ class LoadSession:
         assert self._checkpoint is not None
         self.model_is_built()  # and transformers has left the contexts in which it built it
         self.planned = PlannedLoad(model, self._checkpoint, conversions, dtype, quantizer, self.request)
-        if self._device_map is not None:
+        if self.device_map is not None:
             self._start(self.planned)
         return self.planned
 
     def see_device_map(self, device_map: Mapping[str, Any]) -> None:
         """What transformers has decided."""
-        self._device_map = device_map
+        self.device_map = device_map
         if self.planned is not None:
             self._start(self.planned)
 
@@ -143,7 +144,7 @@ class LoadSession:
         if self.is_drop_in:  # from_pretrained began before there was a session
             headers = self.recorder.report.seconds["read headers"]
             self.recorder.add_seconds("build", time.perf_counter() - self._made_at - headers)
-        planned.start(self._device_map, self._preparation, self.recorder)
+        planned.start(self.device_map, self._preparation, self.recorder)
         self.on_start()
 
     def finish(self) -> None:

@@ -60,20 +60,20 @@ def show_sentences() -> None:
 
 
 def show_conv1d() -> None:
-    heading("a small GPT-2 with random weights: Conv1D weights are turned on the way")
+    heading("a small GPT-2 with random weights: Conv1D weights are transposed on the way")
     config = transformers.GPT2Config(n_embd=256, n_layer=4, n_head=8, vocab_size=5000, bos_token_id=1, eos_token_id=1)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         full = transformers.GPT2LMHeadModel(config).eval()
         full.save_pretrained(folder)
         int8, report = pyint8.load(folder, return_report=True)
-    turned = [module for module in int8.modules() if getattr(module, "source_cls", None) is Conv1D]
+    converted = [module for module in int8.modules() if getattr(module, "source_cls", None) is Conv1D]
     tokens = torch.arange(1, 65)[None]
     with torch.no_grad():
         ours, theirs = int8(tokens.to(int8.device)).logits.float().cpu(), full(tokens).logits
     error = (ours - theirs).norm() / theirs.norm()
-    print(f"{len(turned)} Conv1D layers are int8 now; logits differ from fp32 by {error:.2%}\n\n{report}")
-    if not turned or error > 0.05:
+    print(f"{len(converted)} Conv1D layers are int8 now; logits differ from fp32 by {error:.2%}\n\n{report}")
+    if not converted or error > 0.05:
         raise SystemExit("that is not what int8 should give")
 
 
@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="folder or hub id; without it, the two models the demo brings")
     arguments = parser.parse_args()
     logging.getLogger("pyint8").addHandler(logging.StreamHandler())
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel("ERROR")  # one line for each call of each layer
     transformers.utils.logging.disable_progress_bar()
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU: there is no GPU here"
     print(f"pyint8 {pyint8.__version__} on {where}")

@@ -11,7 +11,7 @@ import pytest
 
 import pyint8
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = next(path.parent for path in Path(__file__).resolve().parents if path.name == "tests")
 PAPERS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # `docs/performance.md`, `csrc/core/`, `SECURITY.md`: paths in code type, from the root of the tree.

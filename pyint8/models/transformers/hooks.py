@@ -76,10 +76,11 @@ def genuine_config(config: Any) -> BitsAndBytesConfig:
 class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
     """transformers' hooks, answered by an `Int8Quantizer` and a `LoadSession`."""
 
+    quantization_config: BitsAndBytesConfig
+
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         genuine = genuine_config(quantization_config)
         super().__init__(genuine, **kwargs)
-        self._config_copies: list[BitsAndBytesConfig] = []
         self._was_pre_quantized: bool = kwargs.get("pre_quantized", True)
         # The session of the pyint8.load under way, or one of its own for a from_pretrained of somebody else.
         is_strict = isinstance(quantization_config, Int8Config) and quantization_config.strict
@@ -161,19 +162,17 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         """Becomes transformers' own quantizer: tensors that are in memory (`state_dict=`) need nobody to read them."""
         self._name_genuine_config(model)
         self.session.model_is_built()
-        del self.session, self.int8, self._model, self._dtype, self._was_pre_quantized, self._config_copies
+        del self.session, self.int8, self._model, self._dtype, self._was_pre_quantized
         self.__class__ = Bnb8BitHfQuantizer
 
     def _name_genuine_config(self, model: Any) -> None:
         """Some models (T5) copied their configuration, ours in it, while they were built."""
-        self._config_copies = []
         for module in model.modules():
             config = vars(module).get("config")
             if config is not None and isinstance(
                 getattr(config, "quantization_config", None), (StreamedInt8Config, Int8Config)
             ):
                 config.quantization_config = copy.deepcopy(self.quantization_config)
-                self._config_copies.append(config.quantization_config)
 
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
         if plan:  # else nothing would come of a walk through all parameters
@@ -203,11 +202,19 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         """Takes the place of the model's own conversions; they are kept in the plan."""
         self._planned = self.session.make_plan(self._model, weight_conversions, self._dtype, self.int8)
         if self.int8.found:
-            for config in (self.quantization_config, *self._config_copies):
-                config.llm_int8_skip_modules = list(self.int8.skip)
+            self._say_what_is_skipped()
         # transformers reads the tensors of a pre-quantized checkpoint at once, in threads, and others when asked.
         self.pre_quantized = False
         return [PlannedRenaming(self._planned.plan), PlannedConverter(self._planned.plan, self.session.make)]
+
+    def _say_what_is_skipped(self) -> None:
+        """In the configuration (not in the object that was given, which may be for other models too), and in models'
+        copies of it: a saved model must say so, or its floats would be taken for int8."""
+        self.quantization_config = copy.deepcopy(self.quantization_config)
+        configs = [vars(module).get("config") for module in self._model.modules()]
+        for config in (self.quantization_config, *(getattr(one, "quantization_config", None) for one in configs)):
+            if isinstance(config, BitsAndBytesConfig):
+                config.llm_int8_skip_modules = list(self.int8.skip)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.session.finish()

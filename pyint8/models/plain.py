@@ -18,7 +18,7 @@ from pyint8.models import checks
 from pyint8.models.delivery import cast_in_bands, deliver_cast
 from pyint8.models.unquantized import tell_unquantized
 from pyint8.placement import dispatch, landing_device, plan_device_map
-from pyint8.quantizer import Int8Quantizer, device_of, first_overflow, modules_to_keep
+from pyint8.quantizer import Int8Quantizer, device_of, first_overflow, modules_to_keep, tied_names
 from pyint8.report import LoadReport
 from pyint8.streaming import Delivery, StreamSource, TensorStream
 
@@ -98,14 +98,15 @@ class _Filler:
         self._report = report
         self.device_map: dict[str, Any] = {}
         self.left_in_files: dict[str, dict[str, str]] = {}  # see `placement.dispatch`
-        self._ties = _tied_names(module)
+        self._ties = tied_names(module)
         self._loaded: set[str] = set()
 
     def replace_modules(self, device_map: Any, max_memory: Mapping[Any, Any] | None, tightly: bool) -> None:
         """Puts int8 layers in place, refuses what cannot be filled, and decides where everything goes."""
         config = self._quantizer.config
         skip = modules_to_keep(self._module) if config.skip_modules is None else list(config.skip_modules)
-        self._quantizer.preprocess_model(self._module, skip=skip, device_map=device_map)
+        training = self._module.training
+        self._quantizer.preprocess_model(self._module, skip=skip, device_map=device_map, training=training)
         self._settle_modules()
         self._check_names()
         for name, value in self._module.state_dict().items():
@@ -152,7 +153,8 @@ class _Filler:
     def _check_names(self) -> None:
         """Refuses parameters and buffers that nothing would fill; reports what is left over."""
         own = self._module.state_dict()
-        companions = {f"{name}.{leaf}" for name in self._quantizer.converted for leaf in (checks.SCALES, checks.FORMAT)}
+        with_codes = [*self._quantizer.converted, *self._quantizer.read]
+        companions = {f"{name}.{leaf}" for name in with_codes for leaf in (checks.SCALES, checks.FORMAT)}
         missing = sorted(set(own) - set(self._checkpoint) - self._filled_by_ties())
         unexpected = sorted(set(self._checkpoint) - set(own) - companions)
         self._report.loading_info = {"missing_keys": set(missing), "unexpected_keys": set(unexpected)}
@@ -179,10 +181,9 @@ class _Filler:
         """Refuses a tensor that cannot become its parameter or buffer, of `shape` in the module."""
         scales = self._companion(name, checks.SCALES)
         module = name.rpartition(".")[0]
-        if not self._quantizer.check_quantized_param(name):
+        if not self._takes_codes(name):
             if scales is not None and name.endswith(".weight"):
-                reason = self._quantizer.skipped.get(module, "it is no linear module")
-                checks.refuse_codes(entry, name, reason)
+                checks.refuse_codes(entry, name, self._quantizer.skipped.get(module, "it is no linear module"))
             checks.require_shape(entry, name, shape)
             return
         checks.require_int8_weight(
@@ -218,7 +219,8 @@ class _Filler:
         """Whether accelerate can read it from the checkpoint itself, whenever a forward pass needs it."""
         is_tied = any(name in group for group in self._ties)
         in_safetensors = self._checkpoint[name].path.endswith(".safetensors")
-        return device_of(name, self.device_map) == "disk" and in_safetensors and not is_tied
+        on_disk = device_of(name, self.device_map) == "disk"
+        return on_disk and in_safetensors and not is_tied and not self._takes_codes(name)
 
     def _leave(self, name: str) -> None:
         entry = self._checkpoint[name]
@@ -262,9 +264,14 @@ class _Filler:
     def _target_dtype(self, stored: torch.dtype) -> torch.dtype:
         return self._dtype if self._dtype is not None and stored.is_floating_point else stored
 
+    def _takes_codes(self, name: str) -> bool:
+        """Whether it becomes an int8 weight, or is made of one that the checkpoint has."""
+        has_scales = self._companion(name, checks.SCALES) is not None
+        return self._quantizer.check_quantized_param(name) or (has_scales and self._quantizer.dequantizes(name))
+
     def _deliveries(self, name: str) -> list[Delivery]:
         entry, device = self._checkpoint[name], self._device(name)
-        if not self._quantizer.check_quantized_param(name):
+        if not self._takes_codes(name):
             return [Delivery(entry, device, in_bands=cast_in_bands(entry, self._target_dtype(entry.torch_dtype)))]
         deliveries = [Delivery(entry, device, in_bands=self._quantizer.reads_bands)]
         if (scales := self._companion(name, checks.SCALES)) is not None:
@@ -276,10 +283,10 @@ class _Filler:
     def _make(self, name: str, stream: TensorStream) -> torch.Tensor:
         entry, device = self._checkpoint[name], self._device(name)
         dtype = self._target_dtype(entry.torch_dtype)
-        if not self._quantizer.check_quantized_param(name):
+        if not self._takes_codes(name):
             self._report.tensors["as stored" if dtype == entry.torch_dtype else "cast"] += 1
             return deliver_cast(stream, entry, name, dtype, device, self._quantizer.health)
-        self._report.tensors["pre-quantized" if self._quantizer.pre_quantized else "int8"] += 1
+        self._report.tensors[self._quantizer.kind_of(name)] += 1
         if (layout := self._companion(name, checks.FORMAT)) is not None:
             checks.require_row_major(int(stream.whole(layout.name)), entry)
         scales = self._companion(name, checks.SCALES)
@@ -287,9 +294,14 @@ class _Filler:
             name,
             StreamSource(stream, entry),
             scales=None if scales is None else stream.whole(scales.name),
-            model_dtype=dtype,
+            model_dtype=dtype if entry.is_floating else self._target_dtype(self._stored_dtype()),
             device=device,
         )
+
+    def _stored_dtype(self) -> torch.dtype:
+        """That of what the checkpoint has beside int8 weights and their scales."""
+        rest = (entry for entry in self._checkpoint.entries.values() if not entry.name.endswith(f".{checks.SCALES}"))
+        return next((entry.torch_dtype for entry in rest if entry.is_floating), torch.float16)
 
     def _set(self, name: str, value: torch.Tensor) -> None:
         owner_name, _, leaf = name.rpartition(".")
@@ -303,10 +315,3 @@ class _Filler:
                 value = nn.Parameter(value, requires_grad=wants_gradient)
             owner._parameters[leaf] = value
         self._loaded.add(name)
-
-
-def _tied_names(module: nn.Module) -> list[set[str]]:
-    groups: dict[int, set[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), set()).add(name)
-    return [names for names in groups.values() if len(names) > 1]

@@ -7,7 +7,7 @@ from: `pyint8.models` calls the verbs in order.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -16,16 +16,15 @@ from torch import nn
 from pyint8.config import Int8Config
 from pyint8.errors import PlacementError, QuantizationStateError
 from pyint8.quantizer import requirements, weights
+from pyint8.quantizer.devices import OFF_DEVICE, DeviceMap, device_name, device_of, off_device
 from pyint8.quantizer.health import WeightHealth
-from pyint8.quantizer.modules import is_conv1d, replace_with_int8
-from pyint8.quantizer.skip_list import Matches, check_entry, name_matches, tell_dead_entries
+from pyint8.quantizer.modules import choose_modules, is_conv1d, replace_with_int8, why_read
+from pyint8.quantizer.skip_list import Matches, check_entries, entry_for, name_matches, tell_dead_entries
 from pyint8.quantizer.weights import WeightSource
 
 logger = logging.getLogger("pyint8")
 
-DeviceMap = Mapping[str, Any]
 _Dtype = TypeVar("_Dtype")
-_OFF_DEVICE = ("cpu", "disk")
 
 
 class Int8Quantizer:
@@ -39,8 +38,10 @@ class Int8Quantizer:
     Attributes:
         converted: Modules that were replaced by `Linear8bitLt`, by name, as they were before.
         skipped: Linear modules that were not, by name, with the reason.
-        told: Of these, those that somebody left out by name, or has been told of.
+        read: Of these, those whose weight the model reads without calling them, by name.
+        told: Of these, the names of those that somebody left out by name, or has been told of.
         skip: The modules not to convert, as given, and those that turned out so.
+        found: Of these, the latter.
         health: What is known of the weights' values.
     """
 
@@ -50,8 +51,10 @@ class Int8Quantizer:
         self.strict = strict
         self.converted: dict[str, nn.Module] = {}
         self.skipped: dict[str, str] = {}
+        self.read: dict[str, nn.Module] = {}
         self.told: set[str] = set()
         self.skip: list[str] = []
+        self.found: list[str] = []
         self.health = WeightHealth()
         self._preprocessed = False
 
@@ -117,6 +120,8 @@ class Int8Quantizer:
         device_map: Any,
         matches: Matches = name_matches,
         tell_dead: bool = True,
+        facts: Mapping[str, Any] | None = None,
+        training: bool = False,
     ) -> None:
         """Replaces linear modules by `Linear8bitLt` on meta.
 
@@ -128,25 +133,24 @@ class Int8Quantizer:
             matches: Whether a module's name is in such a list.
             tell_dead: Warn of entries of the configuration's `skip_modules` that match nothing: if somebody wrote them
                 for this load, and did not find them in the checkpoint.
+            facts: Attributes that modules or configurations will have once the model is loaded, and code may ask for.
+            training: Whether what modules do in training mode only counts too.
 
         Raises:
             OptionError: An entry of `skip_modules` that is no regular expression.
             PlacementError: As `validate_environment` has it.
         """
         asked = list(self.config.skip_modules or ())
-        for entry in asked:
-            check_entry(entry)
-        if tell_dead and asked:
+        check_entries(asked)
+        if tell_dead:
             tell_dead_entries(model, asked, matches)
-        self.skip = list(skip)
-        if self.config.fp32_cpu_offload and isinstance(device_map, Mapping):
-            off_device = [name for name, device in device_map.items() if _device_name(device) in _OFF_DEVICE]
-            self.skip += off_device
-            asked += off_device
-        self.converted, self.skipped = replace_with_int8(
-            model, self.config, self.pre_quantized, lambda name: not matches(name, self.skip)
-        )
-        self.told = {name for name in self.skipped if matches(name, asked)}
+        offloaded = off_device(device_map) if self.config.fp32_cpu_offload else []
+        self.skip = [*skip, *offloaded]
+        self.converted, self.skipped = choose_modules(model, lambda name: not matches(name, self.skip))
+        self.told = {name for name in self.skipped if matches(name, [*asked, *offloaded])}
+        if not self.config.has_fp16_weight:
+            self._leave_out_read(model, facts or {}, training=training)
+        replace_with_int8(model, self.converted, self.config, pre_quantized=self.pre_quantized)
         if not self.converted:
             logger.warning(
                 "nothing in this %s is quantized: it has no linear modules but those skipped", type(model).__name__
@@ -155,11 +159,24 @@ class Int8Quantizer:
         if isinstance(device_map, Mapping):
             self._check_placement(device_map)
 
+    def _leave_out_read(self, model: nn.Module, facts: Mapping[str, Any], *, training: bool) -> None:
+        """Modules whose weight the model reads itself stay ordinary: codes would be taken for weights."""
+        reasons = why_read(model, self.converted, {"is_loaded_in_8bit": True, **facts}, training=training)
+        self.read = {name: self.converted.pop(name) for name in reasons}
+        self.skipped |= reasons
+        self._say_unquantized(reasons)
+
     def keep_unquantized(self, model: nn.Module, name: str, reason: str) -> None:
         """Puts the ordinary module back that `preprocess_model` replaced: its weight will not come as expected."""
         model.set_submodule(name, self.converted.pop(name))
         self.skipped[name] = reason
-        self.skip.append(name)
+        self._say_unquantized([name])
+
+    def _say_unquantized(self, names: Iterable[str]) -> None:
+        """A saved model must say which modules turned out unquantized, or their floats would be taken for int8."""
+        found = [entry_for(name, self.converted) for name in names]
+        self.found += found
+        self.skip += found
 
     def name_absent(self, names: list[str]) -> None:
         """One warning for all modules that stay ordinary because the checkpoint has no weight for them."""
@@ -172,7 +189,9 @@ class Int8Quantizer:
 
     def expected_shape(self, parameter_name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape in which the checkpoint must hold a quantized weight that has `shape` in the model."""
-        return tuple(reversed(shape)) if self._is_turned(parameter_name) else tuple(shape)
+        module = self.read.get(parameter_name.rpartition(".")[0])
+        turned = self._is_turned(parameter_name) if module is None else is_conv1d(type(module))
+        return tuple(reversed(shape)) if turned else tuple(shape)
 
     @property
     def reads_bands(self) -> bool:
@@ -186,6 +205,17 @@ class Int8Quantizer:
         module_name, _, leaf = parameter_name.rpartition(".")
         return leaf == "weight" and module_name in self.converted
 
+    def dequantizes(self, parameter_name: str) -> bool:
+        """Whether this is the weight of a module that stays ordinary as it is read, and codes may come for it."""
+        module_name, _, leaf = parameter_name.rpartition(".")
+        return self.pre_quantized and leaf == "weight" and module_name in self.read
+
+    def kind_of(self, parameter_name: str) -> str:
+        """What is done to a weight that `create_quantized_param` makes, for reports."""
+        if self.dequantizes(parameter_name):
+            return "dequantized"
+        return "pre-quantized" if self.pre_quantized else "int8"
+
     def create_quantized_param(
         self,
         parameter_name: str,
@@ -195,7 +225,7 @@ class Int8Quantizer:
         model_dtype: torch.dtype,
         device: torch.device,
     ) -> torch.Tensor:
-        """The parameter for a converted module's weight, on `device`.
+        """The parameter for a converted module's weight, or one that is dequantized, on `device`.
 
         Args:
             parameter_name: Its name in the model.
@@ -205,7 +235,7 @@ class Int8Quantizer:
             device: Where it goes and is quantized.
 
         Returns:
-            An `Int8Params`; with `has_fp16_weight` what that is on this device.
+            An `Int8Params`; with `has_fp16_weight` what that is on this device; dequantized, of `model_dtype`.
 
         Raises:
             QuantizationStateError: A pre-quantized weight without scales, or not int8.
@@ -224,6 +254,9 @@ class Int8Quantizer:
                     tensor=parameter_name,
                 )
             self.health.watch_scales(parameter_name, scales)
+            if self.dequantizes(parameter_name):
+                is_transposed = is_conv1d(type(self.read[parameter_name.rpartition(".")[0]]))
+                return weights.dequantized(codes, scales, model_dtype, device, transposed=is_transposed)
             return weights.pre_quantized(codes, scales, device)
         turned = self._is_turned(parameter_name)
         if self.config.has_fp16_weight:
@@ -264,24 +297,13 @@ class Int8Quantizer:
         return module is not None and not self.pre_quantized and is_conv1d(type(module))
 
     def _check_placement(self, device_map: DeviceMap) -> None:
-        devices = {_device_name(device) for device in device_map.values()}
-        if self.config.fp32_cpu_offload or devices == {"cpu"} or not devices & set(_OFF_DEVICE):
+        devices = {device_name(device) for device in device_map.values()}
+        if self.config.fp32_cpu_offload or devices == {"cpu"} or not devices & set(OFF_DEVICE):
             return
-        lost = [name for name in self.converted if _device_name(device_of(name, device_map)) in _OFF_DEVICE]
+        lost = [name for name in self.converted if device_name(device_of(name, device_map)) in OFF_DEVICE]
         if lost:
             raise PlacementError(
                 f"the device map puts {len(lost)} modules that are to be quantized on the CPU or the disk beside "
                 f"another device ({', '.join(lost[:3])}{', …' if len(lost) > 3 else ''}). Free memory on the device, "
                 "or pass Int8Config(fp32_cpu_offload=True) to keep such modules there, unquantized"
             )
-
-
-def _device_name(device: Any) -> str:
-    return device.type if isinstance(device, torch.device) else str(device)
-
-
-def device_of(name: str, device_map: DeviceMap) -> Any:
-    """The map's entry for the longest prefix of `name` that is a module in it; None without one."""
-    while name not in device_map and name:
-        name = name.rpartition(".")[0]
-    return device_map.get(name)

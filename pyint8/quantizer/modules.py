@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 
 from pyint8.config import Int8Config
 from pyint8.quantizer.backend import bitsandbytes
+from pyint8.quantizer.reads import find_reads
 
 _UNCALLED = "its weight is used without calling the module"
 
@@ -44,10 +45,10 @@ def why_not_linear(module: nn.Module) -> str | None:
     return "not a Linear"
 
 
-def _used_by_fast_paths(modules: Iterable[nn.Module]) -> set[int]:
-    """Ids of Linears in torch's own encoder layers, whose fast path in evaluation takes their weights only."""
+def _used_by_fast_paths(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Linears in torch's own encoder layers, whose fast path in evaluation takes their weights only."""
     layers = [module for module in modules if isinstance(module, nn.TransformerEncoderLayer)]
-    return {id(linear) for layer in layers for linear in (layer.linear1, layer.linear2)}
+    return [linear for layer in layers for linear in (layer.linear1, layer.linear2)]
 
 
 def _is_linear_in_disguise(module: nn.Linear) -> bool:
@@ -76,49 +77,59 @@ def _is_linear_in_disguise(module: nn.Linear) -> bool:
     return isinstance(result, torch.Tensor) and result.shape == expected.shape and torch.allclose(result, expected)
 
 
+def tied_names(model: nn.Module) -> list[set[str]]:
+    """The names of parameters that are one, for each that has several."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
 def modules_to_keep(model: nn.Module) -> list[str]:
     """Modules best left unquantized: those whose weights are tied, and the last one, the output head."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    keep = {name for group in names.values() if len(group) > 1 for name in group}
-    last = next(reversed([name for name, _ in model.named_parameters()]), None)
-    if last is not None:
-        keep.add(last)
+    last = list(dict(model.named_parameters()))[-1:]
+    keep = set().union(last, *tied_names(model))
     return sorted(name.rpartition(".")[0] for name in keep)
 
 
-def replace_with_int8(
-    model: nn.Module, config: Int8Config, pre_quantized: bool, wanted: Callable[[str], bool]
-) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Puts a `Linear8bitLt` on meta in the place of every linear module that is wanted.
+def choose_modules(model: nn.Module, wanted: Callable[[str], bool]) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The linear modules that can be converted and are wanted, by name, and for the others, why not."""
+    linear = {name: module for name, module in model.named_modules() if is_linear(module) and name != ""}
+    skipped = {name: "in the list of modules to skip" for name in linear if not wanted(name)}
+    reasons = {name: why_not_linear(module) for name, module in linear.items() if name not in skipped}
+    skipped |= {name: reason for name, reason in reasons.items() if reason is not None}
+    return {name: module for name, module in linear.items() if name not in skipped}, skipped
 
-    Returns:
-        The modules that were replaced, and for the linear ones that were not, why.
+
+def why_read(
+    model: nn.Module, chosen: Mapping[str, nn.Module], facts: Mapping[str, Any], *, training: bool
+) -> dict[str, str]:
+    """Which of the chosen modules are not called, but their weight is read, and where; by name, as a reason.
+
+    Args:
+        model: Nothing in it is replaced yet.
+        chosen: Modules that are to become int8.
+        facts: Attributes that modules or their configurations will have once the model is loaded.
+        training: Whether what they do in training mode only counts too.
     """
-    replaced: dict[str, nn.Module] = {}
-    skipped: dict[str, str] = {}
     modules = dict(model.named_modules())
-    uncalled = _used_by_fast_paths(modules.values())
+    readers = dict.fromkeys(_used_by_fast_paths(modules.values()), "nn.TransformerEncoderLayer.forward")
+    readers |= find_reads(modules, chosen.values(), facts, training=training)
+    return {name: f"{_UNCALLED} ({readers[module]})" for name, module in chosen.items() if module in readers}
+
+
+def replace_with_int8(
+    model: nn.Module, chosen: Mapping[str, nn.Module], config: Int8Config, *, pre_quantized: bool
+) -> None:
+    """Puts a `Linear8bitLt` on meta in the place of every module that was chosen, by name."""
     templates: dict[tuple[Any, ...], nn.Module] = {}  # copied in a third of the time a constructor takes
-    for name, module in modules.items():
-        if not is_linear(module) or name == "":
-            continue
-        if not wanted(name):
-            skipped[name] = "in the list of modules to skip"
-        elif id(module) in uncalled:
-            skipped[name] = _UNCALLED
-        elif (reason := why_not_linear(module)) is not None:
-            skipped[name] = reason
-        else:
-            assert isinstance(module.weight, torch.Tensor)
-            kind = (type(module), module.weight.shape, module.bias is not None, module.training)
-            if kind not in templates:
-                templates[kind] = _int8_module(module, config, pre_quantized)
-            parent, _, leaf = name.rpartition(".")
-            setattr(modules[parent], leaf, _copy(templates[kind]))
-            replaced[name] = module
-    return replaced, skipped
+    for name, module in chosen.items():
+        assert isinstance(module.weight, torch.Tensor)
+        kind = (type(module), module.weight.shape, module.bias is not None, module.training)
+        if kind not in templates:
+            templates[kind] = _int8_module(module, config, pre_quantized)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, _copy(templates[kind]))
 
 
 def _int8_module(module: nn.Module, config: Int8Config, pre_quantized: bool) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from torch import nn
 
@@ -30,8 +30,18 @@ def name_matches(name: str, patterns: Iterable[str]) -> bool:
     return any(re.match(rf"(?:{key}){boundary}", name) or name.endswith(key) for key in patterns)
 
 
-def check_entry(entry: str) -> None:
+def entry_for(name: str, others: Iterable[str]) -> str:
+    """The entry that matches the module of this name, and none of the other linear modules."""
+    return rf"^{re.escape(name)}$" if any(other.endswith(name) for other in others) else name
+
+
+def check_entries(entries: Iterable[str]) -> None:
     """Raises OptionError for an entry that is no regular expression, which every name is."""
+    for entry in entries:
+        _check_entry(entry)
+
+
+def _check_entry(entry: str) -> None:
     try:
         re.compile(entry)
     except re.error as error:
@@ -41,7 +51,7 @@ def check_entry(entry: str) -> None:
         ) from None
 
 
-def tell_dead_entries(model: nn.Module, entries: Iterable[str], matches: Matches) -> None:
+def tell_dead_entries(model: nn.Module, entries: Sequence[str], matches: Matches) -> None:
     """One warning for all entries that leave nothing unquantized, each with the nearest one that would.
 
     Args:
@@ -62,17 +72,18 @@ def tell_dead_entries(model: nn.Module, entries: Iterable[str], matches: Matches
     )
 
 
-def dead_entries(model: nn.Module, entries: Iterable[str], linear: Collection[str], matches: Matches) -> list[str]:
-    """Entries that match none of the linear modules, but for those that match what has none in it (embeddings)."""
-    around = {name[: dot.start()] for name in linear for dot in re.finditer(r"\.", name)}
+def dead_entries(model: nn.Module, entries: Sequence[str], linear: Collection[str], matches: Matches) -> list[str]:
+    """Entries that leave nothing unquantized: that match nothing, or not the linear modules in what they match."""
     others = [name for name, _ in model.named_modules() if name not in linear]
-    others += [name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in linear]
+    others += [name for name, _ in model.named_parameters()]
+    left = {name for name in linear if not matches(name, list(entries))}
+    around = {name[: dot.start()] for name in left for dot in re.finditer(r"\.", name)}
 
     def is_dead(entry: str) -> bool:
         if any(matches(name, [entry]) for name in linear):
             return False
         named = [name for name in others if matches(name, [entry])]
-        return not named or any(name in around for name in named)
+        return not named or any(name in around or name.rpartition(".")[0] in left for name in named)
 
     return [entry for entry in dict.fromkeys(entries) if is_dead(entry)]
 

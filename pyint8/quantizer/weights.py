@@ -121,6 +121,14 @@ def pre_quantized(codes: torch.Tensor, scales: torch.Tensor, device: torch.devic
     return _int8_params(codes.to(device), scales.to(device))
 
 
+def dequantized(
+    codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, device: torch.device, *, transposed: bool
+) -> torch.Tensor:
+    """The weight of codes [out, in] and scales fp32 [out], by bitsandbytes' own arithmetic; `transposed`, [in, out]."""
+    weight: torch.Tensor = bitsandbytes.functional.int8_vectorwise_dequant(codes.to(device), scales.to(device))
+    return (weight.T.contiguous() if transposed else weight).to(dtype)
+
+
 def _int8_params(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     parameter: torch.Tensor = bitsandbytes.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False)
     parameter.CB = parameter.data  # type: ignore[attr-defined]

@@ -24,11 +24,13 @@ _SMALL: dict[str, int] = {
     **dict.fromkeys(("decoder_attention_heads", "decoder_num_attention_heads", "encoder_attention_heads"), 4),
     **dict.fromkeys(("n_head", "n_heads", "num_attention_heads", "num_heads"), 4),
     **dict.fromkeys(("n_routed_experts", "num_experts", "num_local_experts"), 4),
-    **dict.fromkeys(("num_codebooks", "num_experts_per_tok", "num_key_value_heads"), 2),
+    **dict.fromkeys(("num_codebooks", "num_experts_per_tok", "num_experts_per_token", "num_key_value_heads"), 2),
     **dict.fromkeys(("d_kv", "head_dim", "hidden_size_per_layer_input", "num_mel_bins", "qk_nope_head_dim"), 8),
     **dict.fromkeys(("mamba_d_head", "mamba_d_state", "mamba_head_dim", "mamba_n_heads", "mamba_num_heads"), 8),
-    **dict.fromkeys(("num_queries", "patch_size", "qk_rope_head_dim", "ssm_state_size", "state_size", "v_head_dim"), 8),
-    **dict.fromkeys(("num_image_tokens", "rotary_dim", "time_step_rank"), 4),
+    **dict.fromkeys(
+        ("num_queries", "patch_size", "qk_rope_head_dim", "shape_size", "ssm_state_size", "state_size", "v_head_dim"), 8
+    ),
+    **dict.fromkeys(("coordinate_size", "num_image_tokens", "rotary_dim", "time_step_rank"), 4),
     **dict.fromkeys(("image_size", "kv_lora_rank", "max_source_positions", "q_lora_rank"), 16),
     **dict.fromkeys(("codebook_size", "max_target_positions"), 32),
     **dict.fromkeys(("max_position_embeddings", "n_ctx", "n_positions"), 64),
@@ -94,12 +96,19 @@ def _small_config(model_type: str) -> tf.PretrainedConfig:
 
 
 def _shrunk(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: _small(name, value) for name, value in fields.items() if name not in _LEFT_OUT}
+    small = {name: _small(name, value) for name, value in fields.items() if name not in _LEFT_OUT}
+    if "kv_lora_rank" in small and "num_key_value_heads" in small:  # latent attention has keys for every head
+        small["num_key_value_heads"] = small["num_attention_heads"]
+    return small
 
 
 def _small(name: str, value: Any) -> Any:
     if isinstance(value, dict) and (name.endswith("_config") or name in ("decoder", "encoder")):
         return _shrunk(value)
+    if isinstance(value, dict) and name == "rope_parameters" and value.get("rope_type") == "default":
+        return {**value, "mrope_section": [2, 1, 1]}  # where there is one: it adds up to half a head
+    if isinstance(value, list | tuple) and name == "num_heads":
+        return [2**stage for stage in range(len(value))]
     if isinstance(value, list) and name.endswith("layer_types"):
         return value[:2]
     is_number = isinstance(value, int | float) and not isinstance(value, bool)

@@ -85,6 +85,15 @@ def test_an_entry_is_dead_if_it_keeps_nothing(entry: str, dead: bool) -> None:
     assert dead_entries(net, [entry], linear, name_matches) == [entry] * dead
 
 
+def test_an_entry_is_not_dead_where_others_do_what_it_says() -> None:
+    """Lists that were found name parameters too, and are passed on."""
+    net = Net()
+    linear = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+    entries = ["head", "head.bias", "head.weight", "mlp", r"blocks.\d+.mlp.0", "blocks.0.mlp.2", "blocks.1.mlp.2"]
+    assert dead_entries(net, entries, linear, name_matches) == ["head.bias"]  # it has none
+    assert dead_entries(net, entries[:-1], linear, name_matches) == ["head.bias", "mlp"]
+
+
 # --- on every road ----------------------------------------------------------------------------------------------------
 
 

@@ -39,18 +39,19 @@ class ZooModel:
     peer_help: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
-def randomise(model: tf.PreTrainedModel, seed: str) -> tf.PreTrainedModel:
+def randomise(model: tf.PreTrainedModel, seed: str, *, outliers: bool = True) -> tf.PreTrainedModel:
     """Values of a realistic spread: no two rows alike, a few outliers, no bias all zeros, no norm all ones."""
     generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
     with torch.no_grad():
         for name, param in model.named_parameters():
             noise = torch.randn(param.shape, generator=generator)
             if param.ndim >= 2:
-                outliers = torch.rand(param.shape, generator=generator) < 0.002
-                param.copy_(torch.where(outliers, 15 * noise, noise) * 0.05)
+                far_out = (torch.rand(param.shape, generator=generator) < 0.002) & outliers
+                param.copy_(torch.where(far_out, 15 * noise, noise) * 0.05)
             elif name.endswith("weight"):
                 param.copy_(1 + 0.1 * noise)
-                param[0] = 8.0  # activations beyond bitsandbytes' threshold of 6 take another road in the matmul
+                if outliers:  # activations beyond bitsandbytes' threshold of 6 take another road in the matmul
+                    param[0] = 8.0
             else:
                 param.copy_(0.02 * noise)
     return model.eval()

@@ -160,7 +160,7 @@ class ParameterMaker:
             return self._converted(target, stream, loading_info)
         assert target.source is not None
         entry, place = self._checkpoint[target.source], self._places[target.name]
-        if self._quantizer.check_quantized_param(target.name):
+        if self._takes_codes(target):
             return {target.name: self._quantized(target, stream, entry, place)}
         self._count("as stored" if entry.torch_dtype == place.dtype else "cast")
         health = self._quantizer.health
@@ -181,6 +181,7 @@ class ParameterMaker:
             source is not None
             and self._places[target.name].on_disk
             and target.name not in self._buffers
+            and not self._takes_codes(target)
             and self._checkpoint[source].path.endswith(".safetensors")
         )
 
@@ -194,9 +195,9 @@ class ParameterMaker:
             if name == target.format:
                 device = torch.device("cpu")  # one byte to look at
             elif name == target.source:
-                quantized = self._quantizer.check_quantized_param(target.name)
                 dtype = self._places[target.name].dtype
-                in_bands = self._quantizer.reads_bands if quantized else cast_in_bands(entry, dtype)
+                codes = self._takes_codes(target)
+                in_bands = self._quantizer.reads_bands if codes else cast_in_bands(entry, dtype)
             deliveries.append(Delivery(entry, device, in_bands, batch))
         return deliveries
 
@@ -205,8 +206,13 @@ class ParameterMaker:
         on_cpu = getattr(target.converter, "force_cpu", False)
         return torch.device("cpu") if on_cpu else self._places[target.name].device
 
+    def _takes_codes(self, target: Target) -> bool:
+        """Whether it becomes an int8 weight, or is made of one that the checkpoint has."""
+        dequantized = target.scales is not None and self._quantizer.dequantizes(target.name)
+        return dequantized or self._quantizer.check_quantized_param(target.name)
+
     def _quantized(self, target: Target, stream: TensorStream, entry: Entry, place: Place) -> torch.Tensor:
-        self._count("pre-quantized" if self._quantizer.pre_quantized else "int8")
+        self._count(self._quantizer.kind_of(target.name))
         if target.format is not None:
             checks.require_row_major(int(stream.whole(target.format)), entry)
         return self._quantizer.create_quantized_param(

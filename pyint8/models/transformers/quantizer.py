@@ -69,6 +69,8 @@ def genuine_config(config: Any) -> BitsAndBytesConfig:
 class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
     """transformers' hooks, answered by an `Int8Quantizer` and a `LoadSession`."""
 
+    quantization_config: BitsAndBytesConfig
+
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         genuine = genuine_config(quantization_config)
         super().__init__(genuine, **kwargs)
@@ -182,6 +184,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
             device_map=device_map,
             matches=lambda name, patterns: not should_convert_module(name, patterns),
             tell_dead=not self._was_pre_quantized,
+            facts={"_is_quantized": True},
         )
         for name in self.int8.skipped:
             if not should_convert_module(name, model._keep_in_fp32_modules or []):
@@ -193,13 +196,20 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
         """Takes the place of the model's own conversions; they are kept in the plan."""
-        known = len(self.int8.skip)
         plan = self.session.make_plan(self._model, weight_conversions, self._dtype)
-        if len(self.int8.skip) > known:  # a saved model must say so, or its floats would be taken for int8
-            self.quantization_config.llm_int8_skip_modules = list(self.int8.skip)
+        if self.int8.found:
+            self._say_what_is_skipped()
         # transformers reads the tensors of a pre-quantized checkpoint at once, in threads, and others when asked.
         self.pre_quantized = False
         return [PlannedRenaming(plan), PlannedConverter(plan, self.session.make)]
+
+    def _say_what_is_skipped(self) -> None:
+        """In the configuration (not in the object that somebody may load other models with), and in models' copies."""
+        self.quantization_config = copy.deepcopy(self.quantization_config)
+        configs = [vars(module).get("config") for module in self._model.modules()]
+        for config in (self.quantization_config, *(getattr(one, "quantization_config", None) for one in configs)):
+            if isinstance(config, BitsAndBytesConfig):
+                config.llm_int8_skip_modules = list(self.int8.skip)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.session.close()

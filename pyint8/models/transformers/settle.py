@@ -83,12 +83,12 @@ def check_tensors(
         CheckpointError: A weight to be quantized is not of a floating dtype, or experts are missing.
     """
     for name, target in plan.targets.items():
-        quantized = quantizer.check_quantized_param(name)
+        dequantized = target.scales is not None and quantizer.dequantizes(name)
         entry = entry_of(target, checkpoint)
         if entry is None:
             _check_sources(target, parameters[name].shape, checkpoint, allow_mismatched_shapes=allow_mismatched_shapes)
             continue
-        if not quantized:
+        if not quantizer.check_quantized_param(name) and not dequantized:
             if allow_mismatched_shapes and entry.torch_shape != tuple(parameters[name].shape):
                 continue  # transformers initializes it afresh
             if target.scales is not None:

@@ -19,6 +19,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pyint8.config import Int8Config, StreamOptions, bitsandbytes_field
+from pyint8.models.transformers.buffers import tell_unfilled_buffers
 from pyint8.models.transformers.conversion import PlannedConverter, PlannedRenaming
 from pyint8.models.transformers.session import LoadSession
 from pyint8.models.unquantized import tell_unquantized
@@ -220,4 +221,5 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
             genuine.modules_to_not_convert = self.int8.skip
             model.hf_quantizer = genuine
             tell_unquantized(model, self.int8, self.session.report)
+            tell_unfilled_buffers(model, self.session.device_map)
         return model

@@ -29,6 +29,9 @@ class Scaling(nn.Module):
         self.lin = nn.Linear(16, 16)
         self.register_buffer("scale", VALUES.clone(), persistent=persistent)
 
+    def compute_scale(self) -> None:
+        self.scale = torch.arange(16.0) + 1
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.lin(x * self.scale.to(x.dtype))
 
@@ -58,6 +61,12 @@ class Assigned(Lost):
         super()._init_weights(module)
         if isinstance(module, Scaling):
             module.scale = torch.arange(16.0) + 1
+
+
+class Computed(Lost):
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Scaling):
+            module.compute_scale()
 
 
 class Saved(Lost):
@@ -101,7 +110,7 @@ def test_the_drop_in_and_a_takeover_tell_it_too(tmp_path: Path, caplog: pytest.L
     assert len(told(caplog)) == 2
 
 
-@pytest.mark.parametrize("cls", [Written, Assigned, Saved, Nested])
+@pytest.mark.parametrize("cls", [Written, Assigned, Computed, Saved, Nested])
 def test_what_is_written_or_saved_is_not_told(
     cls: type[PreTrainedModel], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -20,6 +20,7 @@ from pyint8.quantizer.reads import find_reads
 READ = {
     "Joined": {"a", "b"},
     "Indexed": {"bs.0"},
+    "Listed": {"bs.0", "bs.1"},
     "Looped": {"bs.0", "bs.1"},
     "Zipped": {"bs.0", "bs.1"},
     "OfTheRoundBefore": {"bs.0", "bs.1"},

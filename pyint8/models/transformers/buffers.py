@@ -6,8 +6,10 @@ anything; what `__init__` computed is lost, and it is for the class's `_init_wei
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from types import CodeType
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ def tell_unfilled_buffers(model: transformers.PreTrainedModel, device_map: Mappi
     devices = {str(device) for device in (device_map or {}).values()}
     if len(devices) > 1 and devices & {"cpu", "disk"}:
         return  # accelerate has moved buffers between devices, where it cannot be seen what was written before
-    unfilled = [name for name, buffer in model.named_non_persistent_buffers() if _is_unfilled(model, name, buffer)]
+    unfilled = [name for name, buffer in model.named_buffers() if _is_unfilled(model, name, buffer)]
     if unfilled:
         logger.warning(
             "%s%s of this %s: computed in __init__, not in the checkpoint, and lost in transformers' from_pretrained, "
@@ -37,19 +39,24 @@ def tell_unfilled_buffers(model: transformers.PreTrainedModel, device_map: Mappi
 
 
 def _is_unfilled(model: nn.Module, name: str, buffer: torch.Tensor) -> bool:
-    """Whether it is as it was allocated: never written to in place, nor put there by an `_init_weights`."""
+    """Whether it is as it was allocated: not saved, never written to in place, nor put there by an `_init_weights`."""
     if buffer.is_meta or not buffer.numel() or buffer.is_inference() or buffer._version:
         return False
-    leaf = name.rpartition(".")[2]
-    return not any(leaf in names for names in _assigning_names(model, name))
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    return leaf in owner._non_persistent_buffers_set and not _is_assigned(model, name, owner, leaf)
 
 
-def _assigning_names(model: nn.Module, name: str) -> Iterator[tuple[str, ...]]:
-    """What the `_init_weights` of the models around a buffer speak of, transformers' own, which assigns none, aside."""
+def _is_assigned(model: nn.Module, name: str, owner: nn.Module, leaf: str) -> bool:
+    """Whether an `_init_weights` of a model around a buffer speaks of it, or calls a method of its module that does."""
     parts = name.split(".")
-    around = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts)))
-    for module in around:
-        for cls in type(module).__mro__:
-            function = vars(cls).get("_init_weights")
-            if function is not None and cls is not transformers.PreTrainedModel:
-                yield getattr(function, "__wrapped__", function).__code__.co_names
+    around = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
+    classes = {cls for module in around for cls in type(module).__mro__} - {transformers.PreTrainedModel}
+    spoken_of = {word for cls in classes for word in _words(vars(cls).get("_init_weights"))}
+    return leaf in spoken_of or any(leaf in _words(getattr(type(owner), word, None)) for word in spoken_of)
+
+
+def _words(function: Any) -> tuple[str, ...]:
+    """The names of attributes and globals in a function; none of anything else."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return code.co_names if isinstance(code, CodeType) else ()

@@ -122,8 +122,8 @@ def item(container: Any, at: Value, *, sliced: bool) -> Value:
         return merged(*every)
     try:
         return parts[at[0]]
-    except (LookupError, TypeError):
-        return UNKNOWN
+    except (LookupError, TypeError):  # of a comprehension, one item stands for all
+        return merged(*every) if isinstance(container, Many) else UNKNOWN
 
 
 def unpacked(whole: Any, number: int, count: int) -> Value:

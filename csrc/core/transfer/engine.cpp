@@ -255,10 +255,14 @@ void Engine::close() {
   const std::lock_guard lock(mutex_);
   std::exception_ptr error;  // of one device: the others' copies must end all the same
   for (const auto& device : devices_) {
-    try {
-      device->synchronize();
-    } catch (const Error&) {
-      if (error == nullptr) error = std::current_exception();
+    // Twice: where asking itself failed, copies may still read the slots that go next.
+    for (int attempt = 0; attempt < 2; ++attempt) {
+      try {
+        device->synchronize();
+        break;
+      } catch (const Error&) {
+        if (error == nullptr) error = std::current_exception();
+      }
     }
   }
   rings_.clear();

@@ -288,7 +288,7 @@ def test_a_checkpoint_says_whether_it_is_what_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("field", stamp.FileStamp._fields)
 def test_the_extension_compares_every_field(checkpoint: Checkpoint, field: str) -> None:
-    engine = _core.Engine(threads=1, spare_slots=1, slot_bytes=8192, direct_io=False)
+    engine = _core.Engine(threads=1, slots_per_thread=1, slot_bytes=8192, direct_io=False)
     path = checkpoint.files[0]
     now = stamp.stamp_of(path)
     engine.add_file(path, now)

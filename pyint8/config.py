@@ -118,6 +118,16 @@ def set_registration(register: Callable[[], None]) -> None:
     _register = register
 
 
+def int8_config_of(theirs: Any) -> Int8Config:
+    """What a `BitsAndBytesConfig` of 8 bit says."""
+    return Int8Config(
+        threshold=theirs.llm_int8_threshold,
+        skip_modules=theirs.llm_int8_skip_modules,
+        has_fp16_weight=theirs.llm_int8_has_fp16_weight,
+        fp32_cpu_offload=theirs.llm_int8_enable_fp32_cpu_offload,
+    )
+
+
 def bitsandbytes_field(config: Any, name: str) -> Any:
     """A field by its name in `BitsAndBytesConfig`, for code of models that looks at `config.quantization_config`.
 

@@ -8,7 +8,14 @@ expect (`ValueError`, `OSError`, …), so code that never heard of pyint8 can st
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
+
+
+def first_names(names: Sequence[str], at_most: int = 3) -> str:
+    """Of many names the first, and how many more there are, as messages say it: "a, b and 7 more"."""
+    more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
+    return ", ".join(names[:at_most]) + more
 
 
 class Pyint8Error(Exception):

@@ -9,6 +9,8 @@ import os
 import re
 from collections.abc import Sequence
 
+from pyint8.errors import first_names
+
 _FROM_FRAMEWORK = "load it with transformers 4 and from_{}=True, then call save_pretrained(new_folder)"
 _FROM_GGUF = (
     "load it with transformers and gguf_file=<its name> (where transformers has GgufConfig, also "
@@ -66,12 +68,6 @@ def advice_for_folder(names: Sequence[str], looked_for: Sequence[str]) -> str:
     return "; check the path, or save a model there with save_pretrained"
 
 
-def first(names: Sequence[str]) -> str:
-    """Of many names the first three, and how many more there are."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
 def _is_tensorflow_table(path: str) -> bool:
     with open(path, "rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - len(_TENSORFLOW_TABLE)))
@@ -104,9 +100,10 @@ def _own_layout(names: Sequence[str], _: Sequence[str]) -> str | None:
         found = [name for name in names if name.startswith("consolidated") and name.endswith(extension)]
         if found:
             return (
-                f", but {first(found)}: the layout of {maker}'s own code, in which tensors have other names. Download "
-                "the same model's files for transformers (config.json, model*.safetensors and their index), or convert "
-                f"it with convert_{model}_weights_to_hf.py of transformers' source (src/transformers/models/{model}); "
+                f", but {first_names(found)}: the layout of {maker}'s own code, in which tensors have other names. "
+                "Download the same model's files for transformers (config.json, model*.safetensors and their index), "
+                f"or convert it with convert_{model}_weights_to_hf.py of transformers' source "
+                f"(src/transformers/models/{model}); "
                 f"if its tensors have transformers' names all the same, rename it to {usual}"
             )
     return None
@@ -122,12 +119,12 @@ def _shards(names: Sequence[str], looked_for: Sequence[str]) -> str | None:
         return f", but {one[0]}; call without use_safetensors to load that"
     present = {match["number"] for match in shards if match["stem"] == one["stem"]}
     missing = [str(number) for number in range(1, int(one["count"]) + 1) if f"{number:05}" not in present]
-    too = f" (shards {first(missing)} of {int(one['count'])} are missing too)" if missing else ""
+    too = f" (shards {first_names(missing)} of {int(one['count'])} are missing too)" if missing else ""
     pattern = f"{one['stem']}-*-of-{one['count']}{one['rest']}.{one['format']}"
     command = _REBUILD.format(names=_NAMES_IN[one["format"]], shards=pattern, index=index)
     return (
-        f", but {first([match[0] for match in shards])}, which are shards without their index. Download {index}{too}, "
-        f"or, with all shards there, make it, in that folder: {command}"
+        f", but {first_names([match[0] for match in shards])}, which are shards without their index. "
+        f"Download {index}{too}, or, with all shards there, make it, in that folder: {command}"
     )
 
 

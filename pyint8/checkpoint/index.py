@@ -9,10 +9,10 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
-from pyint8.errors import CheckpointNotFoundError, OptionError
+from pyint8.errors import CheckpointNotFoundError, OptionError, first_names
 
 from ._reading import os_errors
-from .advice import advice_for_file, advice_for_folder, first
+from .advice import advice_for_file, advice_for_folder
 from .agreement import Index, choose, weight_map_of
 from .entry import Entry
 from .pickled import EXTENSIONS, PickledFile, is_pickled, read_pickled
@@ -235,7 +235,7 @@ def _read_shard(path: str, index: str, weight_map: Mapping[str, str]) -> Checkpo
     except CheckpointNotFoundError as error:
         expected = [name for name, shard in weight_map.items() if shard == os.path.basename(path)]
         raise CheckpointNotFoundError(
-            f"this shard is missing; {index} says that it holds {first(expected)}; download it", path=path
+            f"this shard is missing; {index} says that it holds {first_names(expected)}; download it", path=path
         ) from error
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from pyint8.config import Int8Config, StreamOptions
+from pyint8.config import Int8Config, StreamOptions, int8_config_of
 from pyint8.errors import OptionError
 
 # Said in `config`, or by the return value.
@@ -65,12 +65,7 @@ def int8_config(value: Any) -> Int8Config | None:
     if hasattr(value, "llm_int8_threshold") and hasattr(value, "load_in_8bit"):
         if not value.load_in_8bit:
             raise OptionError("config is a BitsAndBytesConfig that does not say load_in_8bit=True")
-        return Int8Config(
-            threshold=value.llm_int8_threshold,
-            skip_modules=value.llm_int8_skip_modules,
-            has_fp16_weight=value.llm_int8_has_fp16_weight,
-            fp32_cpu_offload=value.llm_int8_enable_fp32_cpu_offload,
-        )
+        return int8_config_of(value)
     if hasattr(value, "model_type") or isinstance(value, Mapping):
         raise OptionError(
             f"config is a {type(value).__name__}, and here it says what to quantize (a pyint8.Int8Config). A model's "

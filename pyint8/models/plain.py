@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -162,7 +162,7 @@ class _Filler:
             if weight in self._checkpoint:
                 return self._stored(weight)
             self._refuse_orphans(weight)
-            return TIED if weight in self._filled_by_ties() else ABSENT
+            return TIED if weight in self._filled_by_ties else ABSENT
 
         absent = reconcile_modules(self._module, self._quantizer, find)
         judge_absent(self._checkpoint, self._quantizer, replaced, absent, self._module.state_dict())
@@ -187,7 +187,7 @@ class _Filler:
         checks.judge_disagreements(self._checkpoint, partial(self._want, own), strict=self._quantizer.strict)
         with_codes = [*self._quantizer.converted, *self._quantizer.read]
         companions = {f"{name}.{leaf}" for name in with_codes for leaf in (checks.SCALES, checks.FORMAT)}
-        missing = sorted(set(own) - set(self._checkpoint) - self._filled_by_ties())
+        missing = sorted(set(own) - set(self._checkpoint) - self._filled_by_ties)
         unexpected = sorted(set(self._checkpoint) - set(own) - companions)
         self._recorder.report.loading_info = {"missing_keys": set(missing), "unexpected_keys": set(unexpected)}
         lost = [name for name in missing if own[name].is_meta]
@@ -211,7 +211,7 @@ class _Filler:
         module, _, leaf = name.rpartition(".")
         if leaf == checks.SCALES and self._quantizer.pre_quantized and module in self._quantizer.converted:
             return checks.Want.CANNOT_DO_WITHOUT
-        if name not in own or (name not in self._checkpoint and name in self._filled_by_ties()):
+        if name not in own or (name not in self._checkpoint and name in self._filled_by_ties):
             return checks.Want.NO
         return checks.Want.CANNOT_DO_WITHOUT if own[name].is_meta else checks.Want.YES
 
@@ -261,6 +261,7 @@ class _Filler:
         entry = self._checkpoint.entries.get(name)
         return {"tensor": name} if entry is None else entry.location
 
+    @cached_property
     def _filled_by_ties(self) -> set[str]:
         return {name for group in self._ties if not group.isdisjoint(self._checkpoint.entries) for name in group}
 
@@ -268,12 +269,13 @@ class _Filler:
         is_tied = any(name in group for group in self._ties)
         device = device_of(name, self.device_map)
         stored = self._stored(name)
-        dtype = self._target_dtype(stored.entry.torch_dtype if stored.scales is None else self._stored_dtype())
+        dtype = self._target_dtype(stored.entry.torch_dtype if stored.scales is None else self._stored_dtype)
         return Destination(landing_device(device), dtype, on_disk=device == "disk" and not is_tied)
 
     def _target_dtype(self, stored: torch.dtype) -> torch.dtype:
         return self._dtype if self._dtype is not None and stored.is_floating_point else stored
 
+    @cached_property
     def _stored_dtype(self) -> torch.dtype:
         """That of what the checkpoint has beside int8 weights and their scales."""
         rest = (entry for entry in self._checkpoint.entries.values() if not entry.name.endswith(f".{checks.SCALES}"))

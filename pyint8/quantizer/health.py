@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pyint8.errors import NonFiniteWeightError
+from pyint8.errors import NonFiniteWeightError, first_names
 
 logger = logging.getLogger("pyint8")
 
@@ -176,13 +176,12 @@ class WeightHealth:
         self._watched.clear()
         if not bad:
             return
-        named = ", ".join(f"{weight.name} (row {weight.row})" for weight in bad[:_NAMED_AT_MOST])
-        more = f" and {len(bad) - _NAMED_AT_MOST} more" if len(bad) > _NAMED_AT_MOST else ""
+        named = first_names([f"{weight.name} (row {weight.row})" for weight in bad], _NAMED_AT_MOST)
         problem = "NaN, infinity, or a value that float16 cannot hold (beyond 65504)"
         if not strict:
-            logger.warning("%s in %s%s; loaded as bitsandbytes does, with rows that are wrong", problem, named, more)
+            logger.warning("%s in %s; loaded as bitsandbytes does, with rows that are wrong", problem, named)
             return
-        others = f" So have {named}{more}." if len(bad) > 1 else ""
+        others = f" So have {named}." if len(bad) > 1 else ""
         raise NonFiniteWeightError(
             f"row {bad[0].row} has {problem}.{others} Mend the checkpoint, or pass strict=False to load it as "
             "bitsandbytes does, with rows that are wrong",

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pyint8.config import Int8Config
-from pyint8.errors import PlacementError, QuantizationStateError
+from pyint8.errors import PlacementError, QuantizationStateError, first_names
 from pyint8.placement.device_map import OFF_DEVICE, DeviceMap, device_name, device_of, off_device
 from pyint8.quantizer import requirements, weights
 from pyint8.quantizer.backend import require_device
@@ -184,13 +184,11 @@ class Int8Quantizer:
         """One warning for all modules that stay ordinary because the checkpoint has no weight for them."""
         self.told.update(names)
         if names:
-            more = f" and {len(names) - _NAMED_AT_MOST} more" if len(names) > _NAMED_AT_MOST else ""
             logger.warning(
-                "%d linear modules are not in the checkpoint, so initialized afresh and not quantized: %s%s; train "
+                "%d linear modules are not in the checkpoint, so initialized afresh and not quantized: %s; train "
                 "before use",
                 len(names),
-                ", ".join(names[:_NAMED_AT_MOST]),
-                more,
+                first_names(names, _NAMED_AT_MOST),
             )
 
     def expected_shape(self, parameter_name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

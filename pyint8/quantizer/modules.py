@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from pyint8.config import Int8Config
+from pyint8.host.imports import imported
 from pyint8.quantizer.backend import bitsandbytes
 from pyint8.quantizer.reads import find_reads
 
@@ -19,8 +19,7 @@ _UNCALLED = "its weight is used without calling the module"
 
 def conv1d_class() -> type[nn.Module] | None:
     """transformers' Conv1D; None while transformers was never imported, when no module can be one."""
-    module = sys.modules.get("transformers.pytorch_utils")
-    return getattr(module, "Conv1D", None)
+    return getattr(imported("transformers.pytorch_utils"), "Conv1D", None)
 
 
 def is_conv1d(kind: type[nn.Module]) -> bool:

@@ -7,8 +7,9 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from pyint8.errors import first_names
+
 _GB = 1e9
-_NAMED_AT_MOST = 3
 _PHASES = ("read headers", "build", "stream", "finish")
 
 
@@ -35,6 +36,7 @@ class LoadReport:
         seconds: Wall seconds by phase: "read headers", "build" (the model on meta, and the plan), "stream" (from
             the plan to the last parameter set; the first bytes may have been asked for before) and "finish".
         tensors: Number of parameters and buffers by what became of them: "int8" (quantized here), "pre-quantized",
+            "dequantized" (int8 codes of a module that stays ordinary),
             "cast" (to another dtype), "as stored", "converted" (renamed is not converted; split or fused is), "left on
             disk" (read by accelerate whenever a forward pass needs them).
         skipped: What is not int8 though of a weight's size, with the reason: linear modules by their name, and other
@@ -106,7 +108,8 @@ class LoadReport:
             names.setdefault(reason, []).append(name)
             nbytes[reason] += self.skipped_bytes.get(name, 0)
         return [
-            f"  {readable_size(size):<9} {reason}: {_shortened(names[reason])}" for reason, size in nbytes.most_common()
+            f"  {readable_size(size):<9} {reason}: {first_names(names[reason])}"
+            for reason, size in nbytes.most_common()
         ]
 
 
@@ -116,11 +119,6 @@ def readable_size(nbytes: int) -> str:
         if nbytes >= size:
             return f"{nbytes / size:.{digits}f} {unit}"
     return f"{nbytes} B"
-
-
-def _shortened(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMED_AT_MOST} more" if len(names) > _NAMED_AT_MOST else ""
-    return ", ".join(names[:_NAMED_AT_MOST]) + more
 
 
 def _as_json(value: Any) -> Any:

@@ -112,7 +112,7 @@ class TensorStream:
         rows, columns = entry.torch_shape
         transposed = lane.transposed(columns, rows)
         for row, band in self.bands(name):
-            self._transposer.transpose(lane, band, entry.dtype, model_dtype, transposed, row)
+            self._transposer.transpose(lane, band, entry.dtype, model_dtype, transposed[:, row : row + len(band)])
         return transposed
 
     def _lane(self, device: torch.device) -> Lane:

@@ -29,15 +29,14 @@ class Transposer:
         band: torch.Tensor,
         dtype: str,
         model_dtype: torch.dtype,
-        transposed: torch.Tensor,
-        column: int,
+        out: torch.Tensor,
     ) -> None:
-        """Writes `band` [rows, out], stored as `dtype`, to `transposed[:, column : column + rows]`.
+        """Writes `band` [rows, out], stored as `dtype`, to `out` [out, rows], columns of an fp16 tensor.
 
         Values are rounded to `model_dtype`, then to fp16, as transformers and bitsandbytes round them.
         """
-        if not self._transpose_with_kernel(lane, band, dtype, model_dtype, transposed, column):
-            transposed[:, column : column + len(band)] = band.to(model_dtype).to(torch.float16).T
+        if not self._transpose_with_kernel(lane, band, dtype, model_dtype, out):
+            out[:] = band.to(model_dtype).to(torch.float16).T
 
     def _transpose_with_kernel(
         self,
@@ -45,8 +44,7 @@ class Transposer:
         band: torch.Tensor,
         dtype: str,
         model_dtype: torch.dtype,
-        transposed: torch.Tensor,
-        column: int,
+        out: torch.Tensor,
     ) -> bool:
         if not self._kernels or dtype not in _KERNEL_DTYPES or model_dtype not in _MODEL_DTYPES:
             return False
@@ -59,8 +57,8 @@ class Transposer:
                 model_dtype == torch.bfloat16,
                 rows,
                 columns,
-                transposed.data_ptr() + column * transposed.element_size(),
-                transposed.stride(0),
+                out.data_ptr(),
+                out.stride(0),
                 lane.stream,
             )
         except DeviceError as error:

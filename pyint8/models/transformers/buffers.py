@@ -16,6 +16,9 @@ import torch
 import transformers
 from torch import nn
 
+from pyint8.errors import first_names
+from pyint8.placement.device_map import OFF_DEVICE
+
 logger = logging.getLogger("pyint8")
 
 _NAMED_AT_MOST = 5
@@ -24,16 +27,15 @@ _NAMED_AT_MOST = 5
 def tell_unfilled_buffers(model: transformers.PreTrainedModel, device_map: Mapping[str, Any] | None) -> None:
     """One warning that names the buffers of a loaded model that nothing was written to."""
     devices = {str(device) for device in (device_map or {}).values()}
-    if len(devices) > 1 and devices & {"cpu", "disk"}:
+    if len(devices) > 1 and not devices.isdisjoint(OFF_DEVICE):
         return  # accelerate has moved buffers between devices, where it cannot be seen what was written before
     unfilled = [name for name, buffer in model.named_buffers() if _is_unfilled(model, name, buffer)]
     if unfilled:
         logger.warning(
-            "%s%s of this %s: computed in __init__, not in the checkpoint, and lost in transformers' from_pretrained, "
+            "%s of this %s: computed in __init__, not in the checkpoint, and lost in transformers' from_pretrained, "
             "which builds models without values; such buffers hold whatever was in memory. Write them in the class's "
             "_init_weights too, or register them with persistent=True and save the model again",
-            ", ".join(unfilled[:_NAMED_AT_MOST]),
-            f" and {len(unfilled) - _NAMED_AT_MOST} more" if len(unfilled) > _NAMED_AT_MOST else "",
+            first_names(unfilled, _NAMED_AT_MOST),
             type(model).__name__,
         )
 

@@ -14,7 +14,7 @@ import torch
 from transformers import BitsAndBytesConfig
 from transformers.quantizers import register_quantization_config, register_quantizer
 
-from pyint8.config import METHOD, Int8Config, bitsandbytes_field
+from pyint8.config import METHOD, Int8Config, bitsandbytes_field, int8_config_of
 from pyint8.models.transformers.buffers import tell_unfilled_buffers
 from pyint8.models.transformers.compat import (
     Bnb8BitHfQuantizer,
@@ -86,12 +86,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         is_strict = isinstance(quantization_config, Int8Config) and quantization_config.strict
         self.session = LoadSession.active() or LoadSession.of_other_code(strict=is_strict)
         self.int8 = Int8Quantizer(
-            Int8Config(
-                threshold=genuine.llm_int8_threshold,
-                skip_modules=genuine.llm_int8_skip_modules,
-                has_fp16_weight=genuine.llm_int8_has_fp16_weight,
-                fp32_cpu_offload=genuine.llm_int8_enable_fp32_cpu_offload,
-            ),
+            int8_config_of(genuine),
             pre_quantized=self._was_pre_quantized,
             strict=self.session.request.strict,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from pyint8.checkpoint import Checkpoint
@@ -93,8 +94,9 @@ class LoadPlan:
     used: list[WeightTransform] = field(default_factory=list)
     absent: dict[str, Target] = field(default_factory=dict)
 
+    @cached_property
     def made_by(self) -> dict[str, Target]:
-        """The target that makes each parameter."""
+        """The target that makes each parameter; of a plan that is made."""
         return {name: target for target in self.targets.values() for name in target.makes()}
 
 

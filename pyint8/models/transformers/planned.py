@@ -113,6 +113,6 @@ class PlannedLoad:
 
     def locate(self, name: str) -> dict[str, Any]:
         """Where a parameter's (or a checkpoint's) tensor lies, for errors: "tensor", "path" and "offset"."""
-        target = self.plan.made_by().get(name)
+        target = self.plan.made_by.get(name)
         source = target.sources[0][0] if target is not None and target.sources else name
         return self._checkpoint[source].location if source in self._checkpoint else {"tensor": name}

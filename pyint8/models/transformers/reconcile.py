@@ -42,7 +42,7 @@ def _is_had_otherwise(name: str, plan: LoadPlan, model: Any) -> bool:
     ties = tied_weights(model)
     source = ties.get(name, name)
     group = {source, *(tied for tied, other in ties.items() if other == source)}
-    return may_be_missing(model, name) or not group.isdisjoint(plan.made_by())
+    return may_be_missing(model, name) or not group.isdisjoint(plan.made_by)
 
 
 def reconcile(
@@ -73,7 +73,7 @@ def reconcile(
     """
     parameters: dict[str, torch.Tensor] = model.state_dict()
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    made_by = plan.made_by()
+    made_by = plan.made_by
 
     def find(weight: str) -> Stored | str | None:
         if weight not in made_by:

@@ -1,4 +1,4 @@
-"""Fixtures that several files share."""
+"""Fixtures that several files share: of tests/python, tests/contract and tests/gpu."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The promise: what pyint8 loads is, byte for byte, what transformers loads with load_in_8bit.
 
-tests/gpu runs the same matrix: it imports this module's tests and fixtures and overrides the fixture `device_map`
+tests/gpu runs the same matrix: it imports this module's tests and overrides the fixture `device_map`
 (the variable IDENTITY_DEVICE does the same for one run).
 Where pyint8 differs on purpose, a function named `expect_...` says how, and the comparison is made against the peer
 helped to do what it should have done; no cell is left out.
@@ -17,6 +17,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from oracle import (
+    SERIALIZABLE,
     compare_loading_info,
     compare_models,
     compare_outputs,
@@ -30,7 +31,7 @@ from oracle import (
 )
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.models.falcon.modeling_falcon import FalconLinear
-from zoo import CHECKPOINTS, PREQUANTIZED, ZOO, CheckpointStore, ZooModel, checkpoint_store
+from zoo import CHECKPOINTS, PREQUANTIZED, ZOO, CheckpointStore, ZooModel
 
 import pyint8
 
@@ -38,10 +39,6 @@ DTYPES: tuple[torch.dtype | str, ...] = (torch.float16, torch.bfloat16, torch.fl
 AS_PREQUANTIZED = (torch.float16, "auto")  # zoo's pre-quantized checkpoints hold float16 beside int8
 FRESH_HEAD = frozenset({"bert.pooler.dense", "classifier"})
 DeviceMap = dict[str, int | str]
-
-
-# An attribute of the lifecycle ours descends from; transformers 5 sets it no more, and nothing there minds it.
-SERIALIZABLE = "modules//attributes/is_8bit_serializable"
 
 
 @dataclass(frozen=True)
@@ -61,11 +58,6 @@ class Expected:
 def device_map() -> DeviceMap:
     device = os.environ.get("IDENTITY_DEVICE", "cpu")
     return {"": int(device) if device.isdigit() else device}
-
-
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> CheckpointStore:
-    return checkpoint_store(tmp_path_factory.getbasetemp() / "zoo")
 
 
 @pytest.fixture

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from oracle import compare_loading_info, compare_models, peer_load, show
+from oracle import SERIALIZABLE, compare_loading_info, compare_models, peer_load, show
 from safetensors.torch import load_file, save_file
-from test_identity import SERIALIZABLE
 from zoo import ZOO, CheckpointStore
 
 import pyint8

@@ -17,9 +17,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from oracle import compare_loading_info, compare_models, compare_outputs, peer_load, remains, show
+from oracle import SERIALIZABLE, compare_loading_info, compare_models, compare_outputs, peer_load, remains, show
 from safetensors.torch import load_file, save_file
-from test_identity import SERIALIZABLE
 from transformers import core_model_loading
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from plain_models import Net, drawn, on_meta, saved
-from test_lifecycle import Small, int8_modules, preprocessed
+from small_model import Small, int8_modules, preprocessed
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlavaForConditionalGeneration
 from zoo import PREQUANTIZED, ZOO, CheckpointStore

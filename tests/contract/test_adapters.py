@@ -10,8 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from oracle import compare_models, compare_outputs, show
-from test_identity import SERIALIZABLE
+from oracle import SERIALIZABLE, compare_models, compare_outputs, show
 from zoo import ZOO, CheckpointStore
 
 import pyint8

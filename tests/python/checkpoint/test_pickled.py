@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from oracle import compare_loading_info, compare_models, compare_outputs, peer_load, show
+from oracle import SERIALIZABLE, compare_loading_info, compare_models, compare_outputs, peer_load, show
 from safetensors.torch import load_file
-from test_identity import SERIALIZABLE
 from torch import nn
 from zoo import ZOO, CheckpointStore
 

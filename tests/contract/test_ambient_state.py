@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from oracle import compare_models, peer_load, show
+from oracle import SERIALIZABLE, compare_models, peer_load, show
 from safetensors.torch import save_file
-from test_identity import SERIALIZABLE
 from torch import nn
+from torch_state import default_dtype
 from transformers import BitsAndBytesConfig
 from zoo import ZOO, CheckpointStore
 
 import pyint8
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
 
 AROUND: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "bfloat16": lambda: default_dtype(torch.bfloat16),

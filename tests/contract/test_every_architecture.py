@@ -12,8 +12,7 @@ import torch
 import transformers as tf
 from architectures import MODEL_TYPES, NotBuiltError, build
 from forwards import calls, first_that_runs, run
-from oracle import compare_loading_info, compare_models, peer_load, remains, show
-from test_identity import SERIALIZABLE
+from oracle import SERIALIZABLE, compare_loading_info, compare_models, peer_load, remains, show
 from zoo import randomise
 
 import pyint8

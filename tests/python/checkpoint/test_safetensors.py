@@ -1,4 +1,4 @@
-"""read_header against each rule of the format; test_checkpoint_fuzz.py compares it with safetensors itself."""
+"""read_header against each rule of the format; test_safetensors_fuzz.py compares it with safetensors itself."""
 
 import errno
 import json

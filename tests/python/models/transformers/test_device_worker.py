@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import compare_models, compare_outputs, peer_load, show
+from oracle import SERIALIZABLE, compare_models, compare_outputs, peer_load, show
 from safetensors.torch import load_file, save_file
-from test_identity import SERIALIZABLE
 from zoo import PREQUANTIZED, ZOO, CheckpointStore
 
 import pyint8

@@ -25,16 +25,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
-from zoo import PREQUANTIZED, ZOO, CheckpointStore, checkpoint_store
+from zoo import PREQUANTIZED, ZOO, CheckpointStore
 
 CPU = {"": "cpu"}
 REUSABLE = [name for name in ZOO if name != "bert_fresh_head"]  # what the peer can load, run and quantize whole
 MIXED_DTYPES_CRASH = {"gpt2", "opt", "bert_mlm", "falcon", "llava", "whisper", "gpt_oss", "qwen2_vl"}
-
-
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> CheckpointStore:
-    return checkpoint_store(tmp_path_factory.getbasetemp() / "zoo")
 
 
 @pytest.mark.parametrize("checkpoint", ["fp16", PREQUANTIZED])

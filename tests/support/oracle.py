@@ -25,6 +25,8 @@ from transformers.core_model_loading import WeightTransform
 
 OURS = "pyint8"
 UNORDERED = {"llm_int8_skip_modules", "modules_to_not_convert"}
+# An attribute of the lifecycle ours descends from; transformers 5 sets it no more, and nothing there minds it.
+SERIALIZABLE = "modules//attributes/is_8bit_serializable"
 SCALARS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.Size, re.Pattern)
 
 

@@ -16,6 +16,7 @@ import transformers as tf
 from oracle import compare_reloaded, peer_load, show
 from plain_models import drawn, saved
 from reading_modules import Base
+from reads import reads
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -244,8 +245,6 @@ ON_META: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
 
 @pytest.mark.parametrize("name", ON_META)
 def test_what_is_read_of_larger_models(name: str) -> None:
-    from test_reads import reads
-
     build, read = ON_META[name]
     with torch.device("meta"):
         model = build()

@@ -1,5 +1,5 @@
-"""The extension through its binding: bytes, errors, Ctrl-C and the GIL; its turns are in test_core_turn.py, its CUDA
-road in test_core_cuda.py."""
+"""The extension through its binding: bytes, errors, Ctrl-C and the GIL; how it transposes is in test_core_transpose.py,
+its CUDA road in test_core_cuda.py."""
 
 import errno
 import os

@@ -11,9 +11,9 @@ import pytest
 import reading_modules
 import torch
 from reading_modules import Base, Functional
+from reads import reads
 from torch import nn
 
-from pyint8.quantizer.modules import is_linear
 from pyint8.quantizer.reads import find_reads
 
 # Whose weight each of `reading_modules` reads, where it is not that of `a` alone.
@@ -34,13 +34,6 @@ READ = {
 def kinds(module: Any) -> list[type[nn.Module]]:
     own = [cls for cls in vars(module).values() if inspect.isclass(cls) and cls.__module__ == module.__name__]
     return [cls for cls in own if issubclass(cls, Base) and cls is not Base]
-
-
-def reads(module: nn.Module, *, training: bool = False, **facts: Any) -> dict[str, str]:
-    modules = dict(module.named_modules())
-    linear = [one for one in modules.values() if is_linear(one)]
-    found = find_reads(modules, linear, facts, training=training)
-    return {name: found[one] for name, one in modules.items() if one in found}
 
 
 @pytest.mark.parametrize("cls", kinds(reading_modules), ids=lambda cls: cls.__name__)

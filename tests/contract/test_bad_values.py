@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import compare_loading_info, compare_models, peer_load, show
+from oracle import SERIALIZABLE, compare_loading_info, compare_models, peer_load, show
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -25,7 +25,6 @@ NORM = "model.norm.weight"
 UP_PROJ = "model.layers.1.mlp.up_proj.weight"
 EXPERT = "model.layers.0.block_sparse_moe.experts.1.w3.weight"
 C_ATTN = "transformer.h.1.attn.c_attn.weight"
-SERIALIZABLE = "modules//attributes/is_8bit_serializable"
 Copy = Callable[..., Path]
 # Of a Linear's weight [out, in] and a Conv1D's [in, out]: where the value is put, and the output row it spoils.
 PLACES = {"llama": (Q_PROJ, (11, 3), 11), "gpt2": (C_ATTN, (3, 50), 50)}

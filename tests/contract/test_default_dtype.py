@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from oracle import compare_models, compare_outputs, peer_load, show
+from oracle import SERIALIZABLE, compare_models, compare_outputs, peer_load, show
 from safetensors.torch import save_file
 from zoo import ZOO, CheckpointStore
 
 import pyint8
 
-SERIALIZABLE = "modules//attributes/is_8bit_serializable"
 IDS = torch.arange(8)[None]
 
 

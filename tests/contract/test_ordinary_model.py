@@ -15,13 +15,14 @@ import pytest
 import torch
 import transformers as tf
 from oracle import (
-    compare_models,
+    assert_same,
     compare_outputs,
     compare_reloaded,
     describe_tensor,
     differences,
     remains,
     show,
+    state,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
 from zoo import PREQUANTIZED, ZOO
@@ -31,18 +32,8 @@ from pyint8.quantizer import Int8Quantizer
 from pyint8.streaming.lane import Lane
 from pyint8.streaming.stream import TensorStream
 
-SERIALIZABLE = "modules//attributes/is_8bit_serializable"
 IDS = torch.tensor([[5, 6, 7, 8]])
 Load = Callable[..., Any]
-
-
-def state(model: torch.nn.Module) -> dict[str, Any]:
-    return {name: describe_tensor(tensor.data) for name, tensor in model.state_dict().items()}
-
-
-def assert_same(ours: Any, theirs: Any) -> None:
-    found = compare_models(ours, theirs, allow=[SERIALIZABLE])
-    assert not found, show(found)
 
 
 @pytest.mark.parametrize("checkpoint", ["bf16", PREQUANTIZED])

@@ -288,6 +288,16 @@ def compare_reloaded(ours: PreTrainedModel, folder: Path) -> list[str]:
     return lost + differences({"reloaded": saved}, {"reloaded": read}, allow=["reloaded/*/attributes/*"])
 
 
+def state(model: nn.Module) -> dict[str, Any]:
+    """Values of the state dict, whatever wraps them."""
+    return {name: describe_tensor(tensor.data) for name, tensor in model.state_dict().items()}
+
+
+def assert_same(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:
+    found = compare_models(ours, theirs, allow=[SERIALIZABLE])
+    assert not found, show(found)
+
+
 def without_deserializers(conversions: Iterable[WeightTransform]) -> list[WeightTransform]:
     """The peer's weight conversions less those that only read bitsandbytes' serialized names."""
     return [c for c in conversions if not any(hasattr(op, "hf_quantizer") for op in getattr(c, "operations", ()))]

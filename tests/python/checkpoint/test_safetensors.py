@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import safetensors
+from safetensors_bytes import framed, write
 
 from pyint8.checkpoint import DTYPES, Entry, read_header
 from pyint8.errors import CheckpointError, CheckpointNotFoundError, HeaderError, ReadError, TruncatedError
@@ -15,20 +16,9 @@ from pyint8.errors import CheckpointError, CheckpointNotFoundError, HeaderError,
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 
-def framed(header, data=b""):
-    """The bytes of a safetensors file; a header that is not bytes is made JSON."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + data
-
-
 @pytest.fixture
 def path(tmp_path):
     return str(tmp_path / "model.safetensors")
-
-
-def write(path, content):
-    with open(path, "wb") as file:
-        file.write(content)
 
 
 PAIR = {"a": F32, "b": {**F32, "data_offsets": [8, 16]}}

@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from safetensors_bytes import framed, write
 
 from pyint8.checkpoint import DTYPES, read_header
 from pyint8.errors import CheckpointError, ReadError
@@ -29,15 +30,6 @@ DELIBERATE = re.compile(r"appears twice|does not begin with|is described by \[|u
 @pytest.fixture
 def path(tmp_path):
     return str(tmp_path / "model.safetensors")
-
-
-def write(path, content):
-    with open(path, "wb") as file:
-        file.write(content)
-
-
-def framed(text, data):
-    return len(text).to_bytes(8, "little") + text + data
 
 
 def bytes_at(entry):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from transformers.utils import logging as transformers_logging
+from zoo import ZOO, CheckpointStore
 
 from pyint8.report.progress import ByteProgress
 
@@ -29,8 +30,9 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def hooked() -> Iterator[list[Any]]:
-    """The bars that transformers' factory made, by the hook that it offers."""
+def hooked(checkpoints: CheckpointStore) -> Iterator[list[Any]]:
+    """The bars that transformers' factory made of a load, by the hook that it offers."""
+    checkpoints.folder(ZOO["llama"], "bf16")  # written before: that has a bar of its own
     made: list[Any] = []
 
     def hook(factory: Any, arguments: Any, keywords: Any) -> Any:

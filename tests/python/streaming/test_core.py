@@ -34,18 +34,6 @@ def _first_thread() -> None:
 
 
 @pytest.fixture
-def content() -> bytes:
-    return random.Random(0).randbytes(300_001)
-
-
-@pytest.fixture
-def path(tmp_path: Path, content: bytes) -> str:
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(content)
-    return str(file)
-
-
-@pytest.fixture
 def engine(path: str) -> Iterator[_core.Engine]:
     """With one host lane and one file."""
     engine = make_engine()

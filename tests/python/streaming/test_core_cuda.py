@@ -80,18 +80,6 @@ def driver() -> Iterator[FakeDriver]:
     assert _core.pinned_bytes_in_use() == 0
 
 
-@pytest.fixture
-def content() -> bytes:
-    return random.Random(0).randbytes(300_001)
-
-
-@pytest.fixture
-def path(tmp_path: Path, content: bytes) -> str:
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(content)
-    return str(file)
-
-
 def make_engine(driver: FakeDriver, path: str, lanes: int = 1, **options: int) -> _core.Engine:
     """Lane i is device i; file 0 is `path`."""
     defaults = {"threads": 2, "slots_per_thread": 2, "slot_bytes": SLOT, "direct_io": False}

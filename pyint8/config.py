@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pyint8.errors import OptionError
 from pyint8.host.cpus import processes_on_host, usable_cpus
 
-logger = logging.getLogger("pyint8")
+logger = logging.getLogger(__name__)
 
 METHOD = "pyint8"
 """The name under which transformers knows pyint8's quantizer."""

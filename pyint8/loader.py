@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pyint8.models.request import LoadRequest
     from pyint8.streaming.preparation import Preparation
 
-logger = logging.getLogger("pyint8")
+logger = logging.getLogger(__name__)
 
 _Module = TypeVar("_Module", bound="nn.Module")
 

@@ -42,7 +42,7 @@ class Chunk:
     rows: int
     start: int  # of what lands, in bytes from the start of the entry
     nbytes: int
-    passes: bool = False  # through scratch
+    through_scratch: bool = False
     early: bool = False  # there, or asked for, before the stream was, so in no budget
     memory: torch.Tensor | None = None  # uint8
     region: Region | None = None
@@ -72,7 +72,7 @@ def cut(request: TensorRequest, lane: Lane) -> list[Chunk]:
             min(step, rows - row),
             row * row_bytes,
             min(step, rows - row) * row_bytes,
-            passes=row_bytes <= lane.ring.size,
+            through_scratch=row_bytes <= lane.ring.size,
         )
         for row in range(0, rows, step)
     ]

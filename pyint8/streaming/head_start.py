@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pyint8.streaming.lane import Lane, LaneOpener, open_lane
-from pyint8.streaming.transport import Read, Transport
+from pyint8.streaming.transport import ReadRequest, Transport
 
 if TYPE_CHECKING:
     from pyint8.checkpoint import Entry
@@ -130,7 +130,9 @@ class HeadStart:
                 wanted.append((entry, torch.UntypedStorage(entry.nbytes, device=lane.device)))
             except torch.OutOfMemoryError:  # the load itself may need less at a time
                 break
-        reads = [Read(entry.path, entry.offset, entry.nbytes, storage, stamp=entry.stamp) for entry, storage in wanted]
+        reads = [
+            ReadRequest(entry.path, entry.offset, entry.nbytes, storage, stamp=entry.stamp) for entry, storage in wanted
+        ]
         first = self._transport.submit(lane, reads) if reads else 0
         for ticket, (entry, storage) in enumerate(wanted, first):
             self._early[entry.name] = EarlyTensor(entry, lane, storage, ticket)

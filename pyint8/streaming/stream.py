@@ -14,7 +14,7 @@ from pyint8.errors import FileChangedError, ReadError, TruncatedError
 from pyint8.report import Recorder
 from pyint8.streaming.chunks import Chunk, TensorRequest, bands_of, cut, gather_batches, typed
 from pyint8.streaming.lane import Lane, LaneOpener, open_lane
-from pyint8.streaming.transport import Read, Transport
+from pyint8.streaming.transport import ReadRequest, Transport
 from pyint8.streaming.transpose import Transposer
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class TensorStream:
                 del memory
                 self._release(chunk)
 
-    def turned_half(self, name: str, model_dtype: torch.dtype) -> torch.Tensor:
+    def transposed_half(self, name: str, model_dtype: torch.dtype) -> torch.Tensor:
         """A Conv1D weight [in, out] as fp16 [out, in], rounded to `model_dtype` on the way; valid until the next."""
         first = self._chunks[name][0]
         entry, lane = first.request.entry, first.lane
@@ -159,7 +159,7 @@ class TensorStream:
     def _allocate(self, chunk: Chunk) -> bool:
         """Gives a chunk its memory; False while there is no room."""
         lane = chunk.lane
-        if chunk.passes:
+        if chunk.through_scratch:
             chunk.region = lane.ring.acquire(chunk.nbytes)
             if chunk.region is None:
                 return False
@@ -177,13 +177,13 @@ class TensorStream:
     def _submit(self, chunks: list[Chunk], *, first: bool = False) -> None:
         if not chunks:
             return
-        reads: list[Read] = []
+        reads: list[ReadRequest] = []
         for chunk in chunks:
             assert chunk.memory is not None
             share = chunk.nbytes // len(chunk.entries)
             for number, entry in enumerate(chunk.entries):
                 offset = entry.offset + chunk.start
-                reads.append(Read(entry.path, offset, share, chunk.memory, number * share, entry.stamp))
+                reads.append(ReadRequest(entry.path, offset, share, chunk.memory, number * share, entry.stamp))
         ticket = self._transport.submit(chunks[0].lane, reads, first=first)
         for chunk in chunks:
             chunk.ticket = ticket
@@ -289,5 +289,5 @@ class StreamSource:
     def whole(self) -> torch.Tensor:
         return self.stream.whole(self.entry.name)
 
-    def turned_half(self, model_dtype: torch.dtype) -> torch.Tensor:
-        return self.stream.turned_half(self.entry.name, model_dtype)
+    def transposed_half(self, model_dtype: torch.dtype) -> torch.Tensor:
+        return self.stream.transposed_half(self.entry.name, model_dtype)

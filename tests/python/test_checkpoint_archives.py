@@ -75,7 +75,7 @@ def test_records_that_were_zipped_again_are_still_read_by_offset(tmp_path: Path)
 
 
 def test_compressed_records_are_read_into_memory(tmp_path: Path) -> None:
-    path = saved(tmp_path / "x.bin", flat=torch.randn(1000), turned=torch.randn(7, 5).T)
+    path = saved(tmp_path / "x.bin", flat=torch.randn(1000), transposed=torch.randn(7, 5).T)
     expected = torch.load(path)
     rewrite(path, lambda _, content: content, DEFLATED)
     assert all(entry.value is not None for entry in read_pickled(path).entries.values())
@@ -231,7 +231,7 @@ def state_dicts(draw: st.DrawFn) -> dict[str, torch.Tensor]:
         base = torch.randint(0, 2 if dtype is torch.bool else 100, (draw(st.integers(0, 9)), 6)).to(dtype)
         state[f"whole{number}"] = base
         if draw(st.booleans()):
-            state[f"turned{number}"] = base.T
+            state[f"transposed{number}"] = base.T
         if draw(st.booleans()):
             state[f"part{number}"] = base[1:, 2::3]
         if draw(st.booleans()) and dtype.is_floating_point:

@@ -1,4 +1,4 @@
-"""The extension through its binding: bytes, errors, Ctrl-C and the GIL; its turns are in test_core_turn.py, its CUDA
+"""The extension through its binding: bytes, errors, Ctrl-C and the GIL; transposing is in test_core_turn.py, its CUDA
 road in test_core_cuda.py."""
 
 import errno

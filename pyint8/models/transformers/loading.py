@@ -29,7 +29,7 @@ from pyint8.streaming.preparation import Preparation
 
 # from_pretrained changes the process while it runs (the default dtype, PreTrainedModel's methods, progress bars): two
 # at once leave weights on meta, without an error. And configurations and models are imported when they are first named.
-_one_at_a_time = threading.RLock()
+_load_lock = threading.RLock()
 
 # Where a checkpoint is found, as from_pretrained names it; the rest may be for the configuration or the model.
 _HUB_ARGUMENTS = frozenset(
@@ -70,7 +70,7 @@ def load_pretrained(
     """
     int8 = Int8Quantizer(request.config or Int8Config())
     int8.validate_environment(**{name: request.arguments.get(name, False) for name in ("from_tf", "from_flax")})
-    preparation.start_head(request.device_map, request.budget)
+    preparation.start_head_start(request.device_map, request.budget)
     memory = request.budget.per_device
     placement = {
         "device_map": request.device_map,
@@ -79,7 +79,7 @@ def load_pretrained(
         "offload_folder": request.offload_folder,
     }
     session = LoadSession(request, preparation, recorder)
-    with _one_at_a_time, ExitStack() as stack:
+    with _load_lock, ExitStack() as stack:
         model_class, arguments = _resolve(model_class, request)
         stack.enter_context(session.activate())
         stack.enter_context(recorder.phase("build"))

@@ -19,7 +19,7 @@ from pyint8.errors import CheckpointError, Pyint8Error
 
 from ._reading import ARCHIVE_PREFIX, LEGACY_PREFIX, LFS_POINTER, LFS_PREFIX, os_errors
 from .archive import AGAIN, TorchArchive
-from .entry import DTYPES, Entry
+from .entry import DTYPES, Entry, EntryInMemory
 from .stamp import FileStamp, reading
 
 if TYPE_CHECKING:
@@ -198,7 +198,8 @@ def _in_memory(path: str, name: str, tensor: torch.Tensor) -> Entry:
     if tensor.is_meta:
         raise CheckpointError("the tensor was saved without values, from meta", path=path, tensor=name)
     value = tensor.detach().contiguous()
-    return Entry(name, _dtype_name(path, name, tensor), tuple(tensor.shape), path, 0, value.nbytes, value=value)
+    dtype = _dtype_name(path, name, tensor)
+    return EntryInMemory(name, dtype, tuple(tensor.shape), path, 0, value.nbytes, value=value)
 
 
 def _entry(path: str, name: str, tensor: torch.Tensor, archive: TorchArchive) -> Entry:

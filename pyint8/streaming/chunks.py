@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pyint8.checkpoint import EntryInMemory
+
 if TYPE_CHECKING:
     from pyint8.checkpoint import Entry
     from pyint8.streaming.lane import Lane
@@ -58,7 +60,7 @@ def cut(request: TensorRequest, lane: Lane) -> list[Chunk]:
     """The entry whole, or in bands of rows that pass through the lane's scratch, in order."""
     entry = request.entry
     rows = entry.torch_shape[0] if entry.torch_shape else 1
-    if entry.value is not None:
+    if isinstance(entry, EntryInMemory):
         return [Chunk(request, lane, 0, rows, 0, entry.nbytes, early=True)]
     if not request.in_bands or not entry.torch_shape or entry.nbytes == 0 or entry.stride is not None:
         return [Chunk(request, lane, 0, rows, 0, entry.nbytes)]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pyint8.checkpoint import EntryInMemory
 from pyint8.streaming.lane import Lane, LaneOpener, open_lane
 from pyint8.streaming.transport import ReadRequest, Transport
 
@@ -121,7 +122,7 @@ class HeadStart:
         builds the model would take it each time (docs/performance.md, "The interpreter's lock")."""
         wanted: list[tuple[Entry, torch.UntypedStorage]] = []
         for entry in entries:
-            if entry.nbytes < _WORTHWHILE_BYTES or entry.value is not None:
+            if entry.nbytes < _WORTHWHILE_BYTES or isinstance(entry, EntryInMemory):
                 continue
             nbytes -= entry.nbytes
             if nbytes < 0:

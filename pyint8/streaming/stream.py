@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pyint8.checkpoint import EntryInMemory
 from pyint8.config import StreamOptions
 from pyint8.errors import FileChangedError, ReadError, TruncatedError
 from pyint8.report import Recorder
@@ -146,7 +147,7 @@ class TensorStream:
         batch: list[Chunk] = []
         while self._cursor < len(self._pending):
             chunk = self._pending[self._cursor]
-            if chunk.ticket is None and chunk.request.entry.value is None:
+            if chunk.ticket is None and not isinstance(chunk.request.entry, EntryInMemory):
                 if not self._allocate(chunk):
                     break
                 if batch and batch[-1].lane is not chunk.lane:
@@ -191,10 +192,10 @@ class TensorStream:
 
     def _land(self, chunk: Chunk) -> torch.Tensor:
         """Waits until the chunk's bytes are ordered before the caller's stream; its memory."""
-        value = chunk.request.entry.value
-        if value is not None:
+        entry = chunk.request.entry
+        if isinstance(entry, EntryInMemory):
             self._recorder.landed(chunk.nbytes)
-            flat = value.reshape(-1).view(torch.uint8)
+            flat = entry.value.reshape(-1).view(torch.uint8)
             return flat.clone() if flat.device == chunk.lane.device else flat.to(chunk.lane.device)
         if chunk.ticket is None:  # taken out of order: it gets memory of its own, ahead of the queue
             chunk.lane.bytes_in_flight += chunk.nbytes

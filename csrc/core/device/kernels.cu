@@ -123,7 +123,7 @@ PYINT8_TRANSPOSE(transpose_float, Float, false)
 PYINT8_TRANSPOSE(transpose_float_through_bfloat16, Float, true)
 
 struct Marking {
-  float* marks;
+  unsigned char* marks;
   u64 per_mark;
   u64 overflow_only;
 
@@ -132,7 +132,7 @@ struct Marking {
   }
   // Whoever else writes there writes the same.
   __device__ __noinline__ void mark(u64 index) const {
-    if (marks != nullptr) marks[index / per_mark] = __uint_as_float(0x7f800000u);
+    if (marks != nullptr) marks[index / per_mark] = 1;
   }
 };
 
@@ -167,10 +167,10 @@ __device__ __forceinline__ void cast(const Source* from, u64 elements, Target* t
   }
 }
 
-#define PYINT8_CAST(name, source, target, through_bfloat16)                                               \
-  extern "C" __global__ void __launch_bounds__(kTile* kRows)                                              \
-      name(const source* from, u64 elements, target* to, float* marks, u64 per_mark, u64 overflow_only) { \
-    cast<source, target, through_bfloat16>(from, elements, to, {marks, per_mark, overflow_only});         \
+#define PYINT8_CAST(name, source, target, through_bfloat16)                                                  \
+  extern "C" __global__ void __launch_bounds__(kTile* kRows) name(                                           \
+      const source* from, u64 elements, target* to, unsigned char* marks, u64 per_mark, u64 overflow_only) { \
+    cast<source, target, through_bfloat16>(from, elements, to, {marks, per_mark, overflow_only});            \
   }
 
 PYINT8_CAST(cast_half_to_half, Half, Half, false)

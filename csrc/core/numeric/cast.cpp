@@ -2,7 +2,6 @@
 
 #include <cmath>
 #include <cstring>
-#include <limits>
 
 #include "error.hpp"
 #include "numeric/half.hpp"
@@ -53,8 +52,7 @@ void cast(const CastJob& job) {
     if (job.type != job.to_type || job.through_bfloat16) store(job.to_type, job.to, i, value);
     if (job.marks_at == 0) continue;
     if (is_marked(job.marks, source, half_to_float(float_to_half(value)))) {
-      reinterpret_cast<float*>(job.marks_at)[i / job.elements_per_mark] =
-          std::numeric_limits<float>::infinity();
+      reinterpret_cast<std::uint8_t*>(job.marks_at)[i / job.elements_per_mark] = 1;
     }
   }
   if (job.type == job.to_type && !job.through_bfloat16 && job.to != job.from) {  // a NaN keeps its bits

@@ -23,8 +23,8 @@ struct CastJob {
   std::size_t elements;
   std::uintptr_t to;
   ElementType to_type;
-  // fp32, one for every `elements_per_mark` elements in turn, or 0 for none. Infinity is written where an
-  // element is as `marks` says; nothing is written elsewhere. Only where to_type is fp16.
+  // uint8, one for every `elements_per_mark` elements in turn, or 0 for none. 1 is written where an element
+  // is as `marks` says; nothing is written elsewhere. Only where to_type is fp16.
   std::uintptr_t marks_at = 0;
   std::size_t elements_per_mark = 1;
   Marks marks = Marks::kNotFinite;

@@ -220,7 +220,7 @@ void Consumer::put_work(const Asked& asked) {
 void Consumer::quantize_band(const Task& task, const ToInt8& to, const Asked& asked) {
   const Request& request = task.request;
   const Band& band = *asked.band;
-  const Address marks = request.marks == 0 ? 0 : request.marks + band.row * sizeof(float);
+  const Address marks = request.marks == 0 ? 0 : request.marks + band.row;
   device_.cast({.from = asked.memory,
                 .type = request.stored,
                 .through_bfloat16 = to.through_bfloat16,

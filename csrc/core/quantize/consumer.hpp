@@ -66,7 +66,7 @@ struct Request {
   ElementType stored;                // of no meaning where values stay as stored
   std::size_t rows, columns;         // as stored; columns are bytes where values stay as stored
   std::variant<ToInt8, ToValues> to;
-  // fp32, or 0 for none; infinity is written where something is wrong, nothing elsewhere. For ToInt8 one for
+  // uint8, or 0 for none; 1 is written where something is wrong, nothing elsewhere. For ToInt8 one for
   // each output row: it has NaN, infinity, or a value beyond fp16's range. For ToValues one for all: fp16 has
   // infinity where none was stored.
   Address marks;

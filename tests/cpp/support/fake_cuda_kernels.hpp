@@ -6,8 +6,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
-#include <optional>
 #include <string_view>
 
 #include "device/kernel_tile.hpp"
@@ -101,7 +99,7 @@ inline void cast_element(const Kernel& kernel, const KernelArguments& arguments,
   const float result = load(kernel.target, to, i);
   const bool is_new = std::isinf(result) && !std::isinf(source);
   if (marks == 0 || std::isfinite(result) || (overflow_only != 0 && !is_new)) return;
-  write(marks, i / per_mark, std::numeric_limits<float>::infinity());
+  write(marks, i / per_mark, std::uint8_t{1});
 }
 
 inline void run_cast(const Kernel& kernel, const KernelArguments& arguments, unsigned grid_x) {

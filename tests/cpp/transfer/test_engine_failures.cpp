@@ -253,13 +253,13 @@ TEST_CASE("callers may submit, wait and close from threads of their own") {
     std::deque<Caller> callers;
     Engine engine(kOptions);
     checkpoint.open(engine);
-    std::vector<std::jthread> callers;
+    std::vector<std::jthread> threads;
     for (std::uint32_t lane = 0; lane < kLanes; ++lane) {
       add_lane(engine, static_cast<int>(lane));
       callers.emplace_back(static_cast<int>(lane));
     }
     for (std::uint32_t lane = 0; lane < kLanes; ++lane) {
-      callers.emplace_back([&, lane] {
+      threads.emplace_back([&, lane] {
         const Read read = whole(to[lane]);
         Caller& caller = callers[lane];
         try {
@@ -275,7 +275,7 @@ TEST_CASE("callers may submit, wait and close from threads of their own") {
     }
     std::this_thread::sleep_for(std::chrono::milliseconds(round));
     engine.close();
-    callers.clear();
+    threads.clear();
     for (Caller& caller : callers) caller.synchronize();
     CHECK(wrong == 0);
   }

@@ -174,14 +174,13 @@ CudaContext::Scope::~Scope() {
 CudaDevice::CudaDevice(std::shared_ptr<const CudaApi> api, int ordinal)
     : context_(std::make_shared<CudaContext>(std::move(api), ordinal)) {
   const CudaContext::Scope scope(*context_);
-  const CudaApi& driver = context_->api();
-  driver.check(driver.stream_create(&copy_stream_, kStreamNonBlocking), "cuStreamCreate");
+  context_->api().check(context_->api().stream_create(&copy_stream_, kStreamNonBlocking), "cuStreamCreate");
 }
 
 CudaDevice::~CudaDevice() {
   const CudaContext::Scope scope(*context_, std::nothrow);
   context_->api().stream_synchronize(copy_stream_);
-  if (last_transpose_ != nullptr) context_->api().event_synchronize(handle_of(*last_transpose_));
+  for (const auto& [stream, event] : last_) context_->api().event_synchronize(handle_of(*event));
   context_->api().stream_destroy(copy_stream_);
   if (module_ != nullptr) context_->api().module_unload(module_);
 }
@@ -256,13 +255,25 @@ CuFunction CudaDevice::kernel(const std::string& name) {
   return function;
 }
 
+// Moves with each kernel that is put on the stream.
+Event& CudaDevice::last_on(StreamHandle stream) {
+  const std::lock_guard lock(module_mutex_);
+  auto found = last_.find(stream);
+  if (found == last_.end()) found = last_.emplace(stream, make_event()).first;
+  return *found->second;
+}
+
 void CudaDevice::launch(const std::string& kernel_name, unsigned blocks_x, unsigned blocks_y,
                         std::span<void* const> arguments, StreamHandle stream) {
   const CuFunction function = kernel(kernel_name);
+  Event& last = last_on(stream);  // first: what runs must be known
   const CudaApi& api = context_->api();
   api.check(api.launch_kernel(function, blocks_x, blocks_y, 1, kTile, kRows, 1, 0, as_stream(stream),
                               const_cast<void**>(arguments.data()), nullptr),
             "cuLaunchKernel");
+  const CuResult result = api.event_record(handle_of(last), as_stream(stream));
+  if (result != 0) api.stream_synchronize(as_stream(stream));  // nothing else would
+  api.check(result, "cuEventRecord");
 }
 
 std::unique_ptr<Stream> CudaDevice::make_stream() {
@@ -286,9 +297,6 @@ void CudaDevice::transpose_to_half(const TransposeJob& job, StreamHandle stream)
   const auto blocks_y =
       static_cast<unsigned>(std::min<std::size_t>((job.rows + kTile - 1) / kTile, kMostBlocksY));
   launch(kernel_name(job), blocks_x, blocks_y, arguments, stream);
-  const std::lock_guard lock(module_mutex_);
-  if (last_transpose_ == nullptr) last_transpose_ = make_event();
-  record_on(stream, *last_transpose_);
 }
 
 void CudaDevice::cast(const CastJob& job, StreamHandle stream) {

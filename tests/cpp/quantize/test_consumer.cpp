@@ -106,7 +106,8 @@ TEST_CASE("every kind of request, every dtype, in one band and in many") {
     CAPTURE(columns);
     const Accounts accounts;
     Tensors tensors(every_wish(rows, columns), random);
-    Gpus gpus(tensors, 1, kLeast, kOptions);
+    Callers callers(1);
+    Gpus gpus(tensors, callers, kLeast, kOptions);
     const Ticket first = gpus.submit(0, tensors);
     CHECK(gpus.wait(0, first + tensors.size() - 1) == tensors.size());
     gpus.synchronize();
@@ -119,7 +120,7 @@ TEST_CASE("every kind of request, every dtype, in one band and in many") {
 
 TEST_CASE("any mix of requests is byte-exact, whatever the GPUs, scratch, threads and slots") {
   Random random(2);
-  for (const std::size_t gpu_count : {1, 3}) {
+  for (const int gpu_count : {1, 3}) {
     for (const std::size_t scratch_bytes : {kLeast, 3 * kLeast + 1000, std::size_t{1} << 17}) {
       for (const std::size_t threads : {1, 3}) {
         for (const std::size_t slots_per_thread : {1, 3}) {
@@ -129,7 +130,8 @@ TEST_CASE("any mix of requests is byte-exact, whatever the GPUs, scratch, thread
           CAPTURE(slots_per_thread);
           const Accounts accounts;
           Tensors tensors(random_wishes(random, 100, scratch_bytes / kLeast * kScratchAlignment), random);
-          Gpus gpus(tensors, gpu_count, scratch_bytes, {threads, slots_per_thread, kSlot});
+          Callers callers(gpu_count);
+          Gpus gpus(tensors, callers, scratch_bytes, {threads, slots_per_thread, kSlot});
           Mix mix(tensors, gpus, random);
           CHECK(mix.run());
           CHECK(mix.all_done());
@@ -145,7 +147,8 @@ TEST_CASE("scratch is not written while a kernel that comes late still reads it"
     const Accounts accounts;
     Wish wish{Kind::kInt8, ElementType::kBFloat16, ElementType::kBFloat16, 300, 60, landed};
     Tensors tensors(std::vector<Wish>(6, wish), random);
-    Gpus gpus(tensors, 1, kLeast, kOptions, slowly);
+    Callers callers(1);
+    Gpus gpus(tensors, callers, kLeast, kOptions, slowly);
     gpus.submit(0, tensors);
     gpus.wait(0, tensors.size() - 1);
     gpus.synchronize();
@@ -159,8 +162,9 @@ TEST_CASE("destinations are not written before what the caller's stream still do
   Random random(4);
   Tensors tensors(every_wish(20, 30), random);
   std::atomic<bool> untouched = false;
-  Gpus gpus(tensors, 1, kLeast, kOptions);
-  gpus.callers[0].then([&] {
+  Callers callers(1);
+  Gpus gpus(tensors, callers, kLeast, kOptions);
+  callers[0].then([&] {
     soon();
     untouched = tensors.are_untouched();
   });
@@ -176,7 +180,8 @@ TEST_CASE("a later submission waits for its own caller's stream too") {
   Random random(5);
   Tensors tensors(every_wish(5, 7), random);
   bool untouched = false;
-  Gpus gpus(tensors, 1, kLeast, kOptions);
+  Callers callers(1);
+  Gpus gpus(tensors, callers, kLeast, kOptions);
   gpus.wait(0, gpus.submit(0, tensors[0]));
   Caller other(0);
   other.then([&] {
@@ -196,9 +201,10 @@ TEST_CASE("after a wait the caller's stream, and it alone, waits for the result"
   for (const Kind kind : {Kind::kInt8, Kind::kTransposed, Kind::kCast, Kind::kAsStored}) {
     Tensors tensors({{kind, ElementType::kFloat, ElementType::kHalf, 6, 40}}, random);
     std::atomic<bool> has_read = false, right = false;
-    Gpus gpus(tensors, 1, kLeast, kOptions);
+    Callers callers(1);
+    Gpus gpus(tensors, callers, kLeast, kOptions);
     Caller reader(0), bystander(0);
-    Gate gate(gpus.callers[0]);  // keeps the copies from starting
+    Gate gate(callers[0]);  // keeps the copies from starting
     const Ticket ticket = gpus.submit(0, tensors);
     REQUIRE(gpus.consumers[0].wait(ticket, reader.stream(), kPatience) == 1);  // the host does not wait
     reader.then([&] {
@@ -220,14 +226,15 @@ TEST_CASE("a wait brings all that is done, and is over in time if nothing is") {
   std::vector<Wish> wishes(5, Wish{Kind::kCast, ElementType::kFloat, ElementType::kHalf, 4, 16});
   wishes.push_back({Kind::kAsStored, {}, {}, 1, 40 * kSlot});
   Tensors tensors(wishes, random);
-  Gpus gpus(tensors, 1, kLeast, kOptions);
+  Callers callers(1);
+  Gpus gpus(tensors, callers, kLeast, kOptions);
   CHECK(gpus.consumers[0].done() == 0);
-  Gate gate(gpus.callers[0]);  // the last has more bytes than slots hold
+  Gate gate(callers[0]);  // the last has more bytes than slots hold
   gpus.submit(0, tensors);
   CHECK(gpus.wait(0, 4) == 5);
   CHECK(gpus.wait(0, 0) == 5);  // again, and earlier
   CHECK(gpus.consumers[0].done() == 5);
-  CHECK_FALSE(gpus.consumers[0].wait(5, gpus.callers[0].stream(), std::chrono::milliseconds(30)).has_value());
+  CHECK_FALSE(gpus.consumers[0].wait(5, callers[0].stream(), std::chrono::milliseconds(30)).has_value());
   gate.open();
   CHECK(gpus.wait(0, 5) == 6);
   gpus.synchronize();
@@ -238,7 +245,8 @@ TEST_CASE("nothing at all may be submitted") {
   const Accounts accounts;
   Random random(8);
   Tensors tensors(every_wish(2, 2), random);
-  Gpus gpus(tensors, 1, kLeast, kOptions);
+  Callers callers(1);
+  Gpus gpus(tensors, callers, kLeast, kOptions);
   CHECK(gpus.submit(0, std::span<Tensor* const>()) == 0);
   CHECK(gpus.submit(0, tensors[0]) == 0);
   CHECK(gpus.submit(0, std::span<Tensor* const>()) == 1);
@@ -250,7 +258,8 @@ TEST_CASE("many small tensors are asked for together") {
   Random random(9);
   Tensors tensors(std::vector<Wish>(64, {Kind::kCast, ElementType::kFloat, ElementType::kHalf, 2, 2}),
                   random);
-  Gpus gpus(tensors, 1, std::size_t{1} << 17, kOptions);
+  Callers callers(1);
+  Gpus gpus(tensors, callers, std::size_t{1} << 17, kOptions);
   gpus.submit(0, tensors);
   gpus.wait(0, 63);
   gpus.synchronize();

@@ -213,18 +213,25 @@ bool Tensors::are_untouched() const {
   return std::ranges::all_of(all_, [](const Tensor& tensor) { return tensor.is_untouched(); });
 }
 
-Gpus::Gpus(Tensors& tensors, std::size_t count, std::size_t scratch_bytes, const EngineOptions& options,
+std::vector<Bytes> Tensors::destinations() const {
+  std::vector<Bytes> memory;
+  for (const Tensor& tensor : all_) {
+    for (const Destination& to : tensor.destinations()) memory.push_back(to.memory());
+  }
+  return memory;
+}
+
+Gpus::Gpus(Tensors& tensors, Callers& with, std::size_t scratch_bytes, const EngineOptions& options,
            Quantizer quantizer)
-    : engine(options) {
+    : callers(with), engine(options) {
   std::size_t elements = 0;
   for (const Tensor& tensor : tensors) {
     elements = std::max(elements, tensor.wish().rows * tensor.wish().columns);
   }
   engine.add_file(tensors.path());
-  for (std::uint32_t lane = 0; lane < count; ++lane) {
+  for (std::uint32_t lane = 0; lane < callers.size(); ++lane) {
     const auto scratch = reinterpret_cast<Address>(memory_.emplace_back(scratch_bytes).data());
     const auto transposed = reinterpret_cast<Address>(memory_.emplace_back(elements * 2).data());
-    callers.emplace_back(static_cast<int>(lane));
     engine.add_device(std::make_unique<CudaDevice>(fake_driver(), static_cast<int>(lane)));
     consumers.emplace_back(engine, lane,
                            ConsumerOptions{scratch, scratch_bytes, transposed, elements * 2, quantizer});

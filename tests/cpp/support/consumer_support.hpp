@@ -31,6 +31,7 @@ class Destination {
  public:
   explicit Destination(Bytes expected);
   Address address() const;
+  const Bytes& memory() const { return memory_; }
   bool came() const;
   bool is_untouched() const;
 
@@ -51,6 +52,7 @@ class Tensor {
   // Whether all is as a plain loop makes it, byte for byte, and nothing else was touched.
   bool came() const;
   bool is_untouched() const;
+  const std::deque<Destination>& destinations() const { return to_; }
 
  private:
   Wish wish_;
@@ -71,6 +73,8 @@ class Tensors {
   const std::string& path() const { return file_->path(); }
   bool came() const;
   bool are_untouched() const;
+  // What is in them now.
+  std::vector<Bytes> destinations() const;
 
  private:
   std::deque<Tensor> all_;
@@ -79,10 +83,18 @@ class Tensors {
 
 std::vector<Wish> random_wishes(Random& random, std::size_t count, std::size_t row_bytes);
 
-// An engine with GPUs from number 0 on, each with a caller and a consumer. Outlived by the tensors.
+// Of GPUs from number 0 on, one each.
+class Callers : public std::deque<Caller> {
+ public:
+  explicit Callers(int count) {
+    for (int gpu = 0; gpu < count; ++gpu) emplace_back(gpu);
+  }
+};
+
+// An engine with a consumer for each caller's GPU. Outlived by the tensors and by the callers, as by torch.
 class Gpus {
  public:
-  Gpus(Tensors& tensors, std::size_t count, std::size_t scratch_bytes, const EngineOptions& options,
+  Gpus(Tensors& tensors, Callers& with, std::size_t scratch_bytes, const EngineOptions& options,
        Quantizer quantizer = cint8_vector_quant);
 
   Ticket submit(std::uint32_t lane, std::span<Tensor* const> tensors);
@@ -97,7 +109,7 @@ class Gpus {
   std::deque<Bytes> memory_;  // first, so that it outlives what uses it
 
  public:
-  std::deque<Caller> callers;
+  Callers& callers;
   Engine engine;
   std::deque<Consumer> consumers;
 };

@@ -4,6 +4,7 @@
 #include <thread>
 
 #include "cuda_support.hpp"
+#include "driver_failures.hpp"
 #include "engine_support.hpp"
 
 namespace pyint8::testing {
@@ -24,15 +25,14 @@ void add_lane(Engine& engine, int ordinal) {
 // In each test destinations come before the callers and the engine, so that they outlive all that uses
 // them.
 
-// A whole load in little: files, lanes, reads, waits, a transposition, an end. Consumers outlive it, as torch
-// does.
-class Load {
+// A whole load in little: files, lanes, reads, waits, a transposition, an end.
+class EngineLoad final : public Load {
  public:
-  Load() : checkpoint_({10 * kSlot + 5}) {
+  EngineLoad() : checkpoint_({10 * kSlot + 5}) {
     for (int lane = 0; lane < kLanes; ++lane) consumers_.emplace_back(lane);
   }
 
-  void run() {
+  void run() override {
     Engine engine(kOptions);
     checkpoint_.open(engine);
     std::vector<Ticket> tickets;
@@ -48,23 +48,10 @@ class Load {
     engine.transpose_to_half(1, weight_, consumers_[1].stream());
     engine.close();
   }
-
-  // Whether it succeeded.
-  bool try_to_run(const std::string& failing = "") {
-    bool succeeded = false;
-    try {
-      run();
-      succeeded = true;
-    } catch (const Error& error) {
-      CHECK(error.code() == ErrorCode::kDriver);
-      CHECK_MESSAGE(contains(error.message(), "CUDA_ERROR_LAUNCH_FAILED"), error.message());
-    }
-    fake_cuda_fail_after(failing.c_str(), 0, 0);  // if it has not come yet, let it not be the callers'
+  void synchronize() override {
     for (Caller& caller : consumers_) caller.synchronize();
-    return succeeded;
   }
-
-  bool arrived() const {
+  bool arrived() const override {
     return std::all_of(reads_.begin(), reads_.end(), [](const Reads& reads) { return reads.arrived(); });
   }
 
@@ -85,79 +72,10 @@ class Load {
                           2};
 };
 
-int calls_in_a_load(const std::string& entry_point) {
-  fake_cuda_reset();
-  Load load;
-  REQUIRE(load.try_to_run());
-  CHECK(load.arrived());
-  return static_cast<int>(fake_cuda_calls(entry_point.c_str()));
-}
-
-// 1, 2, 3, 5, 8, ... and the last three.
-std::vector<int> some_up_to(int last) {
-  std::vector<int> calls;
-  for (int a = 1, b = 2; a <= last; b += a, a = b - a) calls.push_back(a);
-  for (int call = std::max(1, last - 2); call <= last; ++call) calls.push_back(call);
-  return calls;
-}
-
-void same(const FakeCudaCounters& before, const FakeCudaCounters& after) {
-  CHECK(after.contexts == before.contexts);
-  CHECK(after.streams == before.streams);
-  CHECK(after.events == before.events);
-  CHECK(after.modules == before.modules);
-  CHECK(after.registered_bytes == before.registered_bytes);
-  CHECK(after.violations == 0);
-  CHECK(pinned_bytes_in_use() == 0);
-}
-
 }  // namespace
 
 TEST_CASE("a driver that fails at any call gives an error, and nothing is left, nothing hangs") {
-  std::size_t failures = 0;
-  for (const std::string entry_point : {"cuInit",
-                                        "cuDeviceGet",
-                                        "cuDevicePrimaryCtxRetain",
-                                        "cuDevicePrimaryCtxRelease_v2",
-                                        "cuCtxPushCurrent_v2",
-                                        "cuCtxPopCurrent_v2",
-                                        "cuStreamCreate",
-                                        "cuStreamDestroy_v2",
-                                        "cuStreamSynchronize",
-                                        "cuStreamWaitEvent",
-                                        "cuEventCreate",
-                                        "cuEventDestroy_v2",
-                                        "cuEventRecord",
-                                        "cuEventQuery",
-                                        "cuMemcpyHtoDAsync_v2",
-                                        "cuMemHostRegister_v2",
-                                        "cuMemHostUnregister",
-                                        "cuModuleLoadDataEx",
-                                        "cuModuleUnload",
-                                        "cuModuleGetFunction",
-                                        "cuLaunchKernel"}) {
-    CAPTURE(entry_point);
-    for (const int call : some_up_to(calls_in_a_load(entry_point))) {
-      CAPTURE(call);
-      fake_cuda_reset();
-      Load load;
-      const FakeCudaCounters before = counters();
-      const std::size_t threads = running_threads();
-      const std::size_t files = open_files();
-      fake_cuda_fail_after(entry_point.c_str(), call, 719);
-      const bool succeeded = load.try_to_run(entry_point);
-      failures += !succeeded;
-      // A destructor that cannot make its context current takes the driver to be shutting down.
-      const bool excused = succeeded && entry_point == "cuCtxPushCurrent_v2";
-      const FakeCudaCounters after = counters();
-      fake_cuda_reset();  // joins the streams
-      if (excused) continue;
-      same(before, after);
-      CHECK(threads_become(threads));
-      CHECK(open_files() == files);
-    }
-  }
-  CHECK(failures > 50);
+  CHECK(fail_each_call([] { return std::make_unique<EngineLoad>(); }) > 50);
 }
 
 TEST_CASE("memory that cannot be pinned is an error of submit, which may be tried again") {

@@ -16,8 +16,10 @@ from pyint8.checkpoint import Entry
 from pyint8.models import checks
 from pyint8.quantizer import BadWeight, Int8Quantizer, TensorSource, first_overflow
 from pyint8.report import Recorder
+from pyint8.streaming.reading import read_tensor
 from pyint8.streaming.requests import TensorRequest, ToDtype, ToInt8
-from pyint8.streaming.stream import StreamSource, TensorStream, read_tensor
+from pyint8.streaming.source import StreamSource
+from pyint8.streaming.stream import TensorStream
 
 # Below this a tensor is cast at once: it takes no memory worth speaking of.
 _BAND_WORTHY_BYTES = 1 << 20

@@ -26,7 +26,7 @@ from pyint8.placement.planner import ModelSizes, plan_device_map
 from pyint8.quantizer import Int8Quantizer, find_entry_point, first_overflow, modules_to_keep, tensor_bytes, tied_names
 from pyint8.report import Recorder
 from pyint8.streaming.preparation import Preparation
-from pyint8.streaming.stream import open_stream
+from pyint8.streaming.reading import open_stream
 
 logger = logging.getLogger(__name__)
 

@@ -112,7 +112,7 @@ class WeightHealth:
             self._room(name, row, scales.device, len(scales)).copy_(scales)
 
     def watch_scales(self, name: str, scales: torch.Tensor) -> None:
-        """Looks, at the end, at the scales [rows] of a pre-quantized weight: an infinite one is an overflow of long ago."""
+        """Looks, at the end, at the scales [rows] of a pre-quantized weight: infinity is an overflow of long ago."""
         self._scales.append((name, scales))
 
     def watch_marks(

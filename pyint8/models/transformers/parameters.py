@@ -51,8 +51,8 @@ def find_dtypes(
 class ParameterMaker:
     """The streams of one load, one for each GPU, and the parameters made of them.
 
-    Where there are several and parameters are converted, each has a thread that makes its own, so that all are fed at
-    once.
+    Where there are several that do not serve themselves, each has a thread that makes its parameters, so that all are
+    fed at once.
 
     Args:
         plan: Every tensor's place.
@@ -86,7 +86,6 @@ class ParameterMaker:
         wanted = {device: [r for t in group for r in self._requests(t)] for device, group in self._groups.items()}
         recorder.expect(sum(request.entry.nbytes for requests in wanted.values() for request in requests))
         self._transport, early = preparation.take_transport(len(self._groups))
-        self._has_converters = any(target.converter is not None for target in plan.targets.values())
         if not preparation.reserves_memory:
             _reserve_memory(itertools.chain.from_iterable(wanted.values()))
         self._streams: dict[torch.device, TensorStream] = {}
@@ -122,7 +121,7 @@ class ParameterMaker:
         """The parameters of one target, by name; asked for in the order of the plan."""
         if len(self._groups) == 1:
             return self._make(name, next(iter(self._streams.values())), loading_info)
-        if not self._has_converters:
+        if all(stream.serves_itself for stream in self._streams.values()):
             stream = self._streams[self._landing_device(self._plan.targets[name])]
             return self._make(name, stream, loading_info)
         if not self._makers:

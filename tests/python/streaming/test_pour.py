@@ -18,8 +18,8 @@ from pyint8 import StreamOptions, _core
 from pyint8.checkpoint import Checkpoint, open_checkpoint
 from pyint8.errors import TruncatedError
 from pyint8.streaming.pour import Made
+from pyint8.streaming.reading import open_stream
 from pyint8.streaming.requests import TensorRequest, ToDtype, ToInt8
-from pyint8.streaming.stream import open_stream
 
 __all__ = ["driver"]  # a fixture
 

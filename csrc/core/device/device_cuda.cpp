@@ -144,11 +144,19 @@ CudaDevice::CudaDevice(std::shared_ptr<const CudaApi> api, int ordinal)
 }
 
 CudaDevice::~CudaDevice() {
+  // Twice: where asking itself failed, copies and kernels may still be under way.
+  const bool has_ended = wait_for_all() || wait_for_all();
   const CudaContext::Scope scope(*context_, std::nothrow);
-  context_->api().stream_synchronize(copy_stream_);
-  if (last_transpose_ != nullptr) context_->api().event_synchronize(handle_of(*last_transpose_));
   context_->api().stream_destroy(copy_stream_);
-  if (module_ != nullptr) context_->api().module_unload(module_);
+  // Kernels that may still run need their code: leak it rather than unload it.
+  if (module_ != nullptr && has_ended) context_->api().module_unload(module_);
+}
+
+bool CudaDevice::wait_for_all() noexcept {
+  const CudaContext::Scope scope(*context_, std::nothrow);
+  const CudaApi& api = context_->api();
+  return api.stream_synchronize(copy_stream_) == 0 &&
+         (last_transpose_ == nullptr || api.event_synchronize(handle_of(*last_transpose_)) == 0);
 }
 
 std::unique_ptr<HostMemory> CudaDevice::allocate_host(std::size_t nbytes) {

@@ -59,6 +59,8 @@ class CudaDevice final : public Device {
   void transpose_to_half(const TransposeJob& job, StreamHandle stream) override;
 
  private:
+  // False where it could not be found out whether all has ended.
+  bool wait_for_all() noexcept;
   CuFunction kernel_for(const TransposeJob& job);
   CuModule load_kernels() const;
 

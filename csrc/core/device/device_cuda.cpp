@@ -241,12 +241,19 @@ void CudaDevice::transpose_to_half(const TransposeJob& job, StreamHandle stream)
   const auto blocks_y =
       static_cast<unsigned>(std::min<std::size_t>((job.rows + kTile - 1) / kTile, kMostBlocksY));
   const CudaApi& api = context_->api();
+  const std::lock_guard lock(module_mutex_);
+  if (last_transpose_ == nullptr)
+    last_transpose_ = make_event();  // first: a failure must leave nothing running
   api.check(api.launch_kernel(kernel, blocks_x, blocks_y, 1, kTile, kRows, 1, 0, as_stream(stream),
                               arguments.data(), nullptr),
             "cuLaunchKernel");
-  const std::lock_guard lock(module_mutex_);
-  if (last_transpose_ == nullptr) last_transpose_ = make_event();
-  record_on(stream, *last_transpose_);
+  try {
+    record_on(stream, *last_transpose_);
+  } catch (const Error&) {
+    // No event marks the kernel's end. If it cannot be waited for either, its code is left to the driver.
+    if (api.stream_synchronize(as_stream(stream)) != 0) module_ = nullptr;
+    throw;
+  }
 }
 
 }  // namespace pyint8

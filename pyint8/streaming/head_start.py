@@ -1,4 +1,4 @@
-"""A head start: what a stream needs, and its first tensors, while the model is still being built."""
+"""A head start: the engine is opened and the first tensors are read while the model is still being built."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WORTHWHILE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class EarlyTensor:
-    """A tensor that was asked for before anybody knew what it is for."""
+    """A tensor that was requested before its parameter was known."""
 
     entry: Entry
     lane: Lane
@@ -38,21 +38,21 @@ class EarlyTensor:
 
 
 class HeadStart:
-    """Opens an engine, pins its memory and asks for the first tensors, in a thread.
+    """Opens an engine, pins its memory and requests the first tensors, in a thread.
 
     Args:
         device: A CUDA device that tensors will land on.
-        entries: In the order they will be asked for, if they all go to `device`; else none.
-        nbytes: How much memory of the device they may take.
-        reserved: How much memory the load will need at least: torch's allocator is given that much at once, for the
-            first tensors and what is made of them.
-        if_free: Asks for tensors only if so much memory of the device is free.
+        entries: In the order the load will take them, if all of them go to `device`; else none.
+        nbytes: The most memory of the device that they may take.
+        reserved: The least memory that the load will need, in bytes: torch's allocator gets that much in one piece,
+            for the first tensors and what is made of them.
+        if_free: Bytes of the device that must be free; else no tensors are requested.
         options: How to move bytes.
         gpus: How many GPUs tensors may land on.
         opener: Makes the lane of a device (another one for tests).
 
     Attributes:
-        reserves: Whether it saw to the device's memory; known once it is taken.
+        reserves: Whether it reserved the device's memory; known once its transport is taken.
     """
 
     def __init__(
@@ -74,13 +74,13 @@ class HeadStart:
         self._taken = False
         self.reserves = False
         self._reserved, self._if_free = reserved, if_free
-        # A thread begins on the default stream; the caller may be on another.
+        # A new thread uses the default stream; the caller may use another.
         self._stream = torch.cuda.current_stream(device) if torch.cuda.is_initialized() else None
         self._thread = threading.Thread(target=self._run, args=(entries, nbytes), name="pyint8 head start")
         self._thread.start()
 
     def take(self) -> tuple[Transport, dict[str, EarlyTensor]]:
-        """The transport, now the caller's to close, and by name what is on its way.
+        """The transport, now the caller's to close, and by name the tensors that are under way.
 
         Raises:
             FileChangedError: A file is not the one whose header was read.
@@ -96,9 +96,9 @@ class HeadStart:
         return self._transport, early
 
     def close(self) -> None:
-        """Drops everything, for a load that failed before it took it; nothing if it did. Idempotent."""
+        """Discards everything, unless a load has taken it. Idempotent."""
         self._thread.join()
-        self._error = None  # it knows this object
+        self._error = None  # breaks a reference cycle
         if self._taken:
             return
         self._transport.close()
@@ -114,11 +114,11 @@ class HeadStart:
                     if entries and self._has_room(lane.device):
                         self.reserves = self._reserved > 0
                         self._ask(lane, entries, nbytes)
-        except BaseException as error:  # for whoever takes it
+        except BaseException as error:  # raised by `take`
             self._error = error
 
     def _ask(self, lane: Lane, entries: Sequence[Entry], nbytes: int) -> None:
-        """Asks for all at once, by storages: allocating a tensor releases the interpreter's lock, and the thread that
+        """Requests all at once, as storages: allocating a tensor releases the interpreter's lock, and the thread that
         builds the model would take it each time (docs/performance.md, "The interpreter's lock")."""
         wanted: list[tuple[Entry, torch.UntypedStorage]] = []
         for entry in entries:
@@ -129,7 +129,7 @@ class HeadStart:
                 break
             try:
                 wanted.append((entry, torch.UntypedStorage(entry.nbytes, device=lane.device)))
-            except torch.OutOfMemoryError:  # the load itself may need less at a time
+            except torch.OutOfMemoryError:  # the load itself may get by with less at a time
                 break
         reads = [
             ReadRequest(entry.path, entry.offset, entry.nbytes, storage, stamp=entry.stamp) for entry, storage in wanted
@@ -139,10 +139,10 @@ class HeadStart:
             self._early[entry.name] = EarlyTensor(entry, lane, storage, ticket)
 
     def _has_room(self, device: torch.device) -> bool:
-        """Whether the device's memory is enough, and torch's allocator has, or was given, what is to be reserved.
+        """Whether the device has enough memory, and torch's allocator now holds what is to be reserved.
 
-        In one piece: many small ones take longer to get, and stay apart. What it holds from an earlier load is used
-        again.
+        It is reserved in one piece: many small ones take longer, and stay fragmented. Memory that the allocator holds
+        from an earlier load is used again.
         """
         if device.type != "cuda":
             return True
@@ -153,6 +153,6 @@ class HeadStart:
             return True
         try:
             torch.empty(self._reserved, dtype=torch.uint8, device=device)
-        except torch.OutOfMemoryError:  # let the load find out, which may need less at a time
+        except torch.OutOfMemoryError:  # the load itself may get by with less at a time
             return False
         return True

@@ -1,5 +1,4 @@
-"""Filling the page cache from the disk while there is nothing else to do with a checkpoint yet: heavy imports take
-seconds, and so does a cold disk."""
+"""Reads a cold checkpoint into the page cache while heavy imports run: both take seconds."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class CudaDevice final : public Device {
   void transpose_to_half(const TransposeJob& job, StreamHandle stream) override;
 
  private:
-  // False where it could not be found out whether all has ended.
+  // Waits for all copies and kernels; false if it is not known whether they have ended.
   bool wait_for_all() noexcept;
   CuFunction kernel_for(const TransposeJob& job);
   CuModule load_kernels() const;

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from pyint8.config import Int8Config
-from pyint8.errors import PlacementError, QuantizationStateError, first_names
-from pyint8.placement.device_map import OFF_DEVICE, DeviceMap, device_name, device_of, off_device
+from pyint8.errors import QuantizationStateError, first_names
+from pyint8.placement.device_map import DeviceMap, off_device
 from pyint8.quantizer import requirements, weights
 from pyint8.quantizer.backend import require_device
 from pyint8.quantizer.health import WeightHealth
@@ -310,18 +310,5 @@ class Int8Quantizer:
         return module is not None and not self.pre_quantized and is_conv1d(type(module))
 
     def _check_placement(self, device_map: DeviceMap) -> None:
-        devices = {device_name(device) for device in device_map.values()}
-        off = devices & set(OFF_DEVICE)
-        if self.config.fp32_cpu_offload or devices == {"cpu"} or not off:
-            return
-        lost = [name for name in self.converted if device_name(device_of(name, device_map)) in OFF_DEVICE]
-        if not lost:
-            return
-        others = devices - off
-        where = " or ".join({"cpu": "the CPU", "disk": "the disk"}[device] for device in sorted(off))
-        advice = "Free memory on the device" if others else 'Put all of the model on the CPU, device_map="cpu"'
-        raise PlacementError(
-            f"the device map puts {len(lost)} modules that are to be quantized on {where}"
-            f"{' beside another device' if others else ''} ({', '.join(lost[:3])}{', …' if len(lost) > 3 else ''}). "
-            f"{advice}, or pass Int8Config(fp32_cpu_offload=True) to keep such modules there, unquantized"
-        )
+        if not self.config.fp32_cpu_offload:
+            requirements.refuse_off_device(self.converted, device_map)

@@ -23,7 +23,7 @@ from pyint8.placement.budget import MemoryBudget
 from pyint8.placement.device_map import device_of, landing_device
 from pyint8.placement.dispatch import dispatch
 from pyint8.placement.planner import ModelSizes, plan_device_map
-from pyint8.quantizer import Int8Quantizer, first_overflow, modules_to_keep, tensor_bytes, tied_names
+from pyint8.quantizer import Int8Quantizer, find_entry_point, first_overflow, modules_to_keep, tensor_bytes, tied_names
 from pyint8.report import Recorder
 from pyint8.streaming.preparation import Preparation
 from pyint8.streaming.stream import open_stream
@@ -226,7 +226,7 @@ class _Filler:
         wanted = {name: way for name, way in wanted.items() if name not in self.left_in_files}
         requests = [request for name, way in wanted.items() for request in self._assembly.requests(name, *way)]
         self._recorder.expect(sum(request.entry.nbytes for request in requests))
-        with open_stream(requests, options, recorder=self._recorder) as stream:
+        with open_stream(requests, options, recorder=self._recorder, quantizer=find_entry_point()) as stream:
             for name, way in wanted.items():
                 self._set(name, self._assembly.make(name, *way, stream))
 

@@ -194,7 +194,7 @@ class Int8Quantizer:
     def expected_shape(self, parameter_name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape in which the checkpoint must hold a quantized weight that has `shape` in the model."""
         module = self.read.get(parameter_name.rpartition(".")[0])
-        transposed = self._is_stored_transposed(parameter_name) if module is None else is_conv1d(type(module))
+        transposed = self.is_stored_transposed(parameter_name) if module is None else is_conv1d(type(module))
         return tuple(reversed(shape)) if transposed else tuple(shape)
 
     @property
@@ -266,7 +266,7 @@ class Int8Quantizer:
                 is_transposed = is_conv1d(type(self.read[parameter_name.rpartition(".")[0]]))
                 return weights.dequantized(codes, scales, model_dtype, device, transposed=is_transposed)
             return weights.pre_quantized(codes, scales, device)
-        transposed = self._is_stored_transposed(parameter_name)
+        transposed = self.is_stored_transposed(parameter_name)
         if self.config.has_fp16_weight:
             parameter = weights.sixteen_bit(source, transposed=transposed, model_dtype=model_dtype, device=device)
             self.health.watch_rows(parameter_name, parameter.detach())
@@ -304,7 +304,7 @@ class Int8Quantizer:
     def is_trainable(self) -> bool:
         return requirements.is_trainable()
 
-    def _is_stored_transposed(self, parameter_name: str) -> bool:
+    def is_stored_transposed(self, parameter_name: str) -> bool:
         """Whether this weight is stored as [in, out]: a Conv1D's, unless the checkpoint is int8 already."""
         module = self.converted.get(parameter_name.rpartition(".")[0])
         return module is not None and not self.pre_quantized and is_conv1d(type(module))

@@ -16,6 +16,18 @@ from pyint8.quantizer.health import WeightHealth
 _CPU_PIECE_ELEMENTS = 1 << 19
 
 
+class Quantized(Protocol):
+    """A weight that was quantized on its way: `tensor` int8 codes [out, in], `scales` fp32 [out], `marks` uint8 [out],
+    not 0 where a row has NaN, infinity or a value beyond fp16; on one device."""
+
+    @property
+    def tensor(self) -> torch.Tensor: ...
+    @property
+    def scales(self) -> torch.Tensor | None: ...
+    @property
+    def marks(self) -> torch.Tensor | None: ...
+
+
 class WeightSource(Protocol):
     """A weight to quantize, from a stream or from memory."""
 
@@ -30,6 +42,10 @@ class WeightSource(Protocol):
 
     def transposed_half(self, model_dtype: torch.dtype) -> torch.Tensor:
         """The transposed weight, rounded to `model_dtype`, then to fp16; contiguous; valid until the next."""
+
+    def made(self) -> Quantized | None:
+        """The weight as it was quantized on its way, by bitsandbytes' `cint8_vector_quant`; None where it was not, and
+        is to be had by the others."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +66,9 @@ class TensorSource:
 
     def transposed_half(self, model_dtype: torch.dtype) -> torch.Tensor:
         return self.tensor.to(model_dtype).to(torch.float16).T.contiguous()
+
+    def made(self) -> None:
+        return None
 
 
 def quantize(
@@ -76,6 +95,12 @@ def quantize(
     Returns:
         `data` and its alias `CB` int8 [out, in], `SCB` fp32 [out].
     """
+    made = source.made()
+    if made is not None:
+        assert made.scales is not None
+        assert made.marks is not None
+        health.watch_marks(name, made.marks)
+        return _int8_params(made.tensor, made.scales)
     rows = source.shape[1] if transposed else source.shape[0]
     codes = scales = None
     for row, half in _half_rows(source, transposed, model_dtype, device):

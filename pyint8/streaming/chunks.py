@@ -9,29 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from pyint8.checkpoint import EntryInMemory
+from pyint8.streaming.requests import TensorRequest
 
 if TYPE_CHECKING:
     from pyint8.checkpoint import Entry
     from pyint8.streaming.lane import Lane
     from pyint8.streaming.scratch import Region
-
-
-@dataclass(frozen=True)
-class TensorRequest:
-    """One entry, and where it goes.
-
-    Attributes:
-        entry: What to read.
-        device: Where the result is needed. It lands there if that is a CUDA device or the CPU, else on the CPU.
-        in_bands: Land in scratch, a band of rows at a time, instead of in a tensor of its own.
-        batch: Land in one piece of memory with the neighbours of the same `batch`, dtype and shape. Such entries are
-            available by `TensorStream.batched` only, and not in bands.
-    """
-
-    entry: Entry
-    device: torch.device
-    in_bands: bool = False
-    batch: str | None = None
 
 
 @dataclass(eq=False, slots=True)

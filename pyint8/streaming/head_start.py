@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pyint8.checkpoint import EntryInMemory
-from pyint8.streaming.lane import Lane, LaneOpener, open_lane
+from pyint8.streaming.lane import Lane, LaneOpener, open_lane, reserve_memory
 from pyint8.streaming.transport import ReadRequest, Transport
 
 if TYPE_CHECKING:
@@ -139,20 +139,10 @@ class HeadStart:
             self._early[entry.name] = EarlyTensor(entry, lane, storage, ticket)
 
     def _has_room(self, device: torch.device) -> bool:
-        """Whether the device has enough memory, and torch's allocator now holds what is to be reserved.
-
-        It is reserved in one piece: many small ones take longer, and stay fragmented. Memory that the allocator holds
-        from an earlier load is used again.
-        """
+        """Whether the device has enough memory, and torch's allocator now holds what is to be reserved."""
         if device.type != "cuda":
             return True
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         if torch.cuda.mem_get_info(device)[0] + held < self._if_free:
             return False
-        if held >= self._reserved // 2:
-            return True
-        try:
-            torch.empty(self._reserved, dtype=torch.uint8, device=device)
-        except torch.OutOfMemoryError:  # the load itself may get by with less at a time
-            return False
-        return True
+        return reserve_memory(device, self._reserved)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,8 +13,10 @@ from pyint8.checkpoint import EntryInMemory
 from pyint8.config import StreamOptions
 from pyint8.errors import FileChangedError, ReadError, TruncatedError
 from pyint8.report import Recorder
-from pyint8.streaming.chunks import Chunk, TensorRequest, bands_of, cut, gather_batches, typed
+from pyint8.streaming.chunks import Chunk, bands_of, cut, gather_batches, typed
 from pyint8.streaming.lane import Lane, LaneOpener, open_lane
+from pyint8.streaming.pour import Made, open_pours
+from pyint8.streaming.requests import TensorRequest
 from pyint8.streaming.transport import ReadRequest, Transport
 from pyint8.streaming.transpose import Transposer
 
@@ -35,6 +37,7 @@ class TensorStream:
             nothing writes to them.
         recorder: Counts bytes as they arrive.
         early: Tensors that are under way already; those that are not among the requests are discarded.
+        quantizer: The address of bitsandbytes' `cint8_vector_quant`; without it nothing becomes int8 here.
 
     Raises:
         FileChangedError: A file is not the one whose header was read.
@@ -49,6 +52,7 @@ class TensorStream:
         *,
         recorder: Recorder | None = None,
         early: dict[str, EarlyTensor] | None = None,
+        quantizer: int | None = None,
     ) -> None:
         self._recorder = Recorder() if recorder is None else recorder
         self._transport = transport
@@ -57,8 +61,11 @@ class TensorStream:
         self._engine = self._transport.engine
         self._transposer = Transposer(self._engine)
         self._chunks: dict[str, list[Chunk]] = {}
+        self._pours = open_pours(requests, transport, self._lane, quantizer, early or {})
         for request in requests:
             name = request.entry.name
+            if name in self._pours:
+                continue
             self._chunks[name] = self._take_over(request, early or {}) or cut(request, self._lane(request.device))
         self._discard(early or {})
         self._pending = gather_batches(self._chunks)
@@ -67,6 +74,9 @@ class TensorStream:
 
     def close(self) -> None:
         """Gives destinations back; the transport is closed already. Idempotent."""
+        for pour in self._pours.values():
+            pour.close()
+        self._pours.clear()
         self._chunks.clear()
         self._pending = []
 
@@ -83,8 +93,20 @@ class TensorStream:
             self._release(chunk)
         return chunk.landed.pop(name)
 
+    def made(self, name: str) -> Made | None:
+        """What the request's `becomes` asked for; None where the GPU's consumer does not make it."""
+        pour = self._pours.get(name)
+        if pour is None:
+            return None
+        with self._naming_tensors():
+            made = pour.take(name)
+        self._recorder.landed(pour.entry(name).nbytes)
+        return made
+
     def whole(self, name: str) -> torch.Tensor:
         """The entry as a tensor of its own, of its stored dtype and shape, contiguous."""
+        if (made := self.made(name)) is not None:
+            return made.tensor
         chunks = self._chunks[name]
         entry = chunks[0].request.entry
         if len(chunks) == 1 and chunks[0].region is None:
@@ -203,12 +225,9 @@ class TensorStream:
             self._submit([chunk], first=True)
         assert chunk.ticket is not None
         assert chunk.memory is not None
-        try:
+        with self._naming_tensors():
             for ticket in range(chunk.ticket, chunk.ticket + len(chunk.entries)):
                 self._engine.wait(ticket, chunk.lane.stream)
-        except (FileChangedError, ReadError, TruncatedError) as error:
-            error.tensor = self._tensor_at(error.path, error.offset)
-            raise
         self._recorder.landed(chunk.nbytes)
         return chunk.memory
 
@@ -221,14 +240,23 @@ class TensorStream:
         chunk.memory = None
         self._fill_window()
 
-    def _tensor_at(self, path: str | None, offset: int | None) -> str | None:
-        if offset is None:
-            return None
-        for chunks in self._chunks.values():
-            for entry in chunks[0].entries:
-                if entry.path == path and entry.offset <= offset < entry.offset + entry.nbytes:
-                    return entry.name
+    @contextmanager
+    def _naming_tensors(self) -> Iterator[None]:
+        """Errors about a byte of a file name its tensor too."""
+        try:
+            yield
+        except (FileChangedError, ReadError, TruncatedError) as error:
+            entries = [entry for chunks in self._chunks.values() for entry in chunks[0].entries]
+            entries += [pour.entry(name) for name, pour in self._pours.items()]
+            error.tensor = _tensor_at(entries, error.path, error.offset)
+            raise
+
+
+def _tensor_at(entries: Iterable[Entry], path: str | None, offset: int | None) -> str | None:
+    if offset is None:
         return None
+    found = (e.name for e in entries if e.path == path and e.offset <= offset < e.offset + e.nbytes)
+    return next(found, None)
 
 
 @contextmanager
@@ -238,6 +266,7 @@ def open_stream(
     *,
     recorder: Recorder | None = None,
     opener: LaneOpener = open_lane,
+    quantizer: int | None = None,
 ) -> Iterator[TensorStream]:
     """A stream with a transport of its own: when the block ends, workers are joined and nothing is under way.
 
@@ -248,6 +277,7 @@ def open_stream(
         options: How to move bytes.
         recorder: Counts bytes as they arrive, and takes the engine's statistics.
         opener: Makes the lane of a device (another one for tests).
+        quantizer: See `TensorStream`.
 
     Raises:
         FileChangedError: A file is not the one whose header was read, or was written to since.
@@ -256,7 +286,7 @@ def open_stream(
     """
     gpus = {request.device for request in requests if request.device.type == "cuda"}
     with closing(Transport(options, opener, len(gpus))) as transport:
-        stream = TensorStream(requests, transport, recorder=recorder)
+        stream = TensorStream(requests, transport, recorder=recorder, quantizer=quantizer)
         try:
             yield stream
             if recorder is not None:
@@ -292,3 +322,6 @@ class StreamSource:
 
     def transposed_half(self, model_dtype: torch.dtype) -> torch.Tensor:
         return self.stream.transposed_half(self.entry.name, model_dtype)
+
+    def made(self) -> Made | None:
+        return self.stream.made(self.entry.name)

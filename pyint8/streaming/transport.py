@@ -48,6 +48,7 @@ class Transport:
         self._opener = opener
         self._lanes: dict[torch.device, Lane] = {}
         self._opened: list[Lane] = []
+        self._consumers: list[tuple[_core.Consumer, list[torch.Tensor]]] = []  # with the memory that each was given
         self._files: dict[tuple[str, FileStamp | None], int] = {}
         threads = options.worker_threads(gpus)
         self.engine = _core.Engine(
@@ -86,8 +87,37 @@ class Transport:
             ReadError: A file cannot be opened.
             DeviceError: Memory cannot be pinned.
         """
-        wanted = [(self._file(read), read.offset, read.nbytes, read.memory.data_ptr() + read.at) for read in reads]
+        wanted = [
+            (self.file(read.path, read.stamp), read.offset, read.nbytes, read.memory.data_ptr() + read.at)
+            for read in reads
+        ]
         return self.engine.submit(lane.index, wanted, lane.stream, first)
+
+    def open_consumer(self, lane: Lane, scratch_bytes: int, transposed: int, quantizer: int) -> _core.Consumer:
+        """The native consumer of a GPU's lane.
+
+        Args:
+            lane: One that is `on_gpu`.
+            scratch_bytes: Memory of the GPU for what passes through.
+            transposed: Elements of the largest weight that is transposed.
+            quantizer: The address of bitsandbytes' `cint8_vector_quant`.
+
+        Raises:
+            DeviceError: The driver refuses, or has no kernels for the GPU.
+        """
+        scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=lane.device)
+        half = torch.empty(transposed, dtype=torch.float16, device=lane.device)
+        consumer = _core.Consumer(
+            self.engine,
+            lane.index,
+            scratch=scratch.data_ptr(),
+            scratch_bytes=scratch.nbytes,
+            transposed=half.data_ptr(),
+            transposed_bytes=half.nbytes,
+            quantizer=quantizer,
+        )
+        self._consumers.append((consumer, [scratch, half]))
+        return consumer
 
     def require_unchanged(self) -> None:
         """Raises FileChangedError if a file was written to since it was opened."""
@@ -99,13 +129,24 @@ class Transport:
 
     def close(self) -> None:
         """Stops reading, joins the workers, waits for copies under way, gives back pinned memory and scratch."""
-        self.engine.close()
+        try:
+            self.engine.close()
+            for consumer, _ in self._consumers:
+                consumer.close()
+        finally:
+            self._consumers.clear()
         for lane in self._opened:
             lane.release()
 
-    def _file(self, read: ReadRequest) -> int:
-        number = self._files.get((read.path, read.stamp))
+    def file(self, path: str, stamp: FileStamp | None) -> int:
+        """The engine's number of a file, which it opens.
+
+        Raises:
+            FileChangedError: It is not in the state of `stamp`.
+            ReadError: It cannot be opened.
+        """
+        number = self._files.get((path, stamp))
         if number is None:
-            number = self.engine.add_file(os.fsencode(read.path), read.stamp)
-            self._files[read.path, read.stamp] = number
+            number = self.engine.add_file(os.fsencode(path), stamp)
+            self._files[path, stamp] = number
         return number

@@ -77,8 +77,8 @@ class LoadSession:
 
     @property
     def reserves_memory(self) -> bool:
-        """Whether the load itself has reserved the GPU's memory; known once the stream has started."""
-        return self.planned is not None and self.planned.has_started and self._preparation.reserves_memory
+        """Whether the GPUs' memory is reserved by the load itself: once the stream has started."""
+        return self.planned is not None and self.planned.has_started
 
     @contextmanager
     def activate(self) -> Iterator[None]:

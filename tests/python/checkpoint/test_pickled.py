@@ -23,7 +23,7 @@ from pyint8 import StreamOptions
 from pyint8.checkpoint import Entry, EntryInMemory, open_checkpoint, read_pickled
 from pyint8.errors import CheckpointError, CheckpointNotFoundError, Pyint8Error, TruncatedError
 from pyint8.report import Recorder
-from pyint8.streaming.chunks import TensorRequest
+from pyint8.streaming.requests import TensorRequest
 from pyint8.streaming.stream import open_stream
 
 CPU = torch.device("cpu")

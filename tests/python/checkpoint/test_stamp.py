@@ -20,9 +20,9 @@ from pyint8 import _core
 from pyint8.checkpoint import Checkpoint, open_checkpoint, read_header, read_pickled, stamp
 from pyint8.errors import FileChangedError
 from pyint8.operations import load as operation
-from pyint8.streaming.chunks import TensorRequest
 from pyint8.streaming.head_start import HeadStart
 from pyint8.streaming.prefetch import PageCachePrefetch
+from pyint8.streaming.requests import TensorRequest
 from pyint8.streaming.stream import TensorStream, read_tensor
 from pyint8.streaming.transport import Transport
 

@@ -287,7 +287,7 @@ def test_a_weight_quantized_in_pieces_equals_the_whole(tmp_path, shape, transpos
     from pyint8.checkpoint import open_checkpoint
     from pyint8.config import StreamOptions
     from pyint8.quantizer import weights
-    from pyint8.streaming.chunks import TensorRequest
+    from pyint8.streaming.requests import TensorRequest
     from pyint8.streaming.stream import StreamSource, open_stream
 
     generator = torch.Generator().manual_seed(3)

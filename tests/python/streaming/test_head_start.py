@@ -11,8 +11,8 @@ from streams import CPU, MIB, TINY, bytes_of, over, requests, stored, unstamped,
 
 from pyint8.checkpoint import Checkpoint
 from pyint8.errors import ReadError, TruncatedError
-from pyint8.streaming.chunks import TensorRequest
 from pyint8.streaming.head_start import HeadStart
+from pyint8.streaming.requests import TensorRequest
 from pyint8.streaming.transport import Transport
 
 pytestmark = pytest.mark.usefixtures("nothing_left")

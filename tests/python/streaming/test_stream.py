@@ -20,9 +20,9 @@ from pyint8 import StreamOptions
 from pyint8.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from pyint8.errors import CancelledError, CheckpointError, DeviceError, ReadError, TruncatedError
 from pyint8.report import Recorder
-from pyint8.streaming.chunks import TensorRequest
 from pyint8.streaming.extension import _core
 from pyint8.streaming.lane import Lane, open_lane
+from pyint8.streaming.requests import TensorRequest
 from pyint8.streaming.stream import StreamSource, TensorStream, open_stream
 from pyint8.streaming.transport import Transport
 

@@ -151,7 +151,7 @@ TEST_CASE("a device that goes lets its kernels end before their code goes") {
     fake_cuda_fail_after("cuCtxPushCurrent_v2", 1, 2);
     fake_cuda_fail_after("cuEventSynchronize", 1, 719);
     device.reset();
-    CHECK(counters().modules == 1);  // left behind: nobody knows whether a kernel still needs it
+    CHECK(counters().modules == 1);  // left behind: a kernel may still need it
     accounts.ignore();
   }
   device.reset();

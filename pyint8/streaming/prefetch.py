@@ -40,7 +40,7 @@ class PageCachePrefetch:
                 )
                 lane = self._engine.add_discarding_device()
             file = self._engine.add_file(os.fsencode(path), stamp)
-            self._engine.submit(lane, [(file, offset, nbytes, 0) for offset, nbytes in reads], 0, False)
+            self._engine.submit(lane, [(file, offset, nbytes, 0) for offset, nbytes in reads], 0, first=False)
 
     @property
     def is_reading(self) -> bool:

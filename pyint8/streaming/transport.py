@@ -91,7 +91,7 @@ class Transport:
             (self.file(read.path, read.stamp), read.offset, read.nbytes, read.memory.data_ptr() + read.at)
             for read in reads
         ]
-        return self.engine.submit(lane.index, wanted, lane.stream, first)
+        return self.engine.submit(lane.index, wanted, lane.stream, first=first)
 
     def open_consumer(self, lane: Lane, scratch_bytes: int, transposed: int, quantizer: int) -> _core.Consumer:
         """The native consumer of a GPU's lane.

@@ -44,7 +44,7 @@ def refuse_misplaced(keywords: Iterable[str]) -> None:
             raise OptionError(f"{name} is not an argument of pyint8.load: {_REPLACED[name]}")
 
 
-def unknown(name: str, taker: str) -> OptionError:
+def unknown_keyword(name: str, taker: str) -> OptionError:
     """The error for a keyword that neither `pyint8.load` nor `taker`, the model's class, has."""
     known = [*_OWN, "options", "return_report", *_OF_FROM_PRETRAINED, *_REPLACED]
     near = difflib.get_close_matches(name, known, n=1)

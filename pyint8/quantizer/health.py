@@ -106,13 +106,13 @@ class WeightHealth:
     def watch(self, name: str, row: int, half: torch.Tensor, scales: torch.Tensor) -> None:
         """Checks the rows of a band: `half` fp16 [rows, in], and the scales [rows] bitsandbytes found for them."""
         if half.is_cuda:  # elsewhere NaN shows in the scales
-            _sum_rows(half, self._room(name, row, half.device, len(half)))
+            _sum_rows(half, self._reserve(name, row, half.device, len(half)))
         else:
-            self._room(name, row, scales.device, len(scales)).copy_(scales)
+            self._reserve(name, row, scales.device, len(scales)).copy_(scales)
 
     def watch_scales(self, name: str, scales: torch.Tensor) -> None:
         """Checks the scales [rows] of a pre-quantized weight: infinity in one means that quantizing it overflowed."""
-        self._room(name, 0, scales.device, len(scales)).copy_(scales)
+        self._reserve(name, 0, scales.device, len(scales)).copy_(scales)
 
     def watch_marks(
         self, name: str, marks: torch.Tensor, find_overflow: Callable[[], BadWeight | None] | None = None
@@ -122,7 +122,7 @@ class WeightHealth:
 
     def watch_rows(self, name: str, weight: torch.Tensor) -> None:
         """Checks a weight [rows, in] that is quantized later, in fp16."""
-        _sum_rows(weight.to(torch.float16), self._room(name, 0, weight.device, len(weight)))
+        _sum_rows(weight.to(torch.float16), self._reserve(name, 0, weight.device, len(weight)))
 
     def watch_cast(
         self,
@@ -179,13 +179,13 @@ class WeightHealth:
         for cast in self._casts:
             tensor = cast.tensor
             if tensor.is_cuda:
-                _sum_rows(tensor.reshape(1, -1), self._room(cast.name, 0, tensor.device, 1, cast.find_overflow))
+                _sum_rows(tensor.reshape(1, -1), self._reserve(cast.name, 0, tensor.device, 1, cast.find_overflow))
             else:  # much faster there than a sum
-                room = self._room(cast.name, 0, tensor.device, 2, cast.find_overflow)
+                room = self._reserve(cast.name, 0, tensor.device, 2, cast.find_overflow)
                 room[0], room[1] = tensor.aminmax()  # not stacked, which autocast may refuse
         self._casts.clear()
 
-    def _room(
+    def _reserve(
         self,
         name: str,
         row: int,

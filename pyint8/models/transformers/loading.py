@@ -19,7 +19,7 @@ from pyint8.checkpoint.find import HUB_ARGUMENTS, cached_file, named_by_adapter
 from pyint8.config import METHOD, Int8Config
 from pyint8.errors import CheckpointNotFoundError, FileChangedError, ModelNotSupportedError, OptionError
 from pyint8.host import garbage
-from pyint8.models.keywords import unknown
+from pyint8.models.keywords import unknown_keyword
 from pyint8.models.request import LoadRequest
 from pyint8.models.transformers import hooks  # noqa: F401  registers pyint8's quantizer with transformers
 from pyint8.models.transformers.session import LoadSession
@@ -113,7 +113,7 @@ def _named_problems(path: str, model_class: Any, arguments: Mapping[str, Any]) -
         found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if found is None or found[1] not in arguments:
             raise
-        raise unknown(found[1], model_class.__name__) from error
+        raise unknown_keyword(found[1], model_class.__name__) from error
     except ValueError as error:
         if _ASKS_FOR_TRUST not in str(error):
             raise

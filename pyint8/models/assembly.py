@@ -100,7 +100,7 @@ class Assembly:
         return self._quantizer.create_quantized_param(
             name,
             StreamSource(stream, stored.entry),
-            scales=None if stored.scales is None else stream.whole(stored.scales.name),
+            scales=None if stored.scales is None else self._scales(name, stored.scales, stream),
             model_dtype=destination.dtype,
             device=destination.device,
         )
@@ -123,6 +123,9 @@ class Assembly:
         if self._quantizer.reads_bands:
             return ToInt8(model_dtype, self._quantizer.is_stored_transposed(name))
         return ToDtype(entry.torch_dtype)
+
+    def _scales(self, name: str, scales: Entry, stream: TensorStream) -> torch.Tensor:
+        return stream.whole(scales.name) if self._quantizer.dequantizes(name) else stream.later(scales.name)
 
     def _takes_codes(self, name: str, stored: Stored) -> bool:
         return self._quantizer.takes_codes(name, stored.scales is not None)

@@ -229,6 +229,7 @@ class _Filler:
         with open_stream(requests, options, recorder=self._recorder, quantizer=find_entry_point()) as stream:
             for name, way in wanted.items():
                 self._set(name, self._assembly.make(name, *way, stream))
+            stream.finish()
 
     def _leave(self, name: str, stored: Stored, destination: Destination) -> None:
         self._set(name, torch.empty(stored.entry.torch_shape, dtype=destination.dtype, device="meta"))

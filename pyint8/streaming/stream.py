@@ -61,7 +61,7 @@ class TensorStream:
         self._engine = self._transport.engine
         self._transposer = Transposer(self._engine)
         self._chunks: dict[str, list[Chunk]] = {}
-        self._pours = open_pours(requests, transport, self._lane, quantizer, early or {})
+        self._pours = open_pours(requests, transport, self._lane, quantizer, early or {}, self._recorder)
         for request in requests:
             name = request.entry.name
             if name in self._pours:
@@ -94,18 +94,32 @@ class TensorStream:
         return chunk.landed.pop(name)
 
     def made(self, name: str) -> Made | None:
-        """What the request's `becomes` asked for; None where the GPU's consumer does not make it."""
+        """What the request's `becomes` asked for; None where the GPU's consumer does not make it.
+
+        Its values may come later; after `finish` they are there.
+        """
         pour = self._pours.get(name)
         if pour is None:
             return None
         with self._naming_tensors():
-            made = pour.take(name)
-        self._recorder.landed(pour.entry(name).nbytes)
-        return made
+            return pour.take(name)
+
+    def later(self, name: str) -> torch.Tensor:
+        """As `whole`, but the values may come later; after `finish` they are there."""
+        made = self.made(name)
+        return self.whole(name) if made is None else made.tensor
+
+    def finish(self) -> None:
+        """Waits for the values of all that was `made`, so that they are ordered before the lanes' streams."""
+        with self._naming_tensors():
+            for pour in dict.fromkeys(self._pours.values()):
+                pour.finish()
 
     def whole(self, name: str) -> torch.Tensor:
         """The entry as a tensor of its own, of its stored dtype and shape, contiguous."""
         if (made := self.made(name)) is not None:
+            with self._naming_tensors():
+                self._pours[name].wait(name)
             return made.tensor
         chunks = self._chunks[name]
         entry = chunks[0].request.entry
@@ -325,3 +339,6 @@ class StreamSource:
 
     def made(self) -> Made | None:
         return self.stream.made(self.entry.name)
+
+    def later(self) -> torch.Tensor:
+        return self.stream.later(self.entry.name)

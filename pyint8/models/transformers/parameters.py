@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from functools import cached_property, partial
@@ -86,9 +88,7 @@ class ParameterMaker:
         self._transport, early = preparation.take_transport(len(self._groups))
         self._has_converters = any(target.converter is not None for target in plan.targets.values())
         if not preparation.reserves_memory:
-            for device, requests in wanted.items():
-                if device.type == "cuda":
-                    reserve_memory(device, sum(request.final_bytes for request in requests))
+            _reserve_memory(itertools.chain.from_iterable(wanted.values()))
         self._streams: dict[torch.device, TensorStream] = {}
         try:
             for device, requests in wanted.items():
@@ -112,6 +112,11 @@ class ParameterMaker:
             stream.close()
         self._makers.clear()  # breaks a reference cycle
         self._streams.clear()
+
+    def finish(self) -> None:
+        """Waits for the values of parameters that were handed out before they had come."""
+        for stream in self._streams.values():
+            stream.finish()
 
     def make(self, name: str, loading_info: Any) -> dict[str, torch.Tensor]:
         """The parameters of one target, by name; targets are taken in the order of the plan."""
@@ -205,6 +210,16 @@ class ParameterMaker:
         if destination is None:  # no place in the model; transformers reports it
             return tensor
         return self._assembly.finish(name, tensor, destination, sources)
+
+
+def _reserve_memory(requests: Iterable[TensorRequest]) -> None:
+    """What a load needs of each GPU at least."""
+    nbytes: Counter[torch.device] = Counter()
+    for request in requests:
+        if request.device.type == "cuda":
+            nbytes[request.device] += request.final_bytes
+    for device, total in nbytes.items():
+        reserve_memory(device, total)
 
 
 def _are_several_gpus(devices: Iterable[torch.device]) -> bool:

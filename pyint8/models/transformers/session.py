@@ -148,15 +148,20 @@ class LoadSession:
         self.on_start()
 
     def finish(self) -> None:
-        """Closes, after the last parameter.
+        """Waits for the last byte of the last parameter, and closes.
 
         transformers reads the files too, by their paths: names before the stream, tensors left on the disk later.
 
         Raises:
             FileChangedError: A path no longer leads to the file whose header was read.
+            Pyint8Error: The error that stopped the stream.
         """
         assert self._checkpoint is not None
-        self.close()
+        try:
+            if self.planned is not None:
+                self.planned.finish()
+        finally:
+            self.close()
         self._checkpoint.require_unchanged(self._checkpoint.files)
 
     def close(self) -> None:

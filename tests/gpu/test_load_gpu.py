@@ -1,4 +1,4 @@
-"""A load on a real device: its memory, its offloads, several devices, and that a bad weight is told."""
+"""A load on a real device: its memory, its offloads, several devices, and that a bad weight is reported."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def two_devices(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
     monkeypatch.setattr(ParameterMaker, "_landing_device", landing_device)
     monkeypatch.setattr(ParameterMaker, "_make", noting)
-    monkeypatch.setattr(parameters, "_are_fed_side_by_side", lambda devices: len(devices) > 1)
+    monkeypatch.setattr(parameters, "_are_several_gpus", lambda devices: len(devices) > 1)
     return seen
 
 

@@ -25,6 +25,9 @@ _register: Callable[[], None] | None = None
 _MIB = 1 << 20
 # See docs/performance.md, "Threads on 16 CPUs".
 _THREADS_FOR_A_GPU = 14
+# More for each further GPU, with whose load Python must keep up on the CPUs that are left. See docs/performance.md,
+# "Threads for several GPUs".
+_THREADS_FOR_ANOTHER = 4
 # However many GPUs, in all processes of a host: more threads copy no faster out of the page cache, and their slots
 # would not stay in the last-level cache. See docs/performance.md, "Threads for several GPUs".
 _MOST_THREADS = 32
@@ -198,7 +201,8 @@ class StreamOptions:
         sharing = processes().on_host
         cpus = max(1, usable_cpus() // sharing)
         most = max(1, _MOST_THREADS // sharing)
-        return min(_THREADS_FOR_A_GPU * max(1, gpus), most, max(min(4, cpus), cpus - 2))
+        wanted = _THREADS_FOR_A_GPU + _THREADS_FOR_ANOTHER * max(0, gpus - 1)
+        return min(wanted, most, max(min(4, cpus), cpus - 2))
 
     def slot_size(self, threads: int) -> int:
         """`slot_bytes`, or its default for so many workers."""

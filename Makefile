@@ -12,7 +12,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc pyint8 -type f -not -
 CXX_SOURCES := $(shell find csrc tests/cpp benchmarks -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu')
 CMAKE_TESTS := -S . -G Ninja -DPYINT8_BUILD_TESTS=ON -DPYINT8_BUILD_MODULE=OFF -DPYINT8_WERROR=ON
 
-.PHONY: demo test test-python test-cpp client-tests transformers-matrix gpu-test gpu-sanitize benchmark lint format wheel clean
+.PHONY: demo test test-python test-cpp coverage client-tests transformers-matrix gpu-test gpu-sanitize benchmark lint format wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.demo $(MODEL)
@@ -25,6 +25,24 @@ test-python: $(VENV)/.tests build/plain/tests/cpp/libfakecuda.so
 
 test-cpp: build/plain/tests/cpp/libfakecuda.so
 	cd build/plain && $(CURDIR)/$(BIN)/ctest --output-on-failure
+
+# Branches of the Python code and lines of the C++ core, over both suites, with the extension and the core instrumented.
+coverage: $(VENV)/.coverage
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -G Ninja -B build/coverage -DCMAKE_BUILD_TYPE=Debug -DPYINT8_KERNELS=OFF \
+	  -DPYINT8_BUILD_TESTS=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) "-DCMAKE_CXX_FLAGS=-O1 --coverage -fprofile-update=atomic"
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/coverage
+	rm -rf build/coverage/package build/coverage/.coverage*
+	find build/coverage -name '*.gcda' -delete
+	mkdir build/coverage/package
+	cp -r pyint8 build/coverage/package/
+	cp build/coverage/_core*.so build/coverage/package/pyint8/
+	cd build/coverage && $(CURDIR)/$(BIN)/ctest --output-on-failure
+	PYTHONPATH=$(CURDIR)/build/coverage/package PYINT8_TEST_LIBCUDA=$(CURDIR)/build/coverage/tests/cpp/libfakecuda.so \
+	  COVERAGE_FILE=$(CURDIR)/build/coverage/.coverage $(BIN)/coverage run $(BIN)/pytest -q
+	COVERAGE_FILE=build/coverage/.coverage $(BIN)/coverage combine --quiet
+	COVERAGE_FILE=build/coverage/.coverage $(BIN)/coverage report
+	$(BIN)/gcovr --root . --filter csrc/ build/coverage
 
 gpu-test: $(VENV)/.tests
 	PYINT8_REQUIRE_GPU=1 $(BIN)/pytest tests/gpu
@@ -108,6 +126,10 @@ $(VENV)/.benchmarks: $(VENV)/.installed
 
 $(VENV)/.tests: $(VENV)/.installed
 	$(PIP) $(PINNED) --group test
+	touch $@
+
+$(VENV)/.coverage: $(VENV)/.tests
+	$(PIP) $(PINNED) --group coverage
 	touch $@
 
 build/plain/tests/cpp/libfakecuda.so: $(VENV)/.tests $(CXX_SOURCES)

@@ -12,7 +12,7 @@ import torch
 
 from pyint8.errors import NonFiniteWeightError, first_names
 
-logger = logging.getLogger("pyint8")
+logger = logging.getLogger(__name__)
 
 _NAMED_AT_MOST = 5
 _VALUES_IN_BUFFER = 1 << 18

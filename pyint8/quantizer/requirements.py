@@ -14,7 +14,7 @@ from pyint8.placement.device_map import OFF_DEVICE, DeviceMap, device_name, devi
 
 MINIMUM_BITSANDBYTES = "0.37.2"
 _MINIMUM_TRAINABLE = "0.37.0"
-_FOREIGN_WEIGHTS = {"from_tf": "TensorFlow", "from_flax": "Flax"}
+_OTHER_FRAMEWORKS = {"from_tf": "TensorFlow", "from_flax": "Flax"}
 
 
 def installed_version(package: str) -> Version | None:
@@ -45,9 +45,9 @@ def require_packages() -> None:
         )
 
 
-def refuse_foreign_weights(arguments: dict[str, Any]) -> None:
+def refuse_other_frameworks(arguments: dict[str, Any]) -> None:
     """Raises OptionError where `from_tf` or `from_flax` is asked for."""
-    for name, framework in _FOREIGN_WEIGHTS.items():
+    for name, framework in _OTHER_FRAMEWORKS.items():
         if arguments.get(name):
             raise OptionError(
                 f"{name}=True: int8 models are not made from {framework} weights; convert them to PyTorch first "

@@ -16,7 +16,7 @@ from pyint8.streaming.scratch import ScratchRing
 if TYPE_CHECKING:
     from pyint8.config import StreamOptions
 
-logger = logging.getLogger("pyint8")
+logger = logging.getLogger(__name__)
 
 # A weight passes through scratch in bands of this part of it: the next ones arrive while one is quantized.
 _BANDS_IN_SCRATCH = 8

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pyint8.checkpoint import EntryInMemory
 from pyint8.config import StreamOptions
 from pyint8.errors import FileChangedError, ReadError, TruncatedError
 from pyint8.report import Recorder
 from pyint8.streaming.chunks import Chunk, TensorRequest, bands_of, cut, gather_batches, typed
 from pyint8.streaming.lane import Lane, LaneOpener, open_lane
-from pyint8.streaming.transport import Read, Transport
+from pyint8.streaming.transport import ReadRequest, Transport
 from pyint8.streaming.transpose import Transposer
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class TensorStream:
                 del memory
                 self._release(chunk)
 
-    def turned_half(self, name: str, model_dtype: torch.dtype) -> torch.Tensor:
+    def transposed_half(self, name: str, model_dtype: torch.dtype) -> torch.Tensor:
         """A Conv1D weight [in, out] as fp16 [out, in], rounded to `model_dtype` on the way; valid until the next."""
         first = self._chunks[name][0]
         entry, lane = first.request.entry, first.lane
@@ -146,7 +147,7 @@ class TensorStream:
         batch: list[Chunk] = []
         while self._cursor < len(self._pending):
             chunk = self._pending[self._cursor]
-            if chunk.ticket is None and chunk.request.entry.value is None:
+            if chunk.ticket is None and not isinstance(chunk.request.entry, EntryInMemory):
                 if not self._allocate(chunk):
                     break
                 if batch and batch[-1].lane is not chunk.lane:
@@ -159,7 +160,7 @@ class TensorStream:
     def _allocate(self, chunk: Chunk) -> bool:
         """Gives a chunk its memory; False while there is no room."""
         lane = chunk.lane
-        if chunk.passes:
+        if chunk.through_scratch:
             chunk.region = lane.ring.acquire(chunk.nbytes)
             if chunk.region is None:
                 return False
@@ -177,13 +178,13 @@ class TensorStream:
     def _submit(self, chunks: list[Chunk], *, first: bool = False) -> None:
         if not chunks:
             return
-        reads: list[Read] = []
+        reads: list[ReadRequest] = []
         for chunk in chunks:
             assert chunk.memory is not None
             share = chunk.nbytes // len(chunk.entries)
             for number, entry in enumerate(chunk.entries):
                 offset = entry.offset + chunk.start
-                reads.append(Read(entry.path, offset, share, chunk.memory, number * share, entry.stamp))
+                reads.append(ReadRequest(entry.path, offset, share, chunk.memory, number * share, entry.stamp))
         ticket = self._transport.submit(chunks[0].lane, reads, first=first)
         for chunk in chunks:
             chunk.ticket = ticket
@@ -191,10 +192,10 @@ class TensorStream:
 
     def _land(self, chunk: Chunk) -> torch.Tensor:
         """Waits until the chunk's bytes are ordered before the caller's stream; its memory."""
-        value = chunk.request.entry.value
-        if value is not None:
+        entry = chunk.request.entry
+        if isinstance(entry, EntryInMemory):
             self._recorder.landed(chunk.nbytes)
-            flat = value.reshape(-1).view(torch.uint8)
+            flat = entry.value.reshape(-1).view(torch.uint8)
             return flat.clone() if flat.device == chunk.lane.device else flat.to(chunk.lane.device)
         if chunk.ticket is None:  # taken out of order: it gets memory of its own, ahead of the queue
             chunk.lane.bytes_in_flight += chunk.nbytes
@@ -289,5 +290,5 @@ class StreamSource:
     def whole(self) -> torch.Tensor:
         return self.stream.whole(self.entry.name)
 
-    def turned_half(self, model_dtype: torch.dtype) -> torch.Tensor:
-        return self.stream.turned_half(self.entry.name, model_dtype)
+    def transposed_half(self, model_dtype: torch.dtype) -> torch.Tensor:
+        return self.stream.transposed_half(self.entry.name, model_dtype)

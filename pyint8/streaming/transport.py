@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class ReadRequest:
     """A range of a file, in bytes, and the memory (a tensor of uint8, or a storage, on a lane's device) it fills.
 
     It begins at byte `at` of the memory. The file must be in the state of `stamp`, if one is given.
@@ -73,7 +73,7 @@ class Transport:
         self._opened.append(lane)
         return lane
 
-    def submit(self, lane: Lane, reads: list[Read], *, first: bool = False) -> int:
+    def submit(self, lane: Lane, reads: list[ReadRequest], *, first: bool = False) -> int:
         """Asks for `reads` in that order, `first` ahead of all that waits; the ticket of the first, the others follow.
 
         Raises:
@@ -98,7 +98,7 @@ class Transport:
         for lane in self._opened:
             lane.release()
 
-    def _file(self, read: Read) -> int:
+    def _file(self, read: ReadRequest) -> int:
         number = self._files.get((read.path, read.stamp))
         if number is None:
             number = self.engine.add_file(os.fsencode(read.path), read.stamp)

@@ -10,7 +10,7 @@ from pyint8.errors import DeviceError
 from pyint8.streaming.extension import _core
 from pyint8.streaming.lane import Lane
 
-logger = logging.getLogger("pyint8")
+logger = logging.getLogger(__name__)
 
 _KERNEL_DTYPES = frozenset({"F16", "BF16", "F32"})
 _MODEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})

@@ -152,7 +152,7 @@ CASES = [
     ),
     Case("a shape that fits no Linear", put(Q_PROJ, lambda t: t[:48]), SHAPE, r"\[48, 64\].*needs \[64, 64\]", Q_PROJ),
     Case("a shape that fits no norm", put(NORM, lambda t: t[:5]), SHAPE, "ignore_mismatched_sizes=True", NORM),
-    Case("a turned Conv1D", put(C_ATTN, lambda t: t.T), SHAPE, r"\[96, 32\].*needs \[32, 96\]", C_ATTN, model="gpt2"),
+    Case("transposed Conv1D", put(C_ATTN, lambda t: t.T), SHAPE, r"\[96, 32\].*needs \[32, 96\]", C_ATTN, model="gpt2"),
     Case(
         "an expert unlike the others",
         put(EXPERT, lambda t: t[:7]),

@@ -27,8 +27,8 @@ MAY_IMPORT = {
     "streaming": BELOW_STREAMING,
     "quantizer": BELOW_STREAMING,
     "models": BELOW_STREAMING | {"streaming", "quantizer"},
-    "loader": BELOW_STREAMING | {"streaming", "quantizer", "models"},
-    "__init__": {"config", "errors", "host", "loader", "models", "report"},
+    "operations": BELOW_STREAMING | {"streaming", "quantizer", "models"},
+    "__init__": {"config", "errors", "host", "models", "operations", "report"},
     "run": {"__init__"},
 }
 """Every room, and those that it may import beside itself."""
@@ -37,7 +37,7 @@ SOLE_IMPORTERS = {
     "pyint8._core": {"streaming"},
     "bitsandbytes": {"quantizer"},
     "accelerate": {"placement", "models"},
-    "transformers": {"models", "loader"},
+    "transformers": {"models", "operations"},
 }
 """Packages that only some rooms may import."""
 
@@ -99,7 +99,7 @@ def test_the_house_has_no_circle() -> None:
     ("room", "line", "wrong"),
     [
         ("config", "from pyint8.models.transformers.hooks import METHOD", True),
-        ("config", "if TYPE_CHECKING:\n    import pyint8.loader", True),
+        ("config", "if TYPE_CHECKING:\n    import pyint8.operations.load", True),
         ("checkpoint", "def f():\n    from transformers.utils import peft_utils", True),
         ("checkpoint", "from .entry import Entry", False),
         ("checkpoint", "from ..quantizer import Int8Quantizer", True),

@@ -17,6 +17,7 @@ from zoo import ZOO, CheckpointStore
 import pyint8
 from pyint8 import Int8Config, StreamOptions
 from pyint8.errors import PlacementError
+from pyint8.host.processes import processes
 from pyint8.models.transformers.parallel import refuse_split_models
 from pyint8.report.progress import ByteProgress
 
@@ -42,6 +43,12 @@ def test_processes_of_a_host_share_threads_and_slots(
 def test_nonsense_in_local_world_size_is_no_sharing(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", text)
     assert StreamOptions().slot_size(14) == 3 << 20
+
+
+def test_what_the_launcher_says() -> None:
+    assert processes({}) == (1, 1, 0)
+    assert processes({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "LOCAL_RANK": "7"}) == (16, 8, 7)
+    assert processes({"WORLD_SIZE": "0", "LOCAL_WORLD_SIZE": "none", "LOCAL_RANK": "-1"}) == (1, 1, 0)
 
 
 @pytest.mark.parametrize(("rank", "shown"), [(None, True), ("0", True), ("1", False), ("7", False)])

@@ -18,7 +18,7 @@ import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from pyint8.checkpoint import read_pickled
+from pyint8.checkpoint import EntryInMemory, read_pickled
 from pyint8.errors import CheckpointError, Pyint8Error
 from pyint8.streaming.stream import read_tensor
 
@@ -70,15 +70,15 @@ def test_records_that_were_zipped_again_are_still_read_by_offset(tmp_path: Path)
     path = saved(tmp_path / "x.bin")
     records = [(name.replace("x/", "another name/", 1), content) for name, content in unzipped(path)]
     zipped(path, records[::-1])
-    assert all(entry.value is None for entry in read_pickled(path).entries.values())
+    assert not any(isinstance(entry, EntryInMemory) for entry in read_pickled(path).entries.values())
     assert same(values(path), torch.load(path))
 
 
 def test_compressed_records_are_read_into_memory(tmp_path: Path) -> None:
-    path = saved(tmp_path / "x.bin", flat=torch.randn(1000), turned=torch.randn(7, 5).T)
+    path = saved(tmp_path / "x.bin", flat=torch.randn(1000), transposed=torch.randn(7, 5).T)
     expected = torch.load(path)
     rewrite(path, lambda _, content: content, DEFLATED)
-    assert all(entry.value is not None for entry in read_pickled(path).entries.values())
+    assert all(isinstance(entry, EntryInMemory) for entry in read_pickled(path).entries.values())
     assert same(values(path), expected)
 
 
@@ -231,7 +231,7 @@ def state_dicts(draw: st.DrawFn) -> dict[str, torch.Tensor]:
         base = torch.randint(0, 2 if dtype is torch.bool else 100, (draw(st.integers(0, 9)), 6)).to(dtype)
         state[f"whole{number}"] = base
         if draw(st.booleans()):
-            state[f"turned{number}"] = base.T
+            state[f"transposed{number}"] = base.T
         if draw(st.booleans()):
             state[f"part{number}"] = base[1:, 2::3]
         if draw(st.booleans()) and dtype.is_floating_point:

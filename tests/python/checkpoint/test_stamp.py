@@ -262,7 +262,7 @@ def test_one_entry_that_is_read_at_once(checkpoint: Checkpoint) -> None:
 
 
 def test_reading_ahead(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyint8.streaming.prefetch._is_cached", lambda *_: False)
+    monkeypatch.setattr("pyint8.host.page_cache.is_cached", lambda *_: False)
     with pytest.raises(FileChangedError, match=SAYS):
         PageCachePrefetch(checkpoint, pyint8.StreamOptions())
 

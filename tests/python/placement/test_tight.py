@@ -60,7 +60,7 @@ def tight(model: Any, budgets: dict[Any, int], spread: Any, quantizer: Int8Quant
     int8 = [weight for name, weight in model.named_parameters() if quantizer.check_quantized_param(name)]
     scales = sum(len(weight) * 4 for weight in int8)
     no_split = model._no_split_modules
-    return tight_memory(model, budgets, spread, sizes, no_split, lambda some: plan(max_memory=some), uncounted=scales)
+    return tight_memory(model, budgets, spread, sizes, no_split, lambda some: plan(max_memory=some), scale_bytes=scales)
 
 
 def plan_of(model: Any, quantizer: Int8Quantizer) -> tuple[Any, Any]:
@@ -242,8 +242,8 @@ def test_budgets() -> None:
 def test_a_load_with_headroom(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Any, int]] = []
 
-    def note(max_memory: Any, left_free: int) -> dict[Any, int]:
-        seen.append((max_memory, left_free))
+    def note(max_memory: Any, headroom_bytes: int) -> dict[Any, int]:
+        seen.append((max_memory, headroom_bytes))
         return {"cpu": 1 << 30}
 
     monkeypatch.setattr(budget, "exact_bytes", note)

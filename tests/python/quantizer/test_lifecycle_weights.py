@@ -147,8 +147,8 @@ def test_a_weight_becomes_what_bitsandbytes_makes_of_it(name: str, model_dtype: 
     stored = weight_of(12, 20) if name == "conv.weight" else weight_of(20, 12)
     before = stored.clone()
     made = converted().create_quantized_param(name, TensorSource(stored), model_dtype=model_dtype, device=CPU)
-    turned = stored.T.contiguous() if name == "conv.weight" else stored
-    expected = bnb.nn.Int8Params(turned.to(model_dtype), requires_grad=False).to("cpu")
+    transposed = stored.T.contiguous() if name == "conv.weight" else stored
+    expected = bnb.nn.Int8Params(transposed.to(model_dtype), requires_grad=False).to("cpu")
     assert type(made) is bnb.nn.Int8Params
     assert torch.equal(made.data, expected.data)
     assert torch.equal(made.SCB, expected.SCB)
@@ -278,9 +278,9 @@ def test_an_empty_tensor_on_a_gpu_is_healthy(shape: tuple[int, ...]) -> None:
     assert health.bad_weights() == []
 
 
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("shape", [(1, 600_000), (1100, 1000), (2048, 513)], ids=str)
-def test_a_weight_quantized_in_pieces_equals_the_whole(tmp_path, shape, turned):
+def test_a_weight_quantized_in_pieces_equals_the_whole(tmp_path, shape, transposed):
     """On the CPU pieces of half a million elements are quantized at a time; one row may be longer than that."""
     from safetensors.torch import save_file
 
@@ -293,7 +293,7 @@ def test_a_weight_quantized_in_pieces_equals_the_whole(tmp_path, shape, turned):
     generator = torch.Generator().manual_seed(3)
     tensors = {name: torch.randn(*shape, generator=generator).bfloat16() for name in ("a", "b")}
     save_file(
-        {name: tensor.T.contiguous() if turned else tensor for name, tensor in tensors.items()},
+        {name: tensor.T.contiguous() if transposed else tensor for name, tensor in tensors.items()},
         tmp_path / "m.safetensors",
     )
     checkpoint = open_checkpoint(str(tmp_path / "m.safetensors"))
@@ -301,7 +301,7 @@ def test_a_weight_quantized_in_pieces_equals_the_whole(tmp_path, shape, turned):
         made = {
             name: weights.quantize(
                 StreamSource(stream, checkpoint[name]),
-                turned=turned,
+                transposed=transposed,
                 model_dtype=torch.bfloat16,
                 device=CPU,
                 name=name,

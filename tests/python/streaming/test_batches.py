@@ -19,7 +19,7 @@ from pyint8.report import Recorder
 from pyint8.streaming.chunks import TensorRequest
 from pyint8.streaming.head_start import EarlyTensor, HeadStart
 from pyint8.streaming.stream import open_stream
-from pyint8.streaming.transport import Read
+from pyint8.streaming.transport import ReadRequest
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -82,7 +82,7 @@ def test_what_landed_early_is_in_no_batch(experts: Checkpoint) -> None:
     lane = transport.lane(CPU)
     entry = experts["gate.7"]
     storage = torch.UntypedStorage(entry.nbytes)
-    ticket = transport.submit(lane, [Read(entry.path, entry.offset, entry.nbytes, storage, stamp=entry.stamp)])
+    ticket = transport.submit(lane, [ReadRequest(entry.path, entry.offset, entry.nbytes, storage, stamp=entry.stamp)])
     early[entry.name] = EarlyTensor(entry, lane, storage, ticket)
     with over(in_batches(experts), transport, early) as stream:
         found = {name: stream.batched(name, experts[name].torch_dtype) for name in experts}

@@ -115,7 +115,7 @@ def test_reads_are_exact(driver: FakeDriver, path: str, content: bytes, lanes: i
 
 
 @pytest.mark.skipif(not _core.has_kernels(), reason="this build has no kernels")
-def test_a_weight_is_turned_where_it_landed(driver: FakeDriver, tmp_path: Path) -> None:
+def test_a_weight_is_transposed_where_it_landed(driver: FakeDriver, tmp_path: Path) -> None:
     weight = torch.randn(100, 60, generator=torch.Generator().manual_seed(0)).bfloat16()
     file = tmp_path / "weight"
     file.write_bytes(weight.view(torch.uint8).numpy().tobytes())
@@ -124,7 +124,7 @@ def test_a_weight_is_turned_where_it_landed(driver: FakeDriver, tmp_path: Path) 
     read = (0, 0, weight.nbytes, scratch.data_ptr())
     engine.wait(engine.submit(0, [read], stream=0, first=False), stream=0)
     engine.transpose_to_half(0, scratch.data_ptr(), "BF16", True, 100, 60, target.data_ptr(), 100, stream=0)
-    done = empty(1)  # the driver copies it behind the turn, as its destination is asked for on the same stream
+    done = empty(1)  # the driver copies it behind the transposition, as its destination is asked for on the same stream
     engine.submit(0, [(0, 0, 1, done.data_ptr())], stream=0, first=False)
     engine.wait(1, stream=0)
     engine.close()

@@ -1,4 +1,4 @@
-"""Conv1D weights turned by the extension on the CPU: bit for bit what torch's own casts and transposition give."""
+"""Conv1D weights transposed by the extension on the CPU: bit for bit what torch's own casts and transposition give."""
 
 import numpy as np
 import pytest
@@ -11,11 +11,11 @@ from pyint8 import _core
 NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
-def turned_by_torch(source: torch.Tensor, model_dtype: torch.dtype) -> torch.Tensor:
+def transposed_by_torch(source: torch.Tensor, model_dtype: torch.dtype) -> torch.Tensor:
     return source.to(model_dtype).to(torch.float16).T.contiguous()
 
 
-def turned(engine: _core.Engine, source: torch.Tensor, model_dtype: torch.dtype, padding: int = 0) -> torch.Tensor:
+def transposed(engine: _core.Engine, source: torch.Tensor, model_dtype: torch.dtype, padding: int = 0) -> torch.Tensor:
     rows, columns = source.shape
     target = torch.full((columns, rows + padding), 7, dtype=torch.float16)
     through_bfloat16 = model_dtype == torch.bfloat16
@@ -42,42 +42,42 @@ dtypes = st.sampled_from(list(NAMES))
 
 
 @pytest.fixture(scope="module")
-def turner() -> _core.Engine:
-    engine = _core.Engine(threads=1, slots_per_thread=1, slot_bytes=8192, direct_io=False)
-    engine.add_host_device(threads=3)
-    return engine
+def engine() -> _core.Engine:
+    made = _core.Engine(threads=1, slots_per_thread=1, slot_bytes=8192, direct_io=False)
+    made.add_host_device(threads=3)
+    return made
 
 
 @settings(max_examples=200, deadline=None)
 @given(dtype=dtypes, model_dtype=dtypes, shape=st.tuples(*[st.integers(0, 150)] * 2), seed=st.integers(0, 2**32 - 1))
-def test_turned_as_torch_turns_any_bits(turner, dtype, model_dtype, shape, seed) -> None:
+def test_transposed_as_by_torch_any_bits(engine, dtype, model_dtype, shape, seed) -> None:
     # Exponents as they come: most fp32 overflow fp16 or vanish, a few are subnormal, NaN or infinite.
     source = from_bits(np.random.default_rng(seed).integers(-(2**31), 2**31, shape), dtype)
-    assert_same(turned(turner, source, model_dtype, padding=seed % 3), turned_by_torch(source, model_dtype))
+    assert_same(transposed(engine, source, model_dtype, padding=seed % 3), transposed_by_torch(source, model_dtype))
 
 
 @pytest.mark.parametrize("model_dtype", NAMES)
 @pytest.mark.parametrize("dtype", NAMES)
-def test_turned_as_torch_turns_every_pattern(turner, dtype: torch.dtype, model_dtype: torch.dtype) -> None:
+def test_transposed_as_by_torch_every_pattern(engine, dtype: torch.dtype, model_dtype: torch.dtype) -> None:
     """All of 16 bits; for fp32, all whose upper 16 bits may be anything and whose lower ones decide the rounding."""
     patterns = np.arange(2**16).reshape(256, 256)
     if dtype == torch.float32:
         lower = [0, 1, 0x0FFF, 0x1000, 0x1001, 0x2FFF, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF]
         patterns = np.concatenate([(patterns << 16) + bits for bits in lower])
     source = from_bits(patterns, dtype)
-    assert_same(turned(turner, source, model_dtype), turned_by_torch(source, model_dtype))
+    assert_same(transposed(engine, source, model_dtype), transposed_by_torch(source, model_dtype))
 
 
-def test_turned_as_torch_turns_where_subnormals_are_flushed(turner) -> None:
+def test_transposed_as_by_torch_where_subnormals_are_flushed(engine) -> None:
     source = from_bits(np.arange(2**16).reshape(256, 256), torch.float16)
     assert torch.set_flush_denormal(True)
     try:
-        got, expected = turned(turner, source, torch.bfloat16), turned_by_torch(source, torch.bfloat16)
+        got, expected = transposed(engine, source, torch.bfloat16), transposed_by_torch(source, torch.bfloat16)
     finally:
         torch.set_flush_denormal(False)
     assert_same(got, expected)
 
 
-def test_a_large_weight_is_shared_by_threads(turner) -> None:
+def test_a_large_weight_is_shared_by_threads(engine) -> None:
     source = torch.randn(1500, 2003, generator=torch.Generator().manual_seed(0))
-    assert_same(turned(turner, source, torch.float16), turned_by_torch(source, torch.float16))
+    assert_same(transposed(engine, source, torch.float16), transposed_by_torch(source, torch.float16))

@@ -16,7 +16,8 @@ from zoo import ZOO, CheckpointStore
 import pyint8
 from pyint8 import StreamOptions
 from pyint8.checkpoint import Checkpoint, checkpoint_of_files
-from pyint8.streaming.prefetch import PageCachePrefetch, _cold_steps
+from pyint8.host.page_cache import cold_steps
+from pyint8.streaming.prefetch import PageCachePrefetch
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 MIB = 1 << 20
@@ -81,7 +82,7 @@ def test_the_last_step_may_be_short(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(bytes(9 * MIB + 5))
     evict(str(path))
-    assert list(_cold_steps(str(path))) == [(0, 4 * MIB), (4 * MIB, 4 * MIB), (8 * MIB, MIB + 5)]
+    assert list(cold_steps(str(path), 4 * MIB)) == [(0, 4 * MIB), (4 * MIB, 4 * MIB), (8 * MIB, MIB + 5)]
 
 
 def test_direct_io_leaves_the_page_cache_alone(checkpoint: Checkpoint) -> None:

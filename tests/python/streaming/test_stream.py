@@ -211,29 +211,29 @@ def test_a_file_that_is_gone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F32", "F64"])
-def test_turned_weights(dtype: str, model_dtype: torch.dtype, tmp_path: Path) -> None:
+def test_transposed_weights(dtype: str, model_dtype: torch.dtype, tmp_path: Path) -> None:
     checkpoint = write(tmp_path / "x", {"weight": (dtype, (611, 333))})
     with open_stream(requests(checkpoint), TINY) as stream:
         weight = stream.whole("weight")
     with open_stream(requests(checkpoint, in_bands=True), TINY) as stream:
-        turned = StreamSource(stream, checkpoint["weight"]).turned_half(model_dtype)
+        transposed = StreamSource(stream, checkpoint["weight"]).transposed_half(model_dtype)
     expected = weight.to(model_dtype).to(torch.float16).T.contiguous()
-    assert turned.is_contiguous()
-    assert torch.equal(turned.isnan(), expected.isnan())
-    assert torch.equal(turned.nan_to_num(nan=0.5).view(torch.int16), expected.nan_to_num(nan=0.5).view(torch.int16))
+    assert transposed.is_contiguous()
+    assert torch.equal(transposed.isnan(), expected.isnan())
+    assert torch.equal(transposed.nan_to_num(nan=0.5).view(torch.int16), expected.nan_to_num(nan=0.5).view(torch.int16))
 
 
-def test_without_kernels_torch_turns_and_says_so_once(
+def test_without_kernels_torch_transposes_and_says_so_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoint = write(tmp_path / "x", {"one": ("BF16", (611, 333)), "two": ("F32", (300, 200))})
     asked = requests(checkpoint, in_bands=True)
 
-    def turn_all() -> list[torch.Tensor]:
+    def transpose_all() -> list[torch.Tensor]:
         with open_stream(asked, TINY) as stream:
-            return [stream.turned_half(name, torch.bfloat16).nan_to_num(nan=0.5) for name in checkpoint]
+            return [stream.transposed_half(name, torch.bfloat16).nan_to_num(nan=0.5) for name in checkpoint]
 
-    with_kernels = turn_all()
+    with_kernels = transpose_all()
     assert not caplog.records
 
     def refuse(*_: object) -> None:
@@ -241,7 +241,7 @@ def test_without_kernels_torch_turns_and_says_so_once(
 
     monkeypatch.setattr(_core.Engine, "transpose_to_half", refuse)
     with caplog.at_level(logging.WARNING, "pyint8"):
-        without = turn_all()
+        without = transpose_all()
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert record.getMessage() == ("Conv1D weights are transposed by torch, more slowly: no kernel image is available")

@@ -15,6 +15,7 @@ from pyint8.errors import OptionError
 from pyint8.host import garbage
 from pyint8.host.imports import importing
 from pyint8.host.memory import peak_resident_bytes
+from pyint8.host.processes import processes
 from pyint8.models.keywords import int8_config, refuse_misplaced
 from pyint8.models.transformers.parallel import refuse_split_models
 from pyint8.models.transformers.releases import require_transformers
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from pyint8.models.request import LoadRequest
     from pyint8.streaming.preparation import Preparation
 
-logger = logging.getLogger("pyint8")
+logger = logging.getLogger(__name__)
 
 _Module = TypeVar("_Module", bound="nn.Module")
 
@@ -220,7 +221,7 @@ def _request(
     from pyint8.placement.device_map import check_device_map, is_planned
 
     check_device_map(device_map)
-    if is_planned(device_map) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if is_planned(device_map) and processes().total > 1:
         logger.warning(
             "a planned device map under torchrun spreads a model over all visible GPUs in every rank; pass "
             'device_map="cuda" for one whole model on each rank\'s own GPU'

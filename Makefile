@@ -38,10 +38,10 @@ coverage: $(VENV)/.coverage
 	cp -r pyint8 build/coverage/package/
 	cp build/coverage/_core*.so build/coverage/package/pyint8/
 	cd build/coverage && $(CURDIR)/$(BIN)/ctest --output-on-failure
-	PYTHONPATH=$(CURDIR)/build/coverage/package PYINT8_TEST_LIBCUDA=$(CURDIR)/build/coverage/tests/cpp/libfakecuda.so \
-	  COVERAGE_FILE=$(CURDIR)/build/coverage/.coverage $(BIN)/coverage run $(BIN)/pytest -q
-	COVERAGE_FILE=build/coverage/.coverage $(BIN)/coverage combine --quiet
-	COVERAGE_FILE=build/coverage/.coverage $(BIN)/coverage report
+	cd build/coverage && export COVERAGE_RCFILE=$(CURDIR)/pyproject.toml && PYTHONPATH=$(CURDIR)/build/coverage/package \
+	  PYINT8_TEST_LIBCUDA=$(CURDIR)/build/coverage/tests/cpp/libfakecuda.so $(CURDIR)/$(BIN)/coverage run \
+	  $(CURDIR)/$(BIN)/pytest -q $(CURDIR)/tests/python $(CURDIR)/tests/contract && \
+	  $(CURDIR)/$(BIN)/coverage combine --quiet && $(CURDIR)/$(BIN)/coverage report
 	$(BIN)/gcovr --root . --filter csrc/ build/coverage
 
 gpu-test: $(VENV)/.tests

@@ -29,13 +29,13 @@ def preparation(mixed: Checkpoint, monkeypatch: pytest.MonkeyPatch, nothing_left
 
 def test_what_a_failed_load_did_not_take_is_given_back(preparation: Preparation) -> None:
     with suppress(RuntimeError), preparation:
-        preparation.start_head("auto", MemoryBudget())
+        preparation.start_head_start("auto", MemoryBudget())
         raise RuntimeError
 
 
 def test_what_was_taken_is_the_takers(preparation: Preparation, mixed: Checkpoint) -> None:
     with preparation:
-        preparation.start_head("auto", MemoryBudget())
+        preparation.start_head_start("auto", MemoryBudget())
         transport, early = preparation.take_transport(gpus=1)
     assert set(early) == {name for name, entry in mixed.items() if entry.nbytes}
     with over(requests(mixed), transport, early) as stream:

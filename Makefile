@@ -49,7 +49,7 @@ gpu-test: $(VENV)/.tests
 
 # Clients as they come from PyPI, on a real model, in an environment of their own.
 client-tests: $(VENV)-clients/.made
-	PYINT8_REQUIRE_CLIENTS=1 $(VENV)-clients/bin/pytest -q tests/clients
+	PYINT8_REQUIRE_CLIENTS=1 $(VENV)-clients/bin/pytest -q -W default tests/clients
 
 # Takes minutes for each release.
 transformers-matrix: $(VENV)-matrix/.made

@@ -47,15 +47,13 @@ def changed(path: str) -> FileChangedError:
 
 
 @contextmanager
-def reading(path: str, file: BinaryIO, expected: FileStamp | None = None) -> Iterator[FileStamp]:
-    """Reads from an open file, whose state must be the expected one, and the same at the end.
+def reading(path: str, file: BinaryIO) -> Iterator[FileStamp]:
+    """Reads from an open file, whose state must be the same at the end.
 
     Raises:
         FileChangedError: It is not.
     """
     stamp = stamp_of(file.fileno())
-    if expected is not None and stamp != expected:
-        raise changed(path)
     yield stamp
     if stamp_of(file.fileno()) != stamp:
         raise changed(path)

@@ -14,7 +14,7 @@ import torch
 
 from pyint8.checkpoint import Entry
 from pyint8.models import checks
-from pyint8.quantizer import BadWeight, Int8Quantizer, TensorSource, first_overflow
+from pyint8.quantizer import ENTRY_POINT, OPERATOR, BadWeight, Int8Quantizer, TensorSource, first_overflow
 from pyint8.report import Recorder
 from pyint8.streaming.reading import read_tensor
 from pyint8.streaming.requests import TensorRequest, ToDtype, ToInt8
@@ -97,6 +97,8 @@ class Assembly:
         if not self._takes_codes(name, stored):
             return self._cast(name, stored.entry, destination, stream)
         self._recorder.count(self._quantizer.kind_of(name))
+        if self._quantizer.reads_bands:
+            self._recorder.count_quantizer(ENTRY_POINT if stream.makes(stored.entry.name) else OPERATOR)
         if stored.layout is not None:
             checks.require_row_major(int(stream.whole(stored.layout.name)), stored.entry)
         return self._quantizer.create_quantized_param(
@@ -112,6 +114,8 @@ class Assembly:
     ) -> torch.Tensor:
         """The parameter for the result of a conversion (a merge, a split) of `sources`."""
         if self._quantizer.check_quantized_param(name):
+            if self._quantizer.reads_bands:
+                self._recorder.count_quantizer(OPERATOR)
             return self._quantizer.create_quantized_param(
                 name, TensorSource(converted), model_dtype=destination.dtype, device=destination.device
             )

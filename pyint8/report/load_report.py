@@ -39,6 +39,8 @@ class LoadReport:
             "dequantized" (int8 codes of a module that stays ordinary), "cast" (to another dtype), "as stored",
             "converted" (split or fused; renaming alone does not count), "left on disk" (read by accelerate whenever a
             forward pass needs them).
+        quantized_by: Number of weights by what quantized them: "cint8_vector_quant", bitsandbytes' C function, called
+            as the bytes of a band arrive on their GPU; or its Python operator "int8_vectorwise_quant", elsewhere.
         skipped: Everything of a weight's size that is not int8, with the reason: linear modules by name, and other
             parameters (embeddings, convolutions, fused experts) by their module's name, or their own if that is not
             `weight`.
@@ -52,6 +54,7 @@ class LoadReport:
     checkpoint_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_PHASES, 0.0))
     tensors: Tally = field(default_factory=Tally)
+    quantized_by: Tally = field(default_factory=Tally)
     skipped: dict[str, str] = field(default_factory=dict)
     skipped_bytes: dict[str, int] = field(default_factory=dict)
     device_peak_bytes: dict[str, int] = field(default_factory=dict)

@@ -68,6 +68,11 @@ class Recorder:
         with self._lock:
             self.report.tensors[kind] += 1
 
+    def count_quantizer(self, name: str) -> None:
+        """Counts a weight by what quantized it (see `LoadReport.quantized_by`)."""
+        with self._lock:
+            self.report.quantized_by[name] += 1
+
     def set_engine(self, stats: Mapping[str, float]) -> None:
         """Takes the extension's statistics (see `LoadReport.engine`)."""
         self.report.engine = dict(stats)

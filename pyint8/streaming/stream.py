@@ -91,6 +91,10 @@ class TensorStream:
             self._release(chunk)
         return chunk.landed.pop(name)
 
+    def makes(self, name: str) -> bool:
+        """Whether the GPU's consumer makes what the request's `becomes` asked for."""
+        return name in self._pours
+
     def made(self, name: str) -> Made | None:
         """What the request's `becomes` asked for; None where the GPU's consumer does not make it.
 

@@ -193,6 +193,9 @@ class Pour:
         request = self._requests[ticket]
         entry, becomes = request.entry, request.becomes
         made = self._made[ticket] = self._allocate(request)
+        for memory in (made.tensor, made.scales):
+            if memory is not None:
+                self._transport.keep(memory)
         self._made_bytes += request.final_bytes
         early = self._early.get(entry.name)
         if early is None:

@@ -234,3 +234,15 @@ def test_weights_that_nobody_takes_are_given_back(driver: FakeDriver, tmp_path: 
     with open_stream(requests, OPTIONS, opener=driver.lane, quantizer=driver.quantizer) as stream:
         kept = stream.made("003")
     assert kept is not None
+
+
+def test_what_nobody_closes_is_closed_when_it_goes(driver: FakeDriver, tmp_path: Path) -> None:
+    weights = {f"{number:03}": random_weight(90, 70, torch.bfloat16, number) for number in range(100)}
+    entries = checkpoint_of(tmp_path, weights)
+    requests = [TensorRequest(e, GPU, True, becomes=ToInt8(torch.bfloat16)) for e in entries.values()]
+    transport = Transport(OPTIONS, driver.lane)
+    stream = TensorStream(requests, transport, quantizer=driver.quantizer)
+    assert stream.made("000") is not None  # and is dropped, while it may not have come
+    in_use = {id(memory) for memory in transport._in_use}
+    assert len(in_use) == 2 + 2 * len(weights)
+    del stream, transport  # the driver's fixture sees that nothing is left

@@ -21,7 +21,6 @@ MAY_INCLUDE: dict[str, set[str]] = {
 }
 # Files that must not know others of their room, but for these.
 KNOWS: dict[str, set[str]] = {"plan": set(), "ring": set(), "lane_queue": set(), "workers": {"lane_queue"}}
-KNOWS |= {"bands": set(), "scratch": set()}
 
 _INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 

@@ -12,7 +12,7 @@ from streams import CPU, MIB, TINY, bytes_of, over, requests, stored, unstamped,
 
 from pyint8.checkpoint import Checkpoint
 from pyint8.errors import ReadError, TruncatedError
-from pyint8.streaming.head_start import FirstTensors, HeadStart
+from pyint8.streaming.head_start import FirstTensors, HeadStart, _has_room
 from pyint8.streaming.requests import TensorRequest
 from pyint8.streaming.transport import Transport
 
@@ -128,7 +128,7 @@ def test_a_head_start_ends_where_the_device_is_full(mixed: Checkpoint, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "UntypedStorage", limited)
-        transport, early = HeadStart(CPU, list(mixed.values()), 1 << 30, TINY).take()
+        transport, early = HeadStart([FirstTensors(CPU, list(mixed.values()), 1 << 30)], TINY).take()
     assert list(early) == list(mixed)[:2]
     with over(requests(mixed), transport, early) as stream:
         assert all(bytes_of(stream.whole(name)) == stored(entry) for name, entry in mixed.items())
@@ -154,12 +154,10 @@ def test_a_head_start_needs_room(
         if not gives:
             raise torch.OutOfMemoryError
 
-    start = HeadStart(CPU, (), 0, TINY, reserved=60, if_free=100)
-    start.close()
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "memory_reserved", lambda _: 1000 + held)
         patch.setattr(torch.cuda, "memory_allocated", lambda _: 1000)
         patch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 1 << 30))
         patch.setattr(torch, "empty", empty)
-        assert start._has_room(torch.device("cuda")) is has_room
+        assert _has_room(FirstTensors(torch.device("cuda"), reserved=60, if_free=100)) is has_room
     assert allocated == asked

@@ -11,7 +11,7 @@ from streams import CPU, TINY, bytes_of, over, requests, stored
 from pyint8.checkpoint import Checkpoint
 from pyint8.placement.budget import MemoryBudget
 from pyint8.streaming import first_tensors
-from pyint8.streaming.head_start import HeadStart
+from pyint8.streaming.head_start import FirstTensors, HeadStart
 from pyint8.streaming.preparation import Preparation
 
 
@@ -20,7 +20,7 @@ def preparation(mixed: Checkpoint, monkeypatch: pytest.MonkeyPatch, nothing_left
     """With a head start, for which there is no GPU here."""
 
     def start(checkpoint: Checkpoint, *_: Any) -> HeadStart:
-        return HeadStart(CPU, list(checkpoint.values()), 1 << 30, TINY)
+        return HeadStart([FirstTensors(CPU, list(checkpoint.values()), 1 << 30)], TINY)
 
     monkeypatch.setattr("pyint8.streaming.head_start._WORTHWHILE_BYTES", 1)
     monkeypatch.setattr(first_tensors, "start_head_start", start)

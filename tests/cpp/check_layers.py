@@ -20,7 +20,14 @@ MAY_INCLUDE: dict[str, set[str]] = {
     "quantize": {"error", "numeric", "device", "transfer"},
 }
 # Files that must not know others of their room, but for these.
-KNOWS: dict[str, set[str]] = {"plan": set(), "ring": set(), "lane_queue": set(), "workers": {"lane_queue"}}
+KNOWS: dict[str, set[str]] = {
+    "plan": set(),
+    "ring": set(),
+    "lane_queue": set(),
+    "workers": {"lane_queue"},
+    "bands": set(),
+    "scratch": set(),
+}
 
 _INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 

@@ -174,8 +174,7 @@ CudaContext::Scope::~Scope() {
 CudaDevice::CudaDevice(std::shared_ptr<const CudaApi> api, int ordinal)
     : context_(std::make_shared<CudaContext>(std::move(api), ordinal)) {
   const CudaContext::Scope scope(*context_);
-  const CudaApi& driver = context_->api();
-  driver.check(driver.stream_create(&copy_stream_, kStreamNonBlocking), "cuStreamCreate");
+  context_->api().check(context_->api().stream_create(&copy_stream_, kStreamNonBlocking), "cuStreamCreate");
 }
 
 CudaDevice::~CudaDevice() {
@@ -190,8 +189,10 @@ CudaDevice::~CudaDevice() {
 bool CudaDevice::wait_for_all() noexcept {
   const CudaContext::Scope scope(*context_, std::nothrow);
   const CudaApi& api = context_->api();
-  return api.stream_synchronize(copy_stream_) == 0 &&
-         (last_transpose_ == nullptr || api.event_synchronize(handle_of(*last_transpose_)) == 0);
+  const auto has_passed = [&](const auto& last) {
+    return api.event_synchronize(handle_of(*last.second)) == 0;
+  };
+  return api.stream_synchronize(copy_stream_) == 0 && std::all_of(last_.begin(), last_.end(), has_passed);
 }
 
 std::unique_ptr<HostMemory> CudaDevice::allocate_host(std::size_t nbytes) {
@@ -264,13 +265,28 @@ CuFunction CudaDevice::kernel(const std::string& name) {
   return function;
 }
 
+// Moves with each kernel that is put on the stream.
+Event& CudaDevice::last_on(StreamHandle stream) {
+  const std::lock_guard lock(module_mutex_);
+  auto found = last_.find(stream);
+  if (found == last_.end()) found = last_.emplace(stream, make_event()).first;
+  return *found->second;
+}
+
 void CudaDevice::launch(const std::string& kernel_name, unsigned blocks_x, unsigned blocks_y,
                         std::span<void* const> arguments, StreamHandle stream) {
   const CuFunction function = kernel(kernel_name);
+  Event& last = last_on(stream);  // first: what runs must be known
   const CudaApi& api = context_->api();
   api.check(api.launch_kernel(function, blocks_x, blocks_y, 1, kTile, kRows, 1, 0, as_stream(stream),
                               const_cast<void**>(arguments.data()), nullptr),
             "cuLaunchKernel");
+  const CuResult result = api.event_record(handle_of(last), as_stream(stream));
+  if (result != 0 && api.stream_synchronize(as_stream(stream)) != 0) {
+    const std::lock_guard lock(module_mutex_);
+    module_ = nullptr;  // the kernel's end cannot be waited for either: its code is left to the driver
+  }
+  api.check(result, "cuEventRecord");
 }
 
 std::unique_ptr<Stream> CudaDevice::make_stream() {
@@ -293,19 +309,7 @@ void CudaDevice::transpose_to_half(const TransposeJob& job, StreamHandle stream)
   const auto blocks_x = static_cast<unsigned>((job.columns + kTile - 1) / kTile);
   const auto blocks_y =
       static_cast<unsigned>(std::min<std::size_t>((job.rows + kTile - 1) / kTile, kMostBlocksY));
-  {  // first: a failure after the launch would leave a kernel that no event marks
-    const std::lock_guard lock(module_mutex_);
-    if (last_transpose_ == nullptr) last_transpose_ = make_event();
-  }
   launch(kernel_name(job), blocks_x, blocks_y, arguments, stream);
-  const std::lock_guard lock(module_mutex_);
-  try {
-    record_on(stream, *last_transpose_);
-  } catch (const Error&) {
-    // If the kernel's end cannot be waited for either, its code is left to the driver.
-    if (context_->api().stream_synchronize(as_stream(stream)) != 0) module_ = nullptr;
-    throw;
-  }
 }
 
 void CudaDevice::copy_on_device(Address to, Address from, std::size_t nbytes, StreamHandle stream) {

@@ -1,6 +1,7 @@
 // One CUDA device, through its driver: torch's primary context, a copy stream of our own.
 #pragma once
 
+#include <map>
 #include <mutex>
 #include <new>
 #include <span>
@@ -72,12 +73,13 @@ class CudaDevice final : public Device {
   void launch(const std::string& kernel_name, unsigned blocks_x, unsigned blocks_y,
               std::span<void* const> arguments, StreamHandle stream);
   CuModule load_kernels() const;
+  Event& last_on(StreamHandle stream);
 
   std::shared_ptr<CudaContext> context_;
   CuStream copy_stream_ = nullptr;
   std::mutex module_mutex_;  // guards the two below
   CuModule module_ = nullptr;
-  std::unique_ptr<Event> last_transpose_;  // the module must outlive it
+  std::map<StreamHandle, std::unique_ptr<Event>> last_;  // kernel of each stream: the module outlives it
 };
 
 }  // namespace pyint8

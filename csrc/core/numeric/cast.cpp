@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <string>
 
 #include "error.hpp"
 #include "numeric/half.hpp"
@@ -29,9 +30,16 @@ bool is_marked(Marks marks, float source, float result) {
   return marks == Marks::kNotFinite || (std::isinf(result) && !std::isinf(source));
 }
 
+void require_known(ElementType type) {
+  if (type == ElementType::kHalf || type == ElementType::kBFloat16 || type == ElementType::kFloat) return;
+  throw Error(ErrorCode::kInvalidArgument, "unknown element type " + std::to_string(static_cast<int>(type)));
+}
+
 }  // namespace
 
 void validate(const CastJob& job) {
+  require_known(job.type);
+  require_known(job.to_type);
   const bool to_half = job.to_type == ElementType::kHalf;
   if (job.through_bfloat16 && !to_half) {
     throw Error(ErrorCode::kInvalidArgument, "only a cast to fp16 goes through bfloat16");

@@ -30,7 +30,7 @@ struct CastJob {
   Marks marks = Marks::kNotFinite;
 };
 
-// Throws kInvalidArgument where there is no such cast, or marks are wanted that cannot be given.
+// Throws kInvalidArgument where there is no such cast or dtype, or marks are wanted that cannot be given.
 void validate(const CastJob& job);
 
 // The CPU's road.

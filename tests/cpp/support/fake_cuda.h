@@ -14,7 +14,8 @@ struct FakeCudaCounters {
   std::int64_t modules;
   std::int64_t registered_bytes;
   std::int64_t pageable_copies;  // copies from memory that is not registered, which the bus makes slow
-  std::int64_t violations;       // what would be memory corruption on a GPU
+  // What would be memory corruption on a GPU: a race between streams too, as soon as it is asked for.
+  std::int64_t violations;
 };
 
 void fake_cuda_counters(FakeCudaCounters* counters);
@@ -32,5 +33,10 @@ void fake_cuda_reset();
 
 // The driver's own name: calls `work(data)` on the stream's thread, after all that was put there before.
 int cuLaunchHostFunc(struct CUstream_st* stream, void (*work)(void*), void* data);
+
+// bitsandbytes' entry point, which is not the driver's: puts its kernel on the stream. It takes NaN for 0,
+// and infinity for a row's largest value, as theirs does.
+void cint8_vector_quant(const void* half, void* codes, void* scales, float threshold, int rows, int columns,
+                        std::uintptr_t stream);
 
 }  // extern "C"

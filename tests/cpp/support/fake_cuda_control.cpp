@@ -40,6 +40,7 @@ void fake_cuda_reset() {
   driver().failures.clear();
   driver().calls.clear();
   driver().registered.clear();
+  driver().order.clear();
   driver().pageable_copies = 0;
   driver().violations = 0;
 }

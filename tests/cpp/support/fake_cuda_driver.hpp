@@ -10,7 +10,17 @@
 #include <vector>
 
 #include "device/cuda_api.hpp"
+#include "fake_cuda_order.hpp"
 #include "fake_cuda_stream.hpp"
+
+#define RETURN_IF(condition, error) \
+  if (condition) return error
+#define BEGIN(entry_point) \
+  Call call(entry_point);  \
+  RETURN_IF(call.result != 0, call.result)
+#define BEGIN_IN_CONTEXT(entry_point) \
+  BEGIN(entry_point);                 \
+  RETURN_IF(call.context == nullptr, kInvalidContext)
 
 namespace fake_cuda {
 using namespace pyint8;
@@ -33,12 +43,25 @@ enum : CuResult {
 struct Context {
   int retains = 0;
   std::unique_ptr<Stream> legacy;  // the default stream, which our non-blocking streams do not wait for
-  std::shared_ptr<std::atomic<int>> kernels = std::make_shared<std::atomic<int>>(0);  // launched, not ended
 };
 
 struct Event {
   const Context* context;
   std::shared_ptr<Moment> last;  // null until recorded
+  Clock before;                  // what comes before it
+};
+
+struct Kernel;
+
+struct Function {
+  const Kernel* kernel;
+  std::shared_ptr<std::atomic<int>> running;  // kernels of the module
+};
+
+struct Module {
+  const Context* context;
+  std::shared_ptr<std::atomic<int>> running = std::make_shared<std::atomic<int>>(0);
+  std::map<std::string, Function> functions = {};  // that were asked for
 };
 
 struct Registration {
@@ -65,15 +88,22 @@ struct Driver {
   std::vector<std::unique_ptr<Stream>> destroyed;  // still running empty
   std::map<CuEvent, std::unique_ptr<Event>> events;
   std::uintptr_t modules_made = 0;
-  std::map<CuModule, const Context*> modules;
+  std::map<CuModule, Module> modules;
   std::map<const std::byte*, std::shared_ptr<Registration>> registered;
   std::int64_t pageable_copies = 0;
   std::int64_t violations = 0;
+  Order order;
   std::map<std::string, std::int64_t> calls;
   std::map<std::string, Failure> failures;
 
   std::unique_ptr<Stream> make_stream(const Context* context) {
     return std::make_unique<Stream>(context, ++streams_made, max_delay_us);
+  }
+
+  // Puts work that touches memory on a stream.
+  void put(Stream& stream, const std::vector<Access>& accesses, std::function<void()> work) {
+    violations += order.put(stream.number(), accesses);
+    stream.push(std::move(work));
   }
 
   // With a context goes all that lives in it, under its owner's feet.
@@ -83,7 +113,7 @@ struct Driver {
     }
     violations += std::erase_if(streams, [](const auto& entry) { return entry.second == nullptr; });
     violations += std::erase_if(events, [&](const auto& entry) { return entry.second->context == context; });
-    violations += std::erase_if(modules, [&](const auto& entry) { return entry.second == context; });
+    violations += std::erase_if(modules, [&](const auto& entry) { return entry.second.context == context; });
   }
 };
 
@@ -104,8 +134,9 @@ class Call {
     result = failure->second.result;
     driver().failures.erase(failure);
   }
-  // Before blocking: others must be able to call.
+  // Before blocking, and after: others must be able to call.
   void unlock() { lock_.unlock(); }
+  void lock() { lock_.lock(); }
 
   CuResult result = kSuccess;
   Context* const context = context_stack.empty() ? nullptr : context_stack.back();

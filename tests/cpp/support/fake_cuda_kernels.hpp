@@ -7,8 +7,10 @@
 #include <cstdint>
 #include <cstring>
 #include <string_view>
+#include <vector>
 
 #include "device/kernel_tile.hpp"
+#include "fake_cuda_order.hpp"
 #include "numeric/half.hpp"
 
 namespace fake_cuda {
@@ -128,6 +130,23 @@ inline void run(const Kernel& kernel, const KernelArguments& arguments, unsigned
   } else {
     run_transpose(kernel, arguments, grid_x, grid_y);
   }
+}
+
+inline std::uint64_t size_of(Element element) {
+  return element == Element::kFloat ? 4 : 2;
+}
+
+inline std::vector<Access> accesses_of(const Kernel& kernel, const KernelArguments& arguments) {
+  if (kernel.name.starts_with("cast")) {
+    const auto& [from, elements, to, marks, per_mark, unused] = arguments;
+    const std::uint64_t marked = marks == 0 ? 0 : (elements - 1) / per_mark + 1;
+    return {{from, elements * size_of(kernel.source), false},
+            {to, elements * size_of(kernel.target), true},
+            {marks, marked, true}};
+  }
+  const auto& [from, rows, columns, to, to_stride, unused] = arguments;
+  return {{from, rows * columns * size_of(kernel.source), false},
+          {to, ((columns - 1) * to_stride + rows) * size_of(Element::kHalf), true}};
 }
 
 // Row-wise absmax quantization: fp16 [rows, columns] to int8 codes and fp32 scales.

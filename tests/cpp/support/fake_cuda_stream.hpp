@@ -38,8 +38,10 @@ class Moment {
 
 class Stream {
  public:
-  Stream(const void* context, std::uint32_t seed, unsigned max_delay_us)
-      : context_(context), random_(seed), max_delay_us_(max_delay_us), thread_([this] { loop(); }) {}
+  Stream(const void* context, std::uint32_t number, unsigned max_delay_us)
+      : context_(context), number_(number), random_(number), max_delay_us_(max_delay_us), thread_([this] {
+          loop();
+        }) {}
   // Runs empty first.
   ~Stream() {
     close();
@@ -49,6 +51,7 @@ class Stream {
   Stream& operator=(const Stream&) = delete;
 
   const void* context() const { return context_; }
+  std::uint32_t number() const { return number_; }
 
   void push(std::function<void()> work) {
     const std::lock_guard lock(mutex_);
@@ -93,6 +96,7 @@ class Stream {
   }
 
   const void* context_;
+  const std::uint32_t number_;
   std::minstd_rand random_;
   const unsigned max_delay_us_;
   std::mutex mutex_;  // guards the four below

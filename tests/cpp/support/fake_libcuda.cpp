@@ -1,27 +1,13 @@
 // A CUDA driver without a GPU: the entry points of csrc/core/device/cuda_api.hpp over host memory (a device
 // pointer is a host address), asynchronous as the real one is and stricter about misuse. It also fails on
 // request.
-#include <algorithm>
-#include <array>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <string_view>
 
 #include "fake_cuda.h"
 #include "fake_cuda_driver.hpp"
-#include "fake_cuda_kernels.hpp"
 
 using namespace fake_cuda;
-
-#define RETURN_IF(condition, error) \
-  if (condition) return error
-#define BEGIN(entry_point) \
-  Call call(entry_point);  \
-  RETURN_IF(call.result != 0, call.result)
-#define BEGIN_IN_CONTEXT(entry_point) \
-  BEGIN(entry_point);                 \
-  RETURN_IF(call.context == nullptr, kInvalidContext)
 
 extern "C" {
 
@@ -118,6 +104,7 @@ CuResult cuStreamDestroy_v2(CuStream handle) {
   const auto found = driver().streams.find(handle);
   RETURN_IF(found == driver().streams.end(), kInvalidHandle);
   found->second->close();
+  driver().order.forget(found->second->number());
   driver().destroyed.push_back(std::move(found->second));
   driver().streams.erase(found);
   return call.result;
@@ -128,8 +115,11 @@ CuResult cuStreamSynchronize(CuStream handle) {
   RETURN_IF(call.context == nullptr, kInvalidContext);
   Stream* stream = find_stream(handle, call.context);
   RETURN_IF(stream == nullptr, kInvalidHandle);
+  const Clock before = driver().order.of(stream->number());
   call.unlock();
   stream->synchronize();
+  call.lock();
+  driver().order.host_saw(before);
   return call.result;
 }
 
@@ -139,14 +129,16 @@ CuResult cuStreamWaitEvent(CuStream handle, CuEvent event_handle, unsigned flags
   const Event* event = find_event(event_handle);
   RETURN_IF(stream == nullptr || event == nullptr, kInvalidHandle);
   RETURN_IF(flags != 0, kInvalidValue);
-  if (event->last != nullptr) stream->push([moment = event->last] { moment->wait(); });
+  if (event->last == nullptr) return kSuccess;
+  driver().order.wait(stream->number(), event->before);
+  stream->push([moment = event->last] { moment->wait(); });
   return kSuccess;
 }
 
 CuResult cuEventCreate(CuEvent* handle, unsigned flags) {
   BEGIN_IN_CONTEXT("cuEventCreate");
   RETURN_IF(flags > kEventDisableTiming + 1, kInvalidValue);
-  auto event = std::make_unique<Event>(Event{call.context, nullptr});
+  auto event = std::make_unique<Event>(Event{call.context, nullptr, {}});
   *handle = reinterpret_cast<CuEvent>(event.get());
   driver().events.emplace(*handle, std::move(event));
   return kSuccess;
@@ -164,6 +156,7 @@ CuResult cuEventRecord(CuEvent event_handle, CuStream handle) {
   Event* event = find_event(event_handle);
   RETURN_IF(stream == nullptr || event == nullptr || stream->context() != event->context, kInvalidHandle);
   event->last = std::make_shared<Moment>();
+  event->before = driver().order.of(stream->number());
   stream->push([moment = event->last] { moment->pass(); });
   return kSuccess;
 }
@@ -172,7 +165,10 @@ CuResult cuEventQuery(CuEvent handle) {
   BEGIN_IN_CONTEXT("cuEventQuery");
   const Event* event = find_event(handle);
   RETURN_IF(event == nullptr, kInvalidHandle);
-  return event->last == nullptr || event->last->has_passed() ? kSuccess : kNotReady;
+  if (event->last == nullptr) return kSuccess;
+  if (!event->last->has_passed()) return kNotReady;
+  driver().order.host_saw(event->before);
+  return kSuccess;
 }
 
 CuResult cuEventSynchronize(CuEvent handle) {
@@ -180,9 +176,13 @@ CuResult cuEventSynchronize(CuEvent handle) {
   RETURN_IF(call.context == nullptr, kInvalidContext);
   const Event* event = find_event(handle);
   RETURN_IF(event == nullptr, kInvalidHandle);
+  if (event->last == nullptr) return call.result;
   const std::shared_ptr<Moment> moment = event->last;
+  const Clock before = event->before;
   call.unlock();
-  if (moment != nullptr) moment->wait();
+  moment->wait();
+  call.lock();
+  driver().order.host_saw(before);
   return call.result;
 }
 
@@ -192,14 +192,14 @@ CuResult cuMemcpyHtoDAsync_v2(CuDevicePtr to, const void* from, std::size_t nbyt
   RETURN_IF(stream == nullptr || stream->context() != call.context, kInvalidHandle);
   if (auto source = registration_of(from, nbytes)) {
     ++source->readers;
-    stream->push([=] {
+    driver().put(*stream, {{to, nbytes, true}}, [=] {
       std::memcpy(reinterpret_cast<void*>(to), from, nbytes);
       source->readers.fetch_sub(1, std::memory_order_relaxed);  // for the count: orders nothing, as on a GPU
     });
   } else {  // the driver copies pageable memory aside before it returns
     ++driver().pageable_copies;
     const auto* bytes = static_cast<const std::byte*>(from);
-    stream->push([to, aside = std::vector<std::byte>(bytes, bytes + nbytes)] {
+    driver().put(*stream, {{to, nbytes, true}}, [to, aside = std::vector<std::byte>(bytes, bytes + nbytes)] {
       std::memcpy(reinterpret_cast<void*>(to), aside.data(), aside.size());
     });
   }
@@ -210,8 +210,9 @@ CuResult cuMemcpyDtoDAsync_v2(CuDevicePtr to, CuDevicePtr from, std::size_t nbyt
   BEGIN_IN_CONTEXT("cuMemcpyDtoDAsync_v2");
   Stream* stream = find_stream(handle, call.context);
   RETURN_IF(stream == nullptr || stream->context() != call.context, kInvalidHandle);
-  stream->push(
-      [=] { std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), nbytes); });
+  driver().put(*stream, {{from, nbytes, false}, {to, nbytes, true}}, [=] {
+    std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), nbytes);
+  });
   return kSuccess;
 }
 
@@ -247,79 +248,6 @@ CuResult cuMemHostUnregister(void* address) {
   while (found->second->readers != 0) std::this_thread::yield();  // so that the test fails and does not crash
   driver().registered.erase(found);
   return call.result;
-}
-
-CuResult cuModuleLoadDataEx(CuModule* module, const void* image, unsigned count, int* options,
-                            void** values) {
-  const Call call("cuModuleLoadDataEx");
-  RETURN_IF(call.context == nullptr, kInvalidContext);
-  if (call.result != kSuccess) {
-    char* log = nullptr;
-    std::size_t log_bytes = 0;
-    for (unsigned i = 0; i < count; ++i) {
-      if (options[i] == kJitErrorLogBuffer) log = static_cast<char*>(values[i]);
-      if (options[i] == kJitErrorLogBufferSizeBytes) log_bytes = reinterpret_cast<std::uintptr_t>(values[i]);
-    }
-    if (log != nullptr) std::snprintf(log, log_bytes, "the fake compiler's log");
-    return call.result;
-  }
-  const std::string_view text(static_cast<const char*>(image));
-  RETURN_IF(text.empty(), kInvalidPtx);
-  RETURN_IF(text.starts_with("machine code") && text != "machine code 80", kNoBinary);
-  *module = reinterpret_cast<CuModule>(++driver().modules_made);
-  driver().modules.emplace(*module, call.context);
-  return kSuccess;
-}
-
-CuResult cuModuleUnload(CuModule module) {
-  const Call call("cuModuleUnload");
-  RETURN_IF(call.context == nullptr, kInvalidContext);
-  if (*call.context->kernels != 0) ++driver().violations;  // their code goes
-  return driver().modules.erase(module) == 0 ? CuResult{kInvalidHandle} : call.result;
-}
-
-CuResult cuModuleGetFunction(CuFunction* function, CuModule module, const char* name) {
-  BEGIN_IN_CONTEXT("cuModuleGetFunction");
-  RETURN_IF(!driver().modules.contains(module), kInvalidHandle);
-  const auto* kernel =
-      std::find_if(kKernels.begin(), kKernels.end(), [&](const Kernel& k) { return k.name == name; });
-  RETURN_IF(kernel == kKernels.end(), kNotFound);
-  *function = reinterpret_cast<CuFunction>(const_cast<Kernel*>(kernel));
-  return kSuccess;
-}
-
-CuResult cuLaunchKernel(CuFunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
-                        unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes,
-                        CuStream handle, void** arguments, void** extra) {
-  BEGIN_IN_CONTEXT("cuLaunchKernel");
-  RETURN_IF(grid_x == 0 || grid_y == 0 || grid_y > 65535 || grid_z != 1, kInvalidValue);
-  RETURN_IF(block_x != kTile || block_y != kRows || block_z != 1, kInvalidValue);
-  RETURN_IF(shared_bytes != 0 || extra != nullptr, kInvalidValue);
-  Stream* stream = find_stream(handle, call.context);
-  RETURN_IF(stream == nullptr || stream->context() != call.context, kInvalidHandle);
-  const auto* kernel = reinterpret_cast<const Kernel*>(function);
-  KernelArguments copies{};  // made now: the caller's are gone when the kernel runs
-  for (std::size_t i = 0; i < kernel->arguments; ++i) std::memcpy(&copies[i], arguments[i], sizeof copies[i]);
-  ++*call.context->kernels;
-  stream->push([=, running = call.context->kernels] {
-    run(*kernel, copies, grid_x, grid_y);
-    --*running;
-  });
-  return kSuccess;
-}
-
-// bitsandbytes' entry point, which is not the driver's: puts its kernel on the stream. It takes NaN for 0,
-// and infinity for a row's largest value, as theirs does.
-void cint8_vector_quant(const void* half, void* codes, void* scales, float threshold, int rows, int columns,
-                        std::uintptr_t handle) {
-  const Call call("cint8_vector_quant");
-  Stream* stream =
-      call.context == nullptr ? nullptr : find_stream(reinterpret_cast<CuStream>(handle), call.context);
-  if (stream == nullptr || stream->context() != call.context || threshold != 0) {
-    ++driver().violations;
-    return;
-  }
-  stream->push([=] { quantize_rows(half, codes, scales, rows, columns); });
 }
 
 int cuLaunchHostFunc(CUstream_st* handle, void (*work)(void*), void* data) {

@@ -12,7 +12,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc pyint8 -type f -not -
 CXX_SOURCES := $(shell find csrc tests/cpp benchmarks -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu')
 CMAKE_TESTS := -S . -G Ninja -DPYINT8_BUILD_TESTS=ON -DPYINT8_BUILD_MODULE=OFF -DPYINT8_WERROR=ON
 
-.PHONY: demo test test-python test-cpp client-tests transformers-matrix gpu-test gpu-sanitize benchmark lint format wheel clean
+.PHONY: demo test test-python test-cpp client-tests transformers-matrix gpu-test gpu-sanitize benchmark lint format wheels aarch64-test clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.demo $(MODEL)
@@ -60,11 +60,12 @@ format: $(VENV)/.tools
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-wheel: $(VENV)/.made
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+# For each Python that is at hand, or for PYTHONS. Zig is a compiler for every Linux, so no container is needed.
+wheels: $(VENV)-wheels/.made
+	$(VENV)-wheels/bin/python tools/wheels.py $(PYTHONS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-clients $(VENV)-matrix build dist
+	rm -rf $(VENV) $(VENV)-clients $(VENV)-matrix $(VENV)-wheels build wheelhouse
 
 # torch first, and pinned: whatever asks for it later finds it.
 $(VENV)/.made: tests/constraints.txt
@@ -92,6 +93,12 @@ $(VENV)-matrix/.made: tests/constraints.txt $(SOURCES)
 	$(VENV)-matrix/bin/python -m pip install -q --upgrade pip
 	$(VENV)-matrix/bin/pip install -q $(PINNED) torch numpy
 	$(VENV)-matrix/bin/pip install -q . --group test
+	touch $@
+
+$(VENV)-wheels/.made: tests/constraints.txt
+	$(PYTHON) -m venv $(VENV)-wheels
+	$(VENV)-wheels/bin/python -m pip install -q --upgrade pip
+	$(VENV)-wheels/bin/pip install -q $(PINNED) --group wheels
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.installed

@@ -21,7 +21,7 @@ test: test-python test-cpp
 
 # The `pytest` program, not `python -m pytest`: that would put the source tree, with its unbuilt package, first.
 test-python: $(VENV)/.tests build/plain/tests/cpp/libfakecuda.so
-	PYINT8_TEST_LIBCUDA=$(CURDIR)/build/plain/tests/cpp/libfakecuda.so $(BIN)/pytest tests/python
+	PYINT8_TEST_LIBCUDA=$(CURDIR)/build/plain/tests/cpp/libfakecuda.so $(BIN)/pytest
 
 test-cpp: build/plain/tests/cpp/libfakecuda.so
 	cd build/plain && $(CURDIR)/$(BIN)/ctest --output-on-failure

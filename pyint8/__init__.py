@@ -11,8 +11,8 @@ from contextlib import AbstractContextManager
 from pyint8.config import Int8Config, StreamOptions, set_registration
 from pyint8.errors import Pyint8Error
 from pyint8.host.imports import importing
-from pyint8.loader import load
 from pyint8.models.transformers.releases import require_transformers
+from pyint8.operations.load import load
 from pyint8.report import LoadReport
 
 __all__ = ["Int8Config", "LoadReport", "Pyint8Error", "StreamOptions", "load", "takeover"]

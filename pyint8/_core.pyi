@@ -128,6 +128,75 @@ class Engine:
         """So far: `bytes_read` (gaps and alignment included), `bytes_delivered`, `pieces`, and summed over the workers
         `read_seconds` and `slot_seconds` (waiting for the bus to empty a slot)."""
 
+RequestTuple = tuple[tuple[bool, int, int], str, int, int, tuple[bool, bool, int, int] | tuple[str, int], int]
+
+class Consumer:
+    """Makes int8 weights, and casts, on one GPU of an engine's, by a thread and a stream of its own.
+
+    Args:
+        engine: What moves the bytes. Close it before the consumer.
+        lane: The GPU's.
+        scratch: Address of memory of the GPU for what passes through.
+        scratch_bytes: Its size; an eighth of it holds a row at least.
+        transposed: Address of memory of the GPU for the fp16 form of one transposed weight at a time.
+        transposed_bytes: Its size, that of the largest such weight.
+        quantizer: Address of bitsandbytes' `cint8_vector_quant`.
+
+    Raises:
+        DeviceError: The driver refuses, or there are no kernels for the GPU.
+        OptionError: Scratch that is too small.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        lane: int,
+        *,
+        scratch: int,
+        scratch_bytes: int,
+        transposed: int,
+        transposed_bytes: int,
+        quantizer: int,
+    ) -> None: ...
+    def submit(self, requests: list[RequestTuple], stream: int) -> int:
+        """Takes requests, to be served in order.
+
+        Args:
+            requests: (from, dtype, rows, columns, to, marks) each:
+                from: (False, file, offset), or (True, ticket, address) for what lands, or has landed, there.
+                dtype: As stored, "F16", "BF16" or "F32".
+                rows, columns: As stored; their product counts bytes where values stay as they are.
+                to: (through bfloat16, transposed, address of int8 codes, address of fp32 scales), or
+                    (dtype, address of values), where the dtype "" leaves values as they are.
+                marks: Address of uint8, or 0: 1 is written where an output row has a value that is not finite in
+                    fp16, or, one for all values that are cast to fp16, where infinity is new.
+            stream: Destinations are written only after what was put on this stream so far.
+
+        Returns:
+            The first request's ticket; the others' follow, one by one, counted from 0.
+
+        Raises:
+            OptionError: A request that cannot be served; none is taken.
+            CancelledError: The engine or the consumer was closed.
+            Pyint8Error: What stopped it (see `wait`).
+        """
+
+    def wait(self, ticket: int, stream: int) -> int:
+        """Blocks until all work for a request is on the GPU, then makes `stream` wait for that.
+
+        Ctrl-C interrupts it; the ticket can then be waited for again.
+
+        Returns:
+            How many requests, from the first one on, `stream` waits for now.
+
+        Raises:
+            ReadError, TruncatedError, DeviceError, CancelledError: See `Engine.wait`.
+        """
+
+    def close(self) -> None:
+        """Joins the thread and waits until no kernel uses any memory it was given; close the engine first.
+        Idempotent."""
+
 def has_kernels() -> bool:
     """Whether this build has GPU kernels."""
 

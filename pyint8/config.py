@@ -13,9 +13,10 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from pyint8.errors import OptionError
-from pyint8.host.cpus import processes_on_host, usable_cpus
+from pyint8.host.cpus import usable_cpus
+from pyint8.host.processes import processes
 
-logger = logging.getLogger("pyint8")
+logger = logging.getLogger(__name__)
 
 METHOD = "pyint8"
 """The name under which transformers knows pyint8's quantizer."""
@@ -194,16 +195,16 @@ class StreamOptions:
         """`threads`, or its default on this machine for a load onto so many GPUs."""
         if self.threads is not None:
             return self.threads
-        processes = processes_on_host()
-        cpus = max(1, usable_cpus() // processes)
-        most = max(1, _MOST_THREADS // processes)
+        sharing = processes().on_host
+        cpus = max(1, usable_cpus() // sharing)
+        most = max(1, _MOST_THREADS // sharing)
         return min(_THREADS_FOR_A_GPU * max(1, gpus), most, max(min(4, cpus), cpus - 2))
 
     def slot_size(self, threads: int) -> int:
         """`slot_bytes`, or its default for so many workers."""
         if self.slot_bytes is not None:
             return self.slot_bytes
-        share = _RING_BYTES // (processes_on_host() * threads * self.slots_per_thread)
+        share = _RING_BYTES // (processes().on_host * threads * self.slots_per_thread)
         return max(_LEAST_SLOT, min(_MOST_SLOT, share // _LEAST_SLOT * _LEAST_SLOT))
 
     @classmethod

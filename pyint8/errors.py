@@ -123,6 +123,7 @@ class NonFiniteWeightError(CheckpointError):
 class ReadError(Pyint8Error, OSError):
     """The operating system refused to open or read a file; `errno` says why."""
 
+    # Twice: type checkers know no shorter way to say "the base's keywords and one more".
     def __init__(
         self,
         problem: str,

@@ -18,7 +18,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 ARCHITECTURES = "llama or gpt2 or t5 or mixtral or llava"
-SUITE = [str(ROOT / "tests/python/test_identity.py"), "-k", f"test_identity and ({ARCHITECTURES})"]
+SUITE = [str(ROOT / "tests/contract/test_identity.py"), "-k", f"test_identity and ({ARCHITECTURES})"]
 
 
 def pip(*arguments: str) -> str:

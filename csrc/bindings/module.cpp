@@ -4,11 +4,13 @@
 
 #include <optional>
 #include <tuple>
+#include <variant>
 
 #include "device/device_cuda.hpp"
 #include "device/device_host.hpp"
 #include "device/kernel_images.hpp"
 #include "error.hpp"
+#include "quantize/consumer.hpp"
 #include "transfer/engine.hpp"
 
 namespace py = pybind11;
@@ -67,8 +69,61 @@ ElementType element_type(const std::string& dtype) {
   if (dtype == "F16") return ElementType::kHalf;
   if (dtype == "BF16") return ElementType::kBFloat16;
   if (dtype == "F32") return ElementType::kFloat;
-  throw Error(ErrorCode::kInvalidArgument,
-              "no kernel transposes " + dtype + "; F16, BF16 and F32 are transposed");
+  throw Error(ErrorCode::kInvalidArgument, "no kernel reads " + dtype + "; F16, BF16 and F32 are read");
+}
+
+// Where rows come from: (file, offset), or (ticket, address) of what has landed.
+using FromTuple = std::tuple<bool, std::uint64_t, std::uint64_t>;
+// What becomes of them: ("int8", through bfloat16, transposed, codes, scales), or (dtype, values): "" leaves
+// values as they are stored.
+using Int8Tuple = std::tuple<bool, bool, Address, Address>;
+using ValuesTuple = std::tuple<std::string, Address>;
+using RequestTuple = std::tuple<FromTuple, std::string, std::size_t, std::size_t,
+                                std::variant<Int8Tuple, ValuesTuple>, Address>;
+
+Request request_of(const RequestTuple& tuple) {
+  const auto& [from_tuple, stored, rows, columns, to_tuple, marks] = tuple;
+  Request request{{}, ElementType::kHalf, rows, columns, {}, marks};
+  std::size_t row_bytes = columns;
+  if (const auto* to = std::get_if<ValuesTuple>(&to_tuple)) {
+    const auto& [dtype, values] = *to;
+    request.to = ToValues{dtype.empty() ? std::nullopt : std::optional(element_type(dtype)), values};
+  } else {
+    const auto& [through_bfloat16, transposed, codes, scales] = std::get<Int8Tuple>(to_tuple);
+    request.to = ToInt8{through_bfloat16, transposed, codes, scales};
+  }
+  const auto* values = std::get_if<ToValues>(&request.to);
+  if (values == nullptr || values->dtype) {
+    request.stored = element_type(stored);
+    row_bytes *= size_of(request.stored);
+  }
+  const auto& [has_landed, where, offset] = from_tuple;
+  if (has_landed) {
+    request.from = Landed{where, offset};
+  } else {
+    request.from = Range{static_cast<std::uint32_t>(where), offset, rows * row_bytes};
+  }
+  return request;
+}
+
+Ticket submit_requests(Consumer& consumer, const std::vector<RequestTuple>& tuples, StreamHandle stream) {
+  const py::gil_scoped_release released;
+  std::vector<Request> requests;
+  requests.reserve(tuples.size());
+  for (const RequestTuple& tuple : tuples) requests.push_back(request_of(tuple));
+  return consumer.submit(requests, stream);
+}
+
+Ticket wait_for_request(Consumer& consumer, Ticket ticket, StreamHandle stream) {
+  for (;;) {
+    std::optional<Ticket> ready;
+    {
+      const py::gil_scoped_release released;
+      ready = consumer.wait(ticket, stream, kSignalInterval);
+    }
+    if (ready) return *ready;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  }
 }
 
 void transpose(Engine& engine, std::uint32_t lane, Address from, const std::string& dtype,
@@ -80,14 +135,24 @@ void transpose(Engine& engine, std::uint32_t lane, Address from, const std::stri
 }
 
 // An engine joins its workers when it goes; they may be in a slow read, and other Python threads need not
-// wait.
+// wait. So a consumer does.
 struct WithoutGil {
-  void operator()(Engine* engine) const {
+  template <typename T>
+  void operator()(T* owned) const {
     const py::gil_scoped_release released;
-    delete engine;
+    delete owned;
   }
 };
 using EngineHolder = std::unique_ptr<Engine, WithoutGil>;
+using ConsumerHolder = std::unique_ptr<Consumer, WithoutGil>;
+
+ConsumerHolder make_consumer(Engine& engine, std::uint32_t lane, Address scratch, std::size_t scratch_bytes,
+                             Address transposed, std::size_t transposed_bytes, Address quantizer) {
+  const py::gil_scoped_release released;
+  return ConsumerHolder(new Consumer(
+      engine, lane,
+      {scratch, scratch_bytes, transposed, transposed_bytes, reinterpret_cast<Quantizer>(quantizer)}));
+}
 
 std::uint32_t add_cuda_device(Engine& engine, int ordinal, const std::string& library) {
   const py::gil_scoped_release released;
@@ -136,6 +201,13 @@ PYBIND11_MODULE(_core, module) {
       .def("require_unchanged", &Engine::require_unchanged, py::call_guard<py::gil_scoped_release>())
       .def("close", &Engine::close, py::call_guard<py::gil_scoped_release>())
       .def("stats", &stats);
+
+  py::class_<Consumer, ConsumerHolder>(module, "Consumer")
+      .def(py::init(&make_consumer), "engine"_a, "lane"_a, py::kw_only(), "scratch"_a, "scratch_bytes"_a,
+           "transposed"_a, "transposed_bytes"_a, "quantizer"_a, py::keep_alive<1, 2>())
+      .def("submit", &submit_requests, "requests"_a, "stream"_a)
+      .def("wait", &wait_for_request, "ticket"_a, "stream"_a)
+      .def("close", &Consumer::close, py::call_guard<py::gil_scoped_release>());
 
   module.def("has_kernels", [] { return !kernel_images().empty(); });
   module.def("pinned_bytes_in_use", &pinned_bytes_in_use);

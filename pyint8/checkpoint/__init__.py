@@ -8,7 +8,7 @@ Nothing here reads a byte of a tensor (but of formats that cannot be read by off
 """
 
 from .agreement import Disagreement
-from .entry import DTYPES, Entry
+from .entry import DTYPES, Entry, EntryInMemory
 from .index import Checkpoint, checkpoint_of_files, open_checkpoint
 from .pickled import PickledFile, read_pickled
 from .safetensors import SafetensorsFile, read_header
@@ -19,6 +19,7 @@ __all__ = [
     "Checkpoint",
     "Disagreement",
     "Entry",
+    "EntryInMemory",
     "FileStamp",
     "PickledFile",
     "SafetensorsFile",

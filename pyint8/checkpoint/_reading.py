@@ -33,8 +33,8 @@ _ADVICE = {
     errno.ENFILE: "close files or raise the limit of open files (ulimit -n)",
 }
 
-_BRIEF = reprlib.Repr()
-_BRIEF.maxstring = 200
+_ABBREVIATION = reprlib.Repr()
+_ABBREVIATION.maxstring = 200
 
 
 @contextmanager
@@ -87,9 +87,9 @@ def parse_json(raw: bytes) -> object:
     return value
 
 
-def brief(value: object) -> str:
+def abbreviated(value: object) -> str:
     """A value of a hostile file as it may stand in a message: never more than a line."""
-    return _BRIEF.repr(value)
+    return _ABBREVIATION.repr(value)
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -98,7 +98,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise JsonError(f"the key {brief(key)} appears twice in one object")
+                raise JsonError(f"the key {abbreviated(key)} appears twice in one object")
             seen.add(key)
     return made
 
@@ -110,7 +110,7 @@ def _integer(text: str) -> int | float:
 def _finite(text: str) -> float:
     value = float(text)
     if math.isinf(value):
-        raise JsonError(f"not valid JSON: the number {brief(text)} is out of range")
+        raise JsonError(f"not valid JSON: the number {abbreviated(text)} is out of range")
     return value
 
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from pyint8.errors import CheckpointError
 
-from ._reading import JsonError, brief, parse_json
+from ._reading import JsonError, abbreviated, parse_json
 from .entry import Entry
 
 _ADVICE = "the index and its shards are not of one checkpoint: download them again"
@@ -81,7 +81,7 @@ def weight_map_of(path: str, raw: bytes) -> dict[str, str]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or shard in ("", ".", "..") or any(c in shard for c in "/\\\0"):
             raise CheckpointError(
-                f"the index puts the tensor in {brief(shard)}, which is not the plain name of a file beside the "
+                f"the index puts the tensor in {abbreviated(shard)}, which is not the plain name of a file beside the "
                 "index; do not trust this checkpoint, or correct the index",
                 path=path,
                 tensor=name,

@@ -75,7 +75,7 @@ class TorchArchive:
         unpickler.persistent_load = self._stand_in
         return unpickler.load()
 
-    def place_of(self, tensor: torch.Tensor) -> tuple[int, int] | None:
+    def location_of(self, tensor: torch.Tensor) -> tuple[int, int] | None:
         """Where a tensor's storage begins in the file, and its bytes; None for a tensor that has none there."""
         return self._places.get(tensor.untyped_storage()._cdata)
 

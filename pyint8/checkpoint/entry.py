@@ -58,7 +58,6 @@ class Entry:
         nbytes: How many bytes it has there: little-endian, contiguous and row-major unless `stride` says otherwise.
         stride: Steps between elements, as torch has them, of a tensor that is not contiguous; `nbytes` then reaches
             from its first element to its last.
-        value: The tensor itself, of a format whose files cannot be read by offset.
         stamp: The state of the file that this was said of; None if nobody minds another.
     """
 
@@ -69,7 +68,6 @@ class Entry:
     offset: int
     nbytes: int
     stride: tuple[int, ...] | None = None
-    value: torch.Tensor | None = field(default=None, compare=False, repr=False)
     stamp: FileStamp | None = None
 
     @property
@@ -130,3 +128,14 @@ class Entry:
 
     def _error(self, problem: str) -> CheckpointError:
         return CheckpointError(problem, path=self.path, tensor=self.name, offset=self.offset)
+
+
+@dataclass(frozen=True, slots=True)
+class EntryInMemory(Entry):
+    """One tensor of a file that cannot be read by offset, and was read whole.
+
+    Attributes:
+        value: The tensor, contiguous, in host memory; `offset` says nothing.
+    """
+
+    value: torch.Tensor = field(kw_only=True, compare=False, repr=False)

@@ -20,7 +20,8 @@ from pyint8.errors import (
 
 from .index import Checkpoint, open_checkpoint
 
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+"""Where a checkpoint is found, as from_pretrained names it."""
 
 
 def check_path(path: str, kwargs: Mapping[str, Any], *, is_plain: bool) -> None:
@@ -37,7 +38,7 @@ def check_path(path: str, kwargs: Mapping[str, Any], *, is_plain: bool) -> None:
         raise OptionError(f"{path} is a file; give the folder with its config.json, or pass model=module to fill one")
     if not os.path.exists(path) and (path.startswith((".", "~", os.sep)) or path.count("/") > 1 or not path):
         raise CheckpointNotFoundError("there is no such folder, and it cannot be a hub id; check the path", path=path)
-    if not os.path.exists(path) and not any(kwargs.get(name) is not None for name in _HUB_ARGUMENTS):
+    if not os.path.exists(path) and not any(kwargs.get(name) is not None for name in HUB_ARGUMENTS):
         _refuse_mistyped_folder(path, kwargs)
 
 
@@ -104,7 +105,7 @@ def _adapter_config(path: str, kwargs: Mapping[str, Any]) -> str | None:
     The hub is asked only for what the local cache knows nothing of.
     """
     given = {**kwargs, **(kwargs.get("adapter_kwargs") or {})}
-    where = {name: given[name] for name in _HUB_ARGUMENTS if given.get(name) is not None}
+    where = {name: given[name] for name in HUB_ARGUMENTS if given.get(name) is not None}
     inside = f"{where['subfolder']}/" if where.get("subfolder") else ""
     name = f"{inside}adapter_config.json"
     if os.path.exists(path):

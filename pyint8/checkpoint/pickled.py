@@ -19,13 +19,13 @@ from pyint8.errors import CheckpointError, Pyint8Error
 
 from ._reading import ARCHIVE_PREFIX, LEGACY_PREFIX, LFS_POINTER, LFS_PREFIX, os_errors
 from .archive import AGAIN, TorchArchive
-from .entry import DTYPES, Entry
+from .entry import DTYPES, Entry, EntryInMemory
 from .stamp import FileStamp, reading
 
 if TYPE_CHECKING:
     import torch
 
-logger = logging.getLogger("pyint8")
+logger = logging.getLogger(__name__)
 
 EXTENSIONS = (".bin", ".pt", ".pth")
 _CODES = {attribute: code for code, (_, attribute) in DTYPES.items() if attribute is not None}
@@ -186,7 +186,7 @@ def _require_ordinary(path: str, name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def _code(path: str, name: str, tensor: torch.Tensor) -> str:
+def _dtype_name(path: str, name: str, tensor: torch.Tensor) -> str:
     attribute = str(tensor.dtype).removeprefix("torch.")
     if attribute not in _CODES:
         problem = f"a tensor of dtype {attribute} cannot be loaded; save it with another"
@@ -198,12 +198,13 @@ def _in_memory(path: str, name: str, tensor: torch.Tensor) -> Entry:
     if tensor.is_meta:
         raise CheckpointError("the tensor was saved without values, from meta", path=path, tensor=name)
     value = tensor.detach().contiguous()
-    return Entry(name, _code(path, name, tensor), tuple(tensor.shape), path, 0, value.nbytes, value=value)
+    dtype = _dtype_name(path, name, tensor)
+    return EntryInMemory(name, dtype, tuple(tensor.shape), path, 0, value.nbytes, value=value)
 
 
 def _entry(path: str, name: str, tensor: torch.Tensor, archive: TorchArchive) -> Entry:
     """Where the tensor's elements lie: all of its storage's bytes from its first to its last."""
-    place = archive.place_of(tensor)
+    place = archive.location_of(tensor)
     if place is None:  # the pickle itself has its values
         return _in_memory(path, name, tensor)
     start, nbytes = place
@@ -214,4 +215,4 @@ def _entry(path: str, name: str, tensor: torch.Tensor, archive: TorchArchive) ->
     if first < 0 or first + span > nbytes:
         raise CheckpointError(f"the tensor lies outside of its storage; {AGAIN}", path=path, tensor=name)
     stride = None if tensor.is_contiguous() else tuple(tensor.stride())
-    return Entry(name, _code(path, name, tensor), tuple(tensor.shape), path, start + first, span, stride=stride)
+    return Entry(name, _dtype_name(path, name, tensor), tuple(tensor.shape), path, start + first, span, stride=stride)

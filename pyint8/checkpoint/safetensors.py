@@ -20,7 +20,7 @@ from ._reading import (
     LFS_POINTER,
     LFS_PREFIX,
     JsonError,
-    brief,
+    abbreviated,
     os_errors,
     parse_json,
 )
@@ -133,11 +133,12 @@ def _metadata(path: str, value: object) -> dict[str, str]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise HeaderError(f"__metadata__ is {brief(value)}, not an object; {DOWNLOAD_AGAIN}", path=path)
+        raise HeaderError(f"__metadata__ is {abbreviated(value)}, not an object; {DOWNLOAD_AGAIN}", path=path)
     for key, text in value.items():
         if not isinstance(text, str):
             raise HeaderError(
-                f"__metadata__ has {brief(text)} under {brief(key)}, which must be a string; {DOWNLOAD_AGAIN}",
+                f"__metadata__ has {abbreviated(text)} under {abbreviated(key)}, which must be a string; "
+                f"{DOWNLOAD_AGAIN}",
                 path=path,
             )
     return value
@@ -145,21 +146,24 @@ def _metadata(path: str, value: object) -> dict[str, str]:
 
 def _entry(path: str, name: str, info: object, data_start: int, stamp: FileStamp) -> Entry:
     if not isinstance(info, dict):
-        raise _broken(path, name, f"is described by {brief(info)}, not by an object")
+        raise _broken(path, name, f"is described by {abbreviated(info)}, not by an object")
     missing = [field for field in _FIELDS if field not in info]
     if missing:
         raise _broken(path, name, f"its description lacks {', '.join(missing)}")
     dtype, shape, offsets = (info[field] for field in _FIELDS)
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise HeaderError(
-            f"unknown dtype {brief(dtype)}; the format's are {', '.join(DTYPES)}; save the tensor with one of them",
+            f"unknown dtype {abbreviated(dtype)}; the format's are {', '.join(DTYPES)}; save the tensor with one of "
+            "them",
             path=path,
             tensor=name,
         )
     if not _are_sizes(shape):
-        raise _broken(path, name, f"its shape {brief(shape)} is not a list of non-negative 64-bit integers")
+        raise _broken(path, name, f"its shape {abbreviated(shape)} is not a list of non-negative 64-bit integers")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _broken(path, name, f"its data_offsets {brief(offsets)} are not [begin, end] with 0 <= begin <= end")
+        raise _broken(
+            path, name, f"its data_offsets {abbreviated(offsets)} are not [begin, end] with 0 <= begin <= end"
+        )
     begin, end = offsets
     entry = Entry(name, dtype, tuple(shape), path, data_start + begin, end - begin, stamp=stamp)
     _check_nbytes(entry)
@@ -181,7 +185,7 @@ def _check_nbytes(entry: Entry) -> None:
         problem = f"is {bits // 8} bytes, but its data_offsets span {entry.nbytes}"
     else:
         return
-    what = f"shape {brief(list(entry.shape))} of {entry.dtype}"
+    what = f"shape {abbreviated(list(entry.shape))} of {entry.dtype}"
     raise _broken(entry.path, entry.name, f"{what} {problem}", entry.offset)
 
 

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
-
-
-def processes_on_host(environment: Mapping[str, str] = os.environ) -> int:
-    """How many processes torchrun (or accelerate) started on this host; 1 without it."""
-    text = environment.get("LOCAL_WORLD_SIZE", "")
-    return max(1, int(text)) if text.isdecimal() else 1
 
 
 def usable_cpus(cgroup_root: Path = Path("/sys/fs/cgroup")) -> int:

@@ -16,7 +16,7 @@ from pyint8.checkpoint import Entry
 from pyint8.models import checks
 from pyint8.quantizer import BadWeight, Int8Quantizer, TensorSource, first_overflow
 from pyint8.report import Recorder
-from pyint8.streaming.chunks import TensorRequest
+from pyint8.streaming.requests import TensorRequest, ToDtype, ToInt8
 from pyint8.streaming.stream import StreamSource, TensorStream, read_tensor
 
 # Below this a tensor is cast at once: it takes no memory worth speaking of.
@@ -75,12 +75,13 @@ class Assembly:
         """What to ask the stream for, in the order in which `make` takes it."""
         entry, device = stored.entry, destination.device
         if self._takes_codes(name, stored):
-            in_bands = self._quantizer.reads_bands
+            in_bands, becomes = self._quantizer.reads_bands, self._becomes(name, entry, destination.dtype)
         else:
-            in_bands = _is_cast_in_bands(entry, destination.dtype)
-        requests = [TensorRequest(entry, device, in_bands)]
+            in_bands, becomes = _is_cast_in_bands(entry, destination.dtype), ToDtype(destination.dtype)
+        requests = [TensorRequest(entry, device, in_bands, becomes=becomes)]
         if stored.scales is not None:
-            requests.insert(0, TensorRequest(stored.scales, device))
+            as_stored = ToDtype(stored.scales.torch_dtype)
+            requests.insert(0, TensorRequest(stored.scales, device, becomes=as_stored))
         if stored.layout is not None:
             requests.insert(0, TensorRequest(stored.layout, _CPU))  # one byte to look at
         return requests
@@ -117,6 +118,12 @@ class Assembly:
         self._quantizer.health.watch_cast(name, tensor, dtypes, partial(_find_overflow, sources))
         return tensor
 
+    def _becomes(self, name: str, entry: Entry, model_dtype: torch.dtype) -> ToInt8 | ToDtype:
+        """What becomes of a weight of which an int8 one is made, now or in the forward pass, on its way."""
+        if self._quantizer.reads_bands:
+            return ToInt8(model_dtype, self._quantizer.is_stored_transposed(name))
+        return ToDtype(entry.torch_dtype)
+
     def _takes_codes(self, name: str, stored: Stored) -> bool:
         return self._quantizer.takes_codes(name, stored.scales is not None)
 
@@ -124,13 +131,18 @@ class Assembly:
         """The entry's values, contiguous; a cast may overflow."""
         device, dtype = destination.device, destination.dtype
         self._recorder.count("as stored" if entry.torch_dtype == dtype else "cast")
+        find_overflow = partial(_find_overflow, [entry])
+        if (made := stream.made(entry.name)) is not None:
+            if made.marks is not None:
+                self._quantizer.health.watch_marks(name, made.marks, find_overflow)
+            return made.tensor
         if _is_cast_in_bands(entry, dtype):
             tensor = torch.empty(entry.torch_shape, dtype=dtype, device=device)
             for row, band in stream.bands(entry.name):
                 tensor[row : row + len(band)].copy_(band)
         else:
             tensor = stream.whole(entry.name).to(device=device, dtype=dtype)
-        self._quantizer.health.watch_cast(name, tensor, [entry.torch_dtype], partial(_find_overflow, [entry]))
+        self._quantizer.health.watch_cast(name, tensor, [entry.torch_dtype], find_overflow)
         return tensor
 
 

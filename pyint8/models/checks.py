@@ -10,7 +10,7 @@ from enum import Enum, auto
 from pyint8.checkpoint import Checkpoint, Entry
 from pyint8.errors import CheckpointError, QuantizationStateError, ShapeMismatchError
 
-logger = logging.getLogger("pyint8")
+logger = logging.getLogger(__name__)
 
 # What bitsandbytes saves beside an int8 weight.
 SCALES = "SCB"
@@ -23,15 +23,15 @@ _TAKE_IT_ALL_THE_SAME = (
 )
 
 
-class Want(Enum):
+class Need(Enum):
     """Whether a load wants a tensor."""
 
-    NO = auto()
-    YES = auto()
-    CANNOT_DO_WITHOUT = auto()
+    NONE = auto()
+    WANTED = auto()
+    REQUIRED = auto()
 
 
-def judge_disagreements(checkpoint: Checkpoint, want: Callable[[str], Want], *, strict: bool) -> None:
+def check_disagreements(checkpoint: Checkpoint, want: Callable[[str], Need], *, strict: bool) -> None:
     """Logs one warning for all that an index and its shards do not agree about and that does not matter.
 
     Args:
@@ -44,11 +44,11 @@ def judge_disagreements(checkpoint: Checkpoint, want: Callable[[str], Want], *, 
     """
     told = []
     for disagreement in checkpoint.disagreements:
-        wanted = Want.NO if disagreement.is_settled else want(disagreement.name)
+        wanted = Need.NONE if disagreement.is_settled else want(disagreement.name)
         is_absent = disagreement.name not in checkpoint
-        if is_absent and wanted is Want.CANNOT_DO_WITHOUT:
+        if is_absent and wanted is Need.REQUIRED:
             raise disagreement.error()
-        if strict and wanted is not Want.NO:
+        if strict and wanted is not Need.NONE:
             raise disagreement.error(_GO_ON_WITHOUT if is_absent else _TAKE_IT_ALL_THE_SAME)
         told.append(disagreement)
     if told:
@@ -128,7 +128,7 @@ def require_row_major(layout: int, entry: Entry) -> None:
         )
 
 
-def refuse_what_does_not_fit(checkpoint: Checkpoint, wanted: Collection[str]) -> None:
+def refuse_unrelated(checkpoint: Checkpoint, wanted: Collection[str]) -> None:
     """Raises CheckpointError for a checkpoint that has none of the weights to quantize, whose names are `wanted`."""
     stored, example = next(iter(checkpoint), "no tensor"), next(iter(wanted), "no parameter")
     problem = f"none of what the model wants (such as {example}) is in it, but others (such as {stored})"

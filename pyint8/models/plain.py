@@ -16,19 +16,19 @@ from pyint8.config import Int8Config, StreamOptions
 from pyint8.errors import CheckpointError, OptionError
 from pyint8.models import checks
 from pyint8.models.assembly import Assembly, Destination, Stored
-from pyint8.models.reconcile import ABSENT, TIED, check_stored, judge_absent, reconcile_modules
+from pyint8.models.reconcile import ABSENT, TIED, check_absent, check_stored, reconcile_modules
 from pyint8.models.request import LoadRequest
-from pyint8.models.unquantized import tell_unquantized
+from pyint8.models.unquantized import report_unquantized
 from pyint8.placement.budget import MemoryBudget
 from pyint8.placement.device_map import device_of, landing_device
 from pyint8.placement.dispatch import dispatch
 from pyint8.placement.planner import ModelSizes, plan_device_map
-from pyint8.quantizer import Int8Quantizer, first_overflow, modules_to_keep, tensor_bytes, tied_names
+from pyint8.quantizer import Int8Quantizer, find_entry_point, first_overflow, modules_to_keep, tensor_bytes, tied_names
 from pyint8.report import Recorder
 from pyint8.streaming.preparation import Preparation
 from pyint8.streaming.stream import open_stream
 
-logger = logging.getLogger("pyint8")
+logger = logging.getLogger(__name__)
 
 
 def fill_module(module: nn.Module, request: LoadRequest, preparation: Preparation, recorder: Recorder) -> nn.Module:
@@ -61,7 +61,7 @@ def fill_module(module: nn.Module, request: LoadRequest, preparation: Preparatio
             filler.move_remaining()
             quantizer.postprocess_model(module, locate=filler.locate)
             dispatch(module, filler.device_map, request.offload_folder, filler.left_in_files)
-    tell_unquantized(module, quantizer, recorder.report)
+    report_unquantized(module, quantizer, recorder.report)
     return module
 
 
@@ -165,7 +165,7 @@ class _Filler:
             return TIED if weight in self._filled_by_ties else ABSENT
 
         absent = reconcile_modules(self._module, self._quantizer, find)
-        judge_absent(self._checkpoint, self._quantizer, replaced, absent, self._module.state_dict())
+        check_absent(self._checkpoint, self._quantizer, replaced, absent, self._module.state_dict())
 
     def _refuse_orphans(self, weight: str) -> None:
         for leaf in (checks.SCALES, checks.FORMAT):
@@ -184,7 +184,7 @@ class _Filler:
     def _check_names(self) -> None:
         """Refuses parameters and buffers that nothing would fill; reports what is left over."""
         own = self._module.state_dict()
-        checks.judge_disagreements(self._checkpoint, partial(self._want, own), strict=self._quantizer.strict)
+        checks.check_disagreements(self._checkpoint, partial(self._want, own), strict=self._quantizer.strict)
         with_codes = [*self._quantizer.converted, *self._quantizer.read]
         companions = {f"{name}.{leaf}" for name in with_codes for leaf in (checks.SCALES, checks.FORMAT)}
         missing = sorted(set(own) - set(self._checkpoint) - self._filled_by_ties)
@@ -193,7 +193,7 @@ class _Filler:
         lost = [name for name in missing if own[name].is_meta]
         lost += [name for name, buffer in self._module.named_buffers() if buffer.is_meta and name not in own]
         if own and len(missing) == len(own):
-            checks.refuse_what_does_not_fit(self._checkpoint, own)
+            checks.refuse_unrelated(self._checkpoint, own)
         if lost:
             raise CheckpointError(
                 f"the checkpoint in {self._checkpoint.files[0]} has no such tensor, and the module holds no values for "
@@ -206,14 +206,14 @@ class _Filler:
         if unexpected:
             logger.warning("the checkpoint's %s have no place in the module", ", ".join(unexpected[:10]))
 
-    def _want(self, own: Mapping[str, torch.Tensor], name: str) -> checks.Want:
+    def _want(self, own: Mapping[str, torch.Tensor], name: str) -> checks.Need:
         """Whether the module, whose state dict is `own`, wants a tensor that its checkpoint or an index names."""
         module, _, leaf = name.rpartition(".")
         if leaf == checks.SCALES and self._quantizer.pre_quantized and module in self._quantizer.converted:
-            return checks.Want.CANNOT_DO_WITHOUT
+            return checks.Need.REQUIRED
         if name not in own or (name not in self._checkpoint and name in self._filled_by_ties):
-            return checks.Want.NO
-        return checks.Want.CANNOT_DO_WITHOUT if own[name].is_meta else checks.Want.YES
+            return checks.Need.NONE
+        return checks.Need.REQUIRED if own[name].is_meta else checks.Need.WANTED
 
     def fill(self, options: StreamOptions) -> None:
         """Reads all but what stays on the disk, by file and offset: from front to back."""
@@ -226,7 +226,7 @@ class _Filler:
         wanted = {name: way for name, way in wanted.items() if name not in self.left_in_files}
         requests = [request for name, way in wanted.items() for request in self._assembly.requests(name, *way)]
         self._recorder.expect(sum(request.entry.nbytes for request in requests))
-        with open_stream(requests, options, recorder=self._recorder) as stream:
+        with open_stream(requests, options, recorder=self._recorder, quantizer=find_entry_point()) as stream:
             for name, way in wanted.items():
                 self._set(name, self._assembly.make(name, *way, stream))
 

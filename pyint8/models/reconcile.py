@@ -41,7 +41,7 @@ def reconcile_modules(
         weight = f"{name}.weight"
         reason = _why_ordinary(weight, find(weight), quantizer, shapes)
         if reason is not None:
-            quantizer.keep_unquantized(model, name, reason)
+            quantizer.put_back(model, name, reason)
         if reason == ABSENT:
             absent.append(name)
     return absent
@@ -59,7 +59,7 @@ def _why_ordinary(
     return None
 
 
-def judge_absent(
+def check_absent(
     checkpoint: Checkpoint, quantizer: Int8Quantizer, body: Collection[str], absent: list[str], wanted: Collection[str]
 ) -> None:
     """Tells of modules that stay ordinary because their weight is absent, or refuses if that are all of the body's.
@@ -75,8 +75,8 @@ def judge_absent(
         CheckpointError: The checkpoint has none of the body's weights to quantize (`strict` only).
     """
     if quantizer.strict and body and set(body) <= set(absent):
-        checks.refuse_what_does_not_fit(checkpoint, wanted)
-    quantizer.name_absent(absent)
+        checks.refuse_unrelated(checkpoint, wanted)
+    quantizer.warn_of_absent(absent)
 
 
 def check_stored(

@@ -12,7 +12,7 @@ from torch import nn
 from pyint8.quantizer import Int8Quantizer, modules_to_keep
 from pyint8.report import LoadReport, readable_size
 
-logger = logging.getLogger("pyint8")
+logger = logging.getLogger(__name__)
 
 _EMBEDDING = "an embedding"
 _EXPERTS = "fused experts: one parameter holds the weights of all"
@@ -41,7 +41,7 @@ class _Parameter:
     expected: bool
 
 
-def tell_unquantized(model: nn.Module, quantizer: Int8Quantizer, report: LoadReport) -> None:
+def report_unquantized(model: nn.Module, quantizer: Int8Quantizer, report: LoadReport) -> None:
     """Fills the report's `skipped` and `skipped_bytes`; warns if more than a tenth stays unquantized unexpectedly.
 
     Listed are all linear modules that were not converted, and every other floating parameter of a weight's size: with
@@ -57,7 +57,7 @@ def tell_unquantized(model: nn.Module, quantizer: Int8Quantizer, report: LoadRep
             report.skipped.setdefault(other.name, other.reason)
             report.skipped_bytes[other.name] = other.nbytes
     if quantized:  # else that was said already
-        _warn_of_much(type(model).__name__, sum(parameter.nbytes for parameter in quantized), others)
+        _warn_if_much(type(model).__name__, sum(parameter.nbytes for parameter in quantized), others)
 
 
 def _others(model: nn.Module, quantizer: Int8Quantizer) -> Iterator[_Parameter]:
@@ -74,7 +74,7 @@ def _others(model: nn.Module, quantizer: Int8Quantizer) -> Iterator[_Parameter]:
             reason=reason,
             elements=parameter.numel() if sum(size > 1 for size in parameter.shape) > 1 else 0,
             nbytes=parameter.nbytes,
-            expected=owner in heads or owner in quantizer.told or reason == _EMBEDDING,
+            expected=owner in heads or owner in quantizer.acknowledged or reason == _EMBEDDING,
         )
 
 
@@ -100,7 +100,7 @@ def _why(module: nn.Module, parameter_name: str) -> str:
     return f"a parameter of {kind}, which is no linear module"
 
 
-def _warn_of_much(model: str, int8_bytes: int, others: list[_Parameter]) -> None:
+def _warn_if_much(model: str, int8_bytes: int, others: list[_Parameter]) -> None:
     left: Counter[str] = Counter()
     for other in others:
         if other.elements and not other.expected:

@@ -39,14 +39,14 @@ def memory_budget(max_memory: Any, headroom: Any, device_map: Any, load_bytes: i
         OptionError: What is given is no size, or the device map is not planned.
     """
     check_max_memory(max_memory)
-    left_free = check_headroom(headroom, device_map)
-    if left_free is None:
+    headroom_bytes = check_headroom(headroom, device_map)
+    if headroom_bytes is None:
         return MemoryBudget(max_memory)
-    return MemoryBudget(exact_bytes(max_memory, max(left_free, load_bytes)), is_exact=True)
+    return MemoryBudget(exact_bytes(max_memory, max(headroom_bytes, load_bytes)), is_exact=True)
 
 
-def exact_bytes(max_memory: Mapping[Any, Any] | None, left_free: int) -> dict[Any, int]:
-    """Bytes of each device that a plan may use, with `left_free` kept on every GPU; GPUs first, by number."""
+def exact_bytes(max_memory: Mapping[Any, Any] | None, headroom_bytes: int) -> dict[Any, int]:
+    """Bytes of each device that a plan may use, with `headroom_bytes` kept on every GPU; GPUs first, by number."""
     found = {}
     asked = _asked_bytes(max_memory)
     for device in sorted(asked, key=lambda device: (not isinstance(device, int), str(device).zfill(9))):
@@ -56,7 +56,7 @@ def exact_bytes(max_memory: Mapping[Any, Any] | None, left_free: int) -> dict[An
             if free is None and max_memory is None:
                 free = limit  # as accelerate found it
             if free is not None:
-                left = free - left_free
+                left = free - headroom_bytes
                 limit = left if max_memory is None else min(limit, left)
         found[device] = max(0, int(limit))
     return found

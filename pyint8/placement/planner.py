@@ -96,5 +96,5 @@ def _tight(
         tensor.numel() * sizes.exact_dtypes.get(name, tensor.dtype).itemsize
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
     )
-    uncounted = sum(sizes.nbytes.values()) - counted
-    return tight_memory(model, per_device, spread, sizes.nbytes, sizes.no_split, placed, uncounted=uncounted)
+    scale_bytes = sum(sizes.nbytes.values()) - counted
+    return tight_memory(model, per_device, spread, sizes.nbytes, sizes.no_split, placed, scale_bytes=scale_bytes)

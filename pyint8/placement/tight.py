@@ -28,7 +28,7 @@ def tight_memory(
     no_split: Collection[str],
     plan: Callable[[dict[Any, float]], Mapping[str, Any]],
     *,
-    uncounted: int = 0,
+    scale_bytes: int = 0,
 ) -> dict[Any, float]:
     """Per-device limits under which accelerate's planner keeps a model that fits on the GPUs there.
 
@@ -43,7 +43,7 @@ def tight_memory(
         sizes: Bytes of the model's tensors, tied ones once.
         no_split: Classes of modules that are placed as one.
         plan: The planner: from bytes for each device to a device map.
-        uncounted: Bytes of the model that the planner does not know of.
+        scale_bytes: Of the int8 weights, which the planner does not count.
     """
     gpus = sorted(device for device in budgets if isinstance(device, int))
     kept_free = _largest_layer(model, sizes, no_split)
@@ -59,7 +59,9 @@ def tight_memory(
             used[device] += size
         return max(used.values()) if all(used[gpu] <= budgets[gpu] for gpu in gpus) else math.inf
 
-    found: dict[Any, float] = {device: size - uncounted if device in gpus else size for device, size in budgets.items()}
+    found: dict[Any, float] = {
+        device: size - scale_bytes if device in gpus else size for device, size in budgets.items()
+    }
     least = math.inf
     tried: list[dict[Any, float]] = []
     for share, part in product(_SHARES, _KEPT_FREE) if gpus else ():

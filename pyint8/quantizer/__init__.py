@@ -1,5 +1,6 @@
 """The int8 lifecycle: the only importer of bitsandbytes."""
 
+from pyint8.quantizer.entry_point import find_entry_point
 from pyint8.quantizer.health import BadWeight, WeightHealth, first_overflow
 from pyint8.quantizer.lifecycle import Int8Quantizer
 from pyint8.quantizer.modules import modules_to_keep, tied_names
@@ -12,6 +13,7 @@ __all__ = [
     "TensorSource",
     "WeightHealth",
     "WeightSource",
+    "find_entry_point",
     "first_overflow",
     "modules_to_keep",
     "tensor_bytes",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from pyint8.errors import NonFiniteWeightError, first_names
 
-logger = logging.getLogger("pyint8")
+logger = logging.getLogger(__name__)
 
 _NAMED_AT_MOST = 5
 _VALUES_IN_BUFFER = 1 << 18
@@ -35,6 +35,23 @@ class _Watched:
     start: int  # in its device's values
     count: int
     find_overflow: Callable[[], BadWeight | None] | None = None  # for a tensor that was cast
+
+
+@dataclass(frozen=True)
+class _Marked:
+    """Marks, uint8, that were set on the device: one for each row, or one for a whole tensor that was cast."""
+
+    name: str
+    marks: torch.Tensor
+    find_overflow: Callable[[], BadWeight | None] | None = None
+
+    def bad(self, on_host: torch.Tensor) -> BadWeight | None:
+        """Looks at the marks in a copy of all of their storage."""
+        start = self.marks.storage_offset()
+        rows = on_host[start : start + len(self.marks)].nonzero()
+        if not len(rows):
+            return None
+        return BadWeight(self.name, int(rows[0])) if self.find_overflow is None else self.find_overflow()
 
 
 @dataclass(frozen=True)
@@ -84,6 +101,7 @@ class WeightHealth:
         self._values: dict[torch.device, _Values] = {}
         self._watched: dict[torch.device, list[_Watched]] = {}
         self._casts: list[_Cast] = []
+        self._marked: list[_Marked] = []
 
     def watch(self, name: str, row: int, half: torch.Tensor, scales: torch.Tensor) -> None:
         """Looks at the rows of a band: `half` fp16 [rows, in], and the scales [rows] bitsandbytes found for them."""
@@ -95,6 +113,12 @@ class WeightHealth:
     def watch_scales(self, name: str, scales: torch.Tensor) -> None:
         """Looks at the scales [rows] of a pre-quantized weight: infinity in one is an overflow of long ago."""
         self._room(name, 0, scales.device, len(scales)).copy_(scales)
+
+    def watch_marks(
+        self, name: str, marks: torch.Tensor, find_overflow: Callable[[], BadWeight | None] | None = None
+    ) -> None:
+        """Looks at marks, uint8, that are set where a row is bad, or with `find_overflow`, if a whole tensor may be."""
+        self._marked.append(_Marked(name, marks, find_overflow))
 
     def watch_rows(self, name: str, weight: torch.Tensor) -> None:
         """Looks at a weight [rows, in] that is quantized later, in fp16."""
@@ -136,7 +160,20 @@ class WeightHealth:
                     bad = watched.find_overflow()
                 if bad is not None:
                     found[watched.name] = bad
+        for bad in self._bad_marks():
+            found.setdefault(bad.name, bad)
         return list(found.values())
+
+    def _bad_marks(self) -> Iterator[BadWeight]:
+        """Marks lie in few storages, each copied once."""
+        groups: dict[int, list[_Marked]] = {}
+        for marked in self._marked:
+            groups.setdefault(marked.marks.untyped_storage().data_ptr(), []).append(marked)
+        for group in groups.values():
+            marks = group[0].marks
+            on_host = torch.empty(0, dtype=torch.uint8, device=marks.device).set_(marks.untyped_storage()).cpu()
+            if bool(on_host.any()):
+                yield from filter(None, (marked.bad(on_host) for marked in group))
 
     def _look_at_casts(self) -> None:
         for cast in self._casts:
@@ -174,6 +211,7 @@ class WeightHealth:
         bad = self.bad_weights()
         self._values.clear()
         self._watched.clear()
+        self._marked.clear()
         if not bad:
             return
         named = first_names([f"{weight.name} (row {weight.row})" for weight in bad], _NAMED_AT_MOST)

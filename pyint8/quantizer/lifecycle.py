@@ -14,16 +14,16 @@ import torch
 from torch import nn
 
 from pyint8.config import Int8Config
-from pyint8.errors import PlacementError, QuantizationStateError, first_names
-from pyint8.placement.device_map import OFF_DEVICE, DeviceMap, device_name, device_of, off_device
+from pyint8.errors import QuantizationStateError, first_names
+from pyint8.placement.device_map import DeviceMap, off_device
 from pyint8.quantizer import requirements, weights
 from pyint8.quantizer.backend import require_device
 from pyint8.quantizer.health import WeightHealth
 from pyint8.quantizer.modules import choose_modules, is_conv1d, replace_with_int8, why_read
-from pyint8.quantizer.skip_list import Matches, check_entries, entry_for, name_matches, tell_dead_entries
+from pyint8.quantizer.skip_list import Matches, check_entries, entry_for, name_matches, warn_of_dead_entries
 from pyint8.quantizer.weights import WeightSource
 
-logger = logging.getLogger("pyint8")
+logger = logging.getLogger(__name__)
 
 _Dtype = TypeVar("_Dtype")
 _NAMED_AT_MOST = 5
@@ -41,7 +41,7 @@ class Int8Quantizer:
         converted: Modules that were replaced by `Linear8bitLt`, by name, as they were before.
         skipped: Linear modules that were not, by name, with the reason.
         read: Of these, those whose weight the model reads without calling them, by name.
-        told: Of these, the names of those that somebody left out by name, or has been told of.
+        acknowledged: Of these, the names of those that were left out on request, or that a warning has named.
         skip: The modules not to convert, as given, and those that turned out so.
         found: Of these, the latter.
         health: What is known of the weights' values.
@@ -54,7 +54,7 @@ class Int8Quantizer:
         self.converted: dict[str, nn.Module] = {}
         self.skipped: dict[str, str] = {}
         self.read: dict[str, nn.Module] = {}
-        self.told: set[str] = set()
+        self.acknowledged: set[str] = set()
         self.skip: list[str] = []
         self.found: list[str] = []
         self.health = WeightHealth()
@@ -73,7 +73,7 @@ class Int8Quantizer:
                 (known once the modules are: `preprocess_model` checks a map that came earlier).
         """
         requirements.require_packages()
-        requirements.refuse_foreign_weights(arguments)
+        requirements.refuse_other_frameworks(arguments)
         require_device()
         if self._preprocessed and isinstance(device_map, Mapping):
             self._check_placement(device_map)
@@ -121,7 +121,7 @@ class Int8Quantizer:
         skip: list[str],
         device_map: Any,
         matches: Matches = name_matches,
-        tell_dead: bool = True,
+        warn_of_dead: bool = True,
         facts: Mapping[str, Any] | None = None,
         training: bool = False,
     ) -> None:
@@ -133,8 +133,8 @@ class Int8Quantizer:
             device_map: Where modules go, if known by now; under `fp32_cpu_offload` what it puts on the CPU or the
                 disk is not converted.
             matches: Whether a module's name is in such a list.
-            tell_dead: Warn of entries of the configuration's `skip_modules` that match nothing: if somebody wrote them
-                for this load, and did not find them in the checkpoint.
+            warn_of_dead: Warn of entries of the configuration's `skip_modules` that match nothing: only if they were
+                written for this load, and did not come with the checkpoint.
             facts: Attributes that modules or configurations will have once the model is loaded, and code may ask for.
             training: Whether what modules do in training mode only counts too.
 
@@ -144,12 +144,12 @@ class Int8Quantizer:
         """
         asked = list(self.config.skip_modules or ())
         check_entries(asked)
-        if tell_dead:
-            tell_dead_entries(model, asked, matches)
+        if warn_of_dead:
+            warn_of_dead_entries(model, asked, matches)
         offloaded = off_device(device_map) if self.config.fp32_cpu_offload else []
         self.skip = [*skip, *offloaded]
         self.converted, self.skipped = choose_modules(model, lambda name: not matches(name, self.skip))
-        self.told = {name for name in self.skipped if matches(name, [*asked, *offloaded])}
+        self.acknowledged = {name for name in self.skipped if matches(name, [*asked, *offloaded])}
         if not self.config.has_fp16_weight:
             self._leave_out_read(model, facts or {}, training=training)
         replace_with_int8(model, self.converted, self.config, pre_quantized=self.pre_quantized)
@@ -168,7 +168,7 @@ class Int8Quantizer:
         self.skipped |= reasons
         self._say_unquantized(reasons)
 
-    def keep_unquantized(self, model: nn.Module, name: str, reason: str) -> None:
+    def put_back(self, model: nn.Module, name: str, reason: str) -> None:
         """Puts the ordinary module back that `preprocess_model` replaced: its weight will not come as expected."""
         model.set_submodule(name, self.converted.pop(name))
         self.skipped[name] = reason
@@ -180,9 +180,9 @@ class Int8Quantizer:
         self.found += found
         self.skip += found
 
-    def name_absent(self, names: list[str]) -> None:
+    def warn_of_absent(self, names: list[str]) -> None:
         """One warning for all modules that stay ordinary because the checkpoint has no weight for them."""
-        self.told.update(names)
+        self.acknowledged.update(names)
         if names:
             logger.warning(
                 "%d linear modules are not in the checkpoint, so initialized afresh and not quantized: %s; train "
@@ -194,8 +194,8 @@ class Int8Quantizer:
     def expected_shape(self, parameter_name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape in which the checkpoint must hold a quantized weight that has `shape` in the model."""
         module = self.read.get(parameter_name.rpartition(".")[0])
-        turned = self._is_turned(parameter_name) if module is None else is_conv1d(type(module))
-        return tuple(reversed(shape)) if turned else tuple(shape)
+        transposed = self.is_stored_transposed(parameter_name) if module is None else is_conv1d(type(module))
+        return tuple(reversed(shape)) if transposed else tuple(shape)
 
     @property
     def reads_bands(self) -> bool:
@@ -266,13 +266,18 @@ class Int8Quantizer:
                 is_transposed = is_conv1d(type(self.read[parameter_name.rpartition(".")[0]]))
                 return weights.dequantized(codes, scales, model_dtype, device, transposed=is_transposed)
             return weights.pre_quantized(codes, scales, device)
-        turned = self._is_turned(parameter_name)
+        transposed = self.is_stored_transposed(parameter_name)
         if self.config.has_fp16_weight:
-            parameter = weights.sixteen_bit(source, turned=turned, model_dtype=model_dtype, device=device)
+            parameter = weights.sixteen_bit(source, transposed=transposed, model_dtype=model_dtype, device=device)
             self.health.watch_rows(parameter_name, parameter.detach())
             return parameter
         return weights.quantize(
-            source, turned=turned, model_dtype=model_dtype, device=device, name=parameter_name, health=self.health
+            source,
+            transposed=transposed,
+            model_dtype=model_dtype,
+            device=device,
+            name=parameter_name,
+            health=self.health,
         )
 
     # --- After loading --------------------------------------------------------------------------------------------
@@ -299,24 +304,11 @@ class Int8Quantizer:
     def is_trainable(self) -> bool:
         return requirements.is_trainable()
 
-    def _is_turned(self, parameter_name: str) -> bool:
-        """Whether this weight is stored as [in, out]: a Conv1D's, unless it was turned when it was quantized."""
+    def is_stored_transposed(self, parameter_name: str) -> bool:
+        """Whether this weight is stored as [in, out]: a Conv1D's, unless it was transposed when it was quantized."""
         module = self.converted.get(parameter_name.rpartition(".")[0])
         return module is not None and not self.pre_quantized and is_conv1d(type(module))
 
     def _check_placement(self, device_map: DeviceMap) -> None:
-        devices = {device_name(device) for device in device_map.values()}
-        off = devices & set(OFF_DEVICE)
-        if self.config.fp32_cpu_offload or devices == {"cpu"} or not off:
-            return
-        lost = [name for name in self.converted if device_name(device_of(name, device_map)) in OFF_DEVICE]
-        if not lost:
-            return
-        others = devices - off
-        where = " or ".join({"cpu": "the CPU", "disk": "the disk"}[device] for device in sorted(off))
-        advice = "Free memory on the device" if others else 'Put all of the model on the CPU, device_map="cpu"'
-        raise PlacementError(
-            f"the device map puts {len(lost)} modules that are to be quantized on {where}"
-            f"{' beside another device' if others else ''} ({', '.join(lost[:3])}{', …' if len(lost) > 3 else ''}). "
-            f"{advice}, or pass Int8Config(fp32_cpu_offload=True) to keep such modules there, unquantized"
-        )
+        if not self.config.fp32_cpu_offload:
+            requirements.refuse_off_device(self.converted, device_map)

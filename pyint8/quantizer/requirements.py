@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from importlib import metadata
 from typing import Any
 
 from packaging.version import Version
 
-from pyint8.errors import DependencyVersionError, MissingDependencyError, OptionError
+from pyint8.errors import DependencyVersionError, MissingDependencyError, OptionError, PlacementError
+from pyint8.placement.device_map import OFF_DEVICE, DeviceMap, device_name, device_of
 
 MINIMUM_BITSANDBYTES = "0.37.2"
 _MINIMUM_TRAINABLE = "0.37.0"
-_FOREIGN_WEIGHTS = {"from_tf": "TensorFlow", "from_flax": "Flax"}
+_OTHER_FRAMEWORKS = {"from_tf": "TensorFlow", "from_flax": "Flax"}
 
 
 def installed_version(package: str) -> Version | None:
@@ -43,14 +45,31 @@ def require_packages() -> None:
         )
 
 
-def refuse_foreign_weights(arguments: dict[str, Any]) -> None:
+def refuse_other_frameworks(arguments: dict[str, Any]) -> None:
     """Raises OptionError where `from_tf` or `from_flax` is asked for."""
-    for name, framework in _FOREIGN_WEIGHTS.items():
+    for name, framework in _OTHER_FRAMEWORKS.items():
         if arguments.get(name):
             raise OptionError(
                 f"{name}=True: int8 models are not made from {framework} weights; convert them to PyTorch first "
                 "(load them with transformers, then save_pretrained)"
             )
+
+
+def refuse_off_device(converted: Iterable[str], device_map: DeviceMap) -> None:
+    """Raises PlacementError where a map that is not all of the CPU puts modules on the CPU or the disk."""
+    devices = {device_name(device) for device in device_map.values()}
+    off = devices & set(OFF_DEVICE)
+    lost = [name for name in converted if device_name(device_of(name, device_map)) in OFF_DEVICE]
+    if devices == {"cpu"} or not lost:
+        return
+    others = devices - off
+    where = " or ".join({"cpu": "the CPU", "disk": "the disk"}[device] for device in sorted(off))
+    advice = "Free memory on the device" if others else 'Put all of the model on the CPU, device_map="cpu"'
+    raise PlacementError(
+        f"the device map puts {len(lost)} modules that are to be quantized on {where}"
+        f"{' beside another device' if others else ''} ({', '.join(lost[:3])}{', …' if len(lost) > 3 else ''}). "
+        f"{advice}, or pass Int8Config(fp32_cpu_offload=True) to keep such modules there, unquantized"
+    )
 
 
 def is_serializable() -> bool:

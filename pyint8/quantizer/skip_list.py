@@ -12,7 +12,7 @@ from torch import nn
 from pyint8.errors import OptionError
 from pyint8.quantizer.modules import is_linear
 
-logger = logging.getLogger("pyint8")
+logger = logging.getLogger(__name__)
 
 # Whether a module's name is in a list.
 Matches = Callable[[str, list[str]], bool]
@@ -51,7 +51,7 @@ def _check_entry(entry: str) -> None:
         ) from None
 
 
-def tell_dead_entries(model: nn.Module, entries: Sequence[str], matches: Matches) -> None:
+def warn_of_dead_entries(model: nn.Module, entries: Sequence[str], matches: Matches) -> None:
     """One warning for all entries that leave nothing unquantized, each with the nearest one that would.
 
     Args:

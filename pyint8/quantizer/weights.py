@@ -16,6 +16,18 @@ from pyint8.quantizer.health import WeightHealth
 _CPU_PIECE_ELEMENTS = 1 << 19
 
 
+class Quantized(Protocol):
+    """A weight that was quantized on its way: `tensor` int8 codes [out, in], `scales` fp32 [out], `marks` uint8 [out],
+    not 0 where a row has NaN, infinity or a value beyond fp16; on one device."""
+
+    @property
+    def tensor(self) -> torch.Tensor: ...
+    @property
+    def scales(self) -> torch.Tensor | None: ...
+    @property
+    def marks(self) -> torch.Tensor | None: ...
+
+
 class WeightSource(Protocol):
     """Where a weight comes from."""
 
@@ -28,8 +40,12 @@ class WeightSource(Protocol):
     def whole(self) -> torch.Tensor:
         """The weight in its stored dtype, in memory of its own."""
 
-    def turned_half(self, model_dtype: torch.dtype) -> torch.Tensor:
+    def transposed_half(self, model_dtype: torch.dtype) -> torch.Tensor:
         """The transposed weight, rounded to `model_dtype`, then to fp16; contiguous; valid until the next."""
+
+    def made(self) -> Quantized | None:
+        """The weight as it was quantized on its way, by bitsandbytes' `cint8_vector_quant`; None where it was not, and
+        is to be had by the others."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +64,17 @@ class TensorSource:
     def whole(self) -> torch.Tensor:
         return self.tensor
 
-    def turned_half(self, model_dtype: torch.dtype) -> torch.Tensor:
+    def transposed_half(self, model_dtype: torch.dtype) -> torch.Tensor:
         return self.tensor.to(model_dtype).to(torch.float16).T.contiguous()
+
+    def made(self) -> None:
+        return None
 
 
 def quantize(
     source: WeightSource,
     *,
-    turned: bool,
+    transposed: bool,
     model_dtype: torch.dtype,
     device: torch.device,
     name: str,
@@ -66,8 +85,8 @@ def quantize(
     Rows are independent of each other in LLM.int8(), so some of them at a time give the same bytes as the whole.
 
     Args:
-        source: The weight, [out, in] (or [in, out] if `turned`).
-        turned: Transpose it first: a Conv1D's weight.
+        source: The weight, [out, in] (or [in, out] if `transposed`).
+        transposed: Transpose it first: a Conv1D's weight.
         model_dtype: Rounded to before fp16, as transformers casts before it quantizes.
         device: Where to quantize; results differ between devices by bitsandbytes' own arithmetic.
         name: For errors.
@@ -76,9 +95,15 @@ def quantize(
     Returns:
         `data` and its alias `CB` int8 [out, in], `SCB` fp32 [out].
     """
-    rows = source.shape[1] if turned else source.shape[0]
+    made = source.made()
+    if made is not None:
+        assert made.scales is not None
+        assert made.marks is not None
+        health.watch_marks(name, made.marks)
+        return _int8_params(made.tensor, made.scales)
+    rows = source.shape[1] if transposed else source.shape[0]
     codes = scales = None
-    for row, half in _half_rows(source, turned, model_dtype, device):
+    for row, half in _half_rows(source, transposed, model_dtype, device):
         some_codes, some_scales, _ = bitsandbytes.functional.int8_vectorwise_quant(half)
         health.watch(name, row, half, some_scales)
         if len(half) == rows:
@@ -94,11 +119,11 @@ def quantize(
 
 
 def _half_rows(
-    source: WeightSource, turned: bool, model_dtype: torch.dtype, device: torch.device
+    source: WeightSource, transposed: bool, model_dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """(first row, fp16 rows) of the weight as it is quantized, in order."""
-    if turned:
-        half = source.turned_half(model_dtype).to(device)
+    if transposed:
+        half = source.transposed_half(model_dtype).to(device)
         yield from _pieces(0, half)
         return
     for first, band in source.bands():
@@ -136,14 +161,16 @@ def _int8_params(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return parameter
 
 
-def sixteen_bit(source: WeightSource, *, turned: bool, model_dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def sixteen_bit(
+    source: WeightSource, *, transposed: bool, model_dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
     """The weight of a layer that quantizes in every forward pass (`has_fp16_weight`).
 
     On the CPU it is an `Int8Params` that was never quantized, elsewhere a plain tensor: what moving such an
     `Int8Params` there gives (bitsandbytes' `Int8Params.to`).
     """
     value = source.whole().to(device).to(model_dtype)
-    value = value.T if turned else value
+    value = value.T if transposed else value
     if device.type != "cpu":
         return value
     parameter: torch.Tensor = bitsandbytes.nn.Int8Params(value, requires_grad=False, has_fp16_weights=True)

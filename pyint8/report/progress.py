@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from pyint8.host.imports import imported
+from pyint8.host.processes import processes
 
 
 class ByteProgress:
@@ -44,7 +44,7 @@ class ByteProgress:
 def _is_wanted() -> bool:
     from huggingface_hub.utils import are_progress_bars_disabled  # transformers' switch sets this one too
 
-    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    is_first = processes().local_rank == 0
     return is_first and (sys.stderr.isatty() or _in_notebook()) and not are_progress_bars_disabled()
 
 

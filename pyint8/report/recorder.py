@@ -12,7 +12,7 @@ from types import TracebackType
 from pyint8.report.load_report import LoadReport
 from pyint8.report.progress import ByteProgress
 
-logger = logging.getLogger("pyint8")
+logger = logging.getLogger(__name__)
 
 
 class Recorder:

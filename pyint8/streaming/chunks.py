@@ -8,28 +8,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pyint8.checkpoint import EntryInMemory
+from pyint8.streaming.requests import TensorRequest
+
 if TYPE_CHECKING:
     from pyint8.checkpoint import Entry
     from pyint8.streaming.lane import Lane
     from pyint8.streaming.scratch import Region
-
-
-@dataclass(frozen=True)
-class TensorRequest:
-    """One entry's way.
-
-    Attributes:
-        entry: What to read.
-        device: Where the result is wanted. It lands there if that is a CUDA device or the CPU, else on the CPU.
-        in_bands: Land in scratch, a band of rows at a time, instead of in a tensor of its own.
-        batch: Land in one piece of memory with those before and after that have the same `batch`, dtype and shape;
-            to be had by `TensorStream.batched` alone, and not in bands.
-    """
-
-    entry: Entry
-    device: torch.device
-    in_bands: bool = False
-    batch: str | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -42,7 +27,7 @@ class Chunk:
     rows: int
     start: int  # of what lands, in bytes from the start of the entry
     nbytes: int
-    passes: bool = False  # through scratch
+    through_scratch: bool = False
     early: bool = False  # there, or asked for, before the stream was, so in no budget
     memory: torch.Tensor | None = None  # uint8
     region: Region | None = None
@@ -58,7 +43,7 @@ def cut(request: TensorRequest, lane: Lane) -> list[Chunk]:
     """The entry whole, or in bands of rows that pass through the lane's scratch, in order."""
     entry = request.entry
     rows = entry.torch_shape[0] if entry.torch_shape else 1
-    if entry.value is not None:
+    if isinstance(entry, EntryInMemory):
         return [Chunk(request, lane, 0, rows, 0, entry.nbytes, early=True)]
     if not request.in_bands or not entry.torch_shape or entry.nbytes == 0 or entry.stride is not None:
         return [Chunk(request, lane, 0, rows, 0, entry.nbytes)]
@@ -72,7 +57,7 @@ def cut(request: TensorRequest, lane: Lane) -> list[Chunk]:
             min(step, rows - row),
             row * row_bytes,
             min(step, rows - row) * row_bytes,
-            passes=row_bytes <= lane.ring.size,
+            through_scratch=row_bytes <= lane.ring.size,
         )
         for row in range(0, rows, step)
     ]

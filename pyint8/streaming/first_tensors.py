@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pyint8.host.processes import processes
 from pyint8.placement.device_map import is_planned
 from pyint8.streaming.head_start import HeadStart
 
@@ -57,7 +57,7 @@ def first_gpu(device_map: Any) -> tuple[torch.device, bool] | None:
     if is_planned(device_map):
         return current, False
     if device_map == "cuda":
-        device_map = int(os.environ.get("LOCAL_RANK", 0))  # of the processes that torchrun starts
+        device_map = processes().local_rank
     values = list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]
     devices = {
         torch.device("cuda", value) if isinstance(value, int) else torch.device(value)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pyint8.streaming.lane import Lane, LaneOpener, open_lane
-from pyint8.streaming.transport import Read, Transport
+from pyint8.checkpoint import EntryInMemory
+from pyint8.streaming.lane import Lane, LaneOpener, open_lane, reserve_memory
+from pyint8.streaming.transport import ReadRequest, Transport
 
 if TYPE_CHECKING:
     from pyint8.checkpoint import Entry
@@ -121,7 +122,7 @@ class HeadStart:
         builds the model would take it each time (docs/performance.md, "The interpreter's lock")."""
         wanted: list[tuple[Entry, torch.UntypedStorage]] = []
         for entry in entries:
-            if entry.nbytes < _WORTHWHILE_BYTES or entry.value is not None:
+            if entry.nbytes < _WORTHWHILE_BYTES or isinstance(entry, EntryInMemory):
                 continue
             nbytes -= entry.nbytes
             if nbytes < 0:
@@ -130,26 +131,18 @@ class HeadStart:
                 wanted.append((entry, torch.UntypedStorage(entry.nbytes, device=lane.device)))
             except torch.OutOfMemoryError:  # the load itself may need less at a time
                 break
-        reads = [Read(entry.path, entry.offset, entry.nbytes, storage, stamp=entry.stamp) for entry, storage in wanted]
+        reads = [
+            ReadRequest(entry.path, entry.offset, entry.nbytes, storage, stamp=entry.stamp) for entry, storage in wanted
+        ]
         first = self._transport.submit(lane, reads) if reads else 0
         for ticket, (entry, storage) in enumerate(wanted, first):
             self._early[entry.name] = EarlyTensor(entry, lane, storage, ticket)
 
     def _has_room(self, device: torch.device) -> bool:
-        """Whether the device's memory is enough, and torch's allocator has, or was given, what is to be reserved.
-
-        In one piece: many small ones take longer to get, and stay apart. What it holds from an earlier load is used
-        again.
-        """
+        """Whether the device's memory is enough, and torch's allocator has, or was given, what is to be reserved."""
         if device.type != "cuda":
             return True
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         if torch.cuda.mem_get_info(device)[0] + held < self._if_free:
             return False
-        if held >= self._reserved // 2:
-            return True
-        try:
-            torch.empty(self._reserved, dtype=torch.uint8, device=device)
-        except torch.OutOfMemoryError:  # let the load find out, which may need less at a time
-            return False
-        return True
+        return reserve_memory(device, self._reserved)

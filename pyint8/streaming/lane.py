@@ -16,7 +16,7 @@ from pyint8.streaming.scratch import ScratchRing
 if TYPE_CHECKING:
     from pyint8.config import StreamOptions
 
-logger = logging.getLogger("pyint8")
+logger = logging.getLogger(__name__)
 
 # A weight passes through scratch in bands of this part of it: the next ones arrive while one is quantized.
 _BANDS_IN_SCRATCH = 8
@@ -31,6 +31,7 @@ class Lane:
         index: The engine's number of this lane.
         stream: The caller's stream as an integer; work on landed tensors is ordered after their arrival on it.
         scratch_bytes: Memory for what only passes through. It is allocated when first needed.
+        on_gpu: Whether the engine has the GPU itself, so that a consumer can serve it.
         bytes_in_flight: Bytes asked for into tensors of their own and not yet taken.
     """
 
@@ -38,6 +39,7 @@ class Lane:
     index: int
     stream: int
     scratch_bytes: int
+    on_gpu: bool = False
     ring: ScratchRing = field(init=False)
     bytes_in_flight: int = 0
     filling: bool = True
@@ -47,6 +49,12 @@ class Lane:
     def __post_init__(self) -> None:
         # What is left holds the band being quantized: its fp16 form and its codes.
         self.ring = ScratchRing(self.scratch_bytes * (_BANDS_IN_SCRATCH - 2) // _BANDS_IN_SCRATCH)
+
+    def halve_scratch(self) -> int:
+        """Leaves half of scratch, none of which is in use, to somebody else, who may take so many bytes."""
+        self.scratch_bytes //= 2
+        self.__post_init__()
+        return self.scratch_bytes
 
     @property
     def band_bytes(self) -> int:
@@ -72,6 +80,24 @@ class Lane:
         self._buffer = self._transposed = None
 
 
+def reserve_memory(device: torch.device, nbytes: int) -> bool:
+    """Gives torch's allocator so much of a GPU's memory in one piece.
+
+    Many small ones take longer to get, and stay apart. What it holds from an earlier load is used again.
+
+    Returns:
+        False where there is not so much.
+    """
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if held >= nbytes // 2:
+        return True
+    try:
+        torch.empty(nbytes, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError:  # let the load find out, which may need less at a time
+        return False
+    return True
+
+
 LaneOpener = Callable[[_core.Engine, torch.device, "StreamOptions"], Lane]
 
 
@@ -91,6 +117,6 @@ def open_lane(engine: _core.Engine, device: torch.device, options: StreamOptions
             logger.warning("tensors for %s go through pageable host memory, slowly: %s", device, error)
         else:
             stream = torch.cuda.current_stream(device).cuda_stream
-            return Lane(device, number, stream, options.device_scratch)
+            return Lane(device, number, stream, options.device_scratch, on_gpu=True)
     number = engine.add_host_device(options.worker_threads())
     return Lane(torch.device("cpu"), number, 0, options.host_scratch)

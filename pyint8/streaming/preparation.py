@@ -43,7 +43,7 @@ class Preparation:
         if self._head_start is not None:
             self._head_start.close()
 
-    def start_head(self, device_map: Any, budget: MemoryBudget) -> None:
+    def start_head_start(self, device_map: Any, budget: MemoryBudget) -> None:
         """Lets the first tensors land, if it is known where; imports torch."""
         from pyint8.streaming.first_tensors import start_head_start
 

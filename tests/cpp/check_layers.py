@@ -17,9 +17,11 @@ MAY_INCLUDE: dict[str, set[str]] = {
     "options": {"error", "storage"},
     "device": {"error", "numeric"},
     "transfer": {"error", "storage", "numeric", "options", "device"},
+    "quantize": {"error", "numeric", "device", "transfer"},
 }
 # Files that must not know others of their room, but for these.
 KNOWS: dict[str, set[str]] = {"plan": set(), "ring": set(), "lane_queue": set(), "workers": {"lane_queue"}}
+KNOWS |= {"bands": set(), "scratch": set()}
 
 _INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 

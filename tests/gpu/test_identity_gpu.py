@@ -1,10 +1,9 @@
-"""The identity matrix of tests/python, on the GPU: bitsandbytes' CUDA kernels, our stream and our kernel."""
+"""The identity matrix of tests/contract, on the GPU: bitsandbytes' CUDA kernels, our stream and our kernel."""
 
 from __future__ import annotations
 
 import pytest
 from test_identity import (  # noqa: F401  (collected here)
-    checkpoints,
     scratch,
     test_class_is_found_in_the_config,
     test_fresh_head_reads_back,

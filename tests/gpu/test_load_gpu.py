@@ -11,19 +11,14 @@ import torch
 import transformers
 from oracle import compare_models, show
 from safetensors.torch import load_file, save_file
-from test_ambient_state import default_dtype
-from zoo import ZOO, CheckpointStore, checkpoint_store
+from torch_state import default_dtype
+from zoo import ZOO, CheckpointStore
 
 import pyint8
 from pyint8 import Int8Config, StreamOptions, _core
 from pyint8.errors import NonFiniteWeightError, PlacementError
 
 MIB = 1 << 20
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> CheckpointStore:
-    return checkpoint_store(tmp_path_factory.mktemp("zoo"))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from pyint8 import StreamOptions, _core
 from pyint8.checkpoint import open_checkpoint
 from pyint8.errors import TruncatedError
-from pyint8.streaming.chunks import TensorRequest
+from pyint8.streaming.requests import TensorRequest
 from pyint8.streaming.stream import open_stream
 
 CUDA = torch.device("cuda", 0)
@@ -106,8 +106,8 @@ def test_kernel_turns_as_torch_does(
     checkpoint = open_checkpoint(tmp_path)
     options = StreamOptions(device_scratch=1 << 20)
     with open_stream([TensorRequest(checkpoint["w"], CUDA, in_bands=True)], options) as stream:
-        turned = stream.turned_half("w", model_dtype)
-    assert equal_bytes(turned, weight.to(model_dtype).to(torch.float16).T)
+        transposed = stream.transposed_half("w", model_dtype)
+    assert equal_bytes(transposed, weight.to(model_dtype).to(torch.float16).T)
 
 
 def test_a_cut_file_is_told_and_everything_given_back(tmp_path: Path) -> None:

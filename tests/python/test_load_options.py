@@ -9,7 +9,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 import transformers as tf
-from oracle import compare_models, compare_outputs, describe_tensor, differences, show
+from oracle import assert_same, compare_outputs, differences, state
 from safetensors.torch import save_file
 from tqdm import tqdm
 from zoo import PREQUANTIZED, ZOO, CheckpointStore
@@ -18,18 +18,8 @@ import pyint8
 from pyint8 import Int8Config
 from pyint8.checkpoint import open_checkpoint
 
-SERIALIZABLE = "modules//attributes/is_8bit_serializable"
 IDS = torch.tensor([[5, 6, 7, 8]])
 Load = Callable[..., Any]
-
-
-def state(model: torch.nn.Module) -> dict[str, Any]:
-    return {name: describe_tensor(tensor.data) for name, tensor in model.state_dict().items()}
-
-
-def assert_same(ours: Any, theirs: Any) -> None:
-    found = compare_models(ours, theirs, allow=[SERIALIZABLE])
-    assert not found, show(found)
 
 
 @pytest.mark.parametrize("name", ["llama", "t5", "gpt2"])

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "numeric/cast.hpp"
 #include "numeric/transpose.hpp"
 
 namespace pyint8 {
@@ -30,6 +31,35 @@ class HostMemory {
   virtual std::byte* data() = 0;
 };
 
+// A stream of our own, destroyed with this.
+class Stream {
+ public:
+  virtual ~Stream() = default;
+  virtual StreamHandle handle() const = 0;
+  // Blocks until all that was put on it is over.
+  virtual void synchronize() = 0;
+};
+
+// bitsandbytes' `cint8_vector_quant`, which at threshold 0 is all that its operator does: (fp16
+// [rows, columns], int8 [rows, columns], fp32 [rows], threshold, rows, columns, stream).
+using Quantizer = void (*)(const void* half, void* codes, void* scales, float threshold, int rows,
+                           int columns, StreamHandle stream);
+
+// Rows to quantize: fp16 [rows, columns] to codes, int8 [rows, columns], and scales, fp32 [rows].
+struct QuantizeJob {
+  Address half;
+  Address codes;
+  Address scales;
+  int rows;
+  int columns;
+};
+
+inline void call(Quantizer quantizer, const QuantizeJob& job, StreamHandle stream) {
+  constexpr float kThreshold = 0;  // no outliers are set apart: those of weights are not
+  quantizer(reinterpret_cast<const void*>(job.half), reinterpret_cast<void*>(job.codes),
+            reinterpret_cast<void*>(job.scales), kThreshold, job.rows, job.columns, stream);
+}
+
 class Device {
  public:
   virtual ~Device() = default;
@@ -53,8 +83,17 @@ class Device {
   // Blocks until every copy issued so far has landed.
   virtual void synchronize() = 0;
 
+  virtual std::unique_ptr<Stream> make_stream() = 0;
+
+  // Makes sure that the two below have what they need, which the first of them would do otherwise. Throws
+  // kDriver where this build, or the driver, has no kernels for the device.
+  virtual void prepare_kernels() = 0;
   // Transposes and casts a weight (see transpose.hpp) on `stream`.
   virtual void transpose_to_half(const TransposeJob& job, StreamHandle stream) = 0;
+  // Casts values (see cast.hpp) on `stream`.
+  virtual void cast(const CastJob& job, StreamHandle stream) = 0;
+  // Lets `quantizer` put its work on `stream`.
+  virtual void quantize(Quantizer quantizer, const QuantizeJob& job, StreamHandle stream) = 0;
 };
 
 // Bytes of pinned memory held by this process's devices right now.

@@ -88,17 +88,52 @@ class PinnedMemory final : public HostMemory {
   std::byte* data_ = nullptr;
 };
 
-const char* kernel_name(const TransposeJob& job) {
-  switch (job.type) {
-    case ElementType::kHalf:
-      return job.through_bfloat16 ? "transpose_half_through_bfloat16" : "transpose_half";
-    case ElementType::kBFloat16:
-      return "transpose_bfloat16";
-    case ElementType::kFloat:
-      return job.through_bfloat16 ? "transpose_float_through_bfloat16" : "transpose_float";
+class CudaStream final : public Stream {
+ public:
+  explicit CudaStream(std::shared_ptr<CudaContext> context) : context_(std::move(context)) {
+    const CudaContext::Scope scope(*context_);
+    const CudaApi& api = context_->api();
+    api.check(api.stream_create(&handle_, kStreamNonBlocking), "cuStreamCreate");
   }
-  throw Error(ErrorCode::kInvalidArgument,
-              "unknown element type " + std::to_string(static_cast<int>(job.type)));
+  ~CudaStream() override {
+    const CudaContext::Scope scope(*context_, std::nothrow);
+    context_->api().stream_destroy(handle_);
+  }
+  StreamHandle handle() const override { return reinterpret_cast<StreamHandle>(handle_); }
+  void synchronize() override {
+    const CudaContext::Scope scope(*context_);
+    context_->api().check(context_->api().stream_synchronize(handle_), "cuStreamSynchronize");
+  }
+
+ private:
+  std::shared_ptr<CudaContext> context_;
+  CuStream handle_ = nullptr;
+};
+
+std::string name_of(ElementType type) {
+  switch (type) {
+    case ElementType::kHalf:
+      return "half";
+    case ElementType::kBFloat16:
+      return "bfloat16";
+    case ElementType::kFloat:
+      return "float";
+  }
+  throw Error(ErrorCode::kInvalidArgument, "unknown element type " + std::to_string(static_cast<int>(type)));
+}
+
+// What is bfloat16 already need not be rounded to it.
+std::string through(ElementType type, bool through_bfloat16) {
+  return through_bfloat16 && type != ElementType::kBFloat16 ? "_through_bfloat16" : "";
+}
+
+std::string kernel_name(const TransposeJob& job) {
+  return "transpose_" + name_of(job.type) + through(job.type, job.through_bfloat16);
+}
+
+std::string kernel_name(const CastJob& job) {
+  return "cast_" + name_of(job.type) + "_to_" + name_of(job.to_type) +
+         through(job.type, job.through_bfloat16);
 }
 
 }  // namespace
@@ -211,34 +246,66 @@ CuModule CudaDevice::load_kernels() const {
   return module;
 }
 
-// Loaded at the first Conv1D weight, not before.
-CuFunction CudaDevice::kernel_for(const TransposeJob& job) {
+// Loaded for the first weight that needs them, not before.
+CuFunction CudaDevice::kernel(const std::string& name) {
   const CudaApi& api = context_->api();
   const std::lock_guard lock(module_mutex_);
   if (module_ == nullptr) module_ = load_kernels();
   CuFunction function = nullptr;
-  api.check(api.module_get_function(&function, module_, kernel_name(job)), "cuModuleGetFunction");
+  api.check(api.module_get_function(&function, module_, name.c_str()), "cuModuleGetFunction");
   return function;
+}
+
+void CudaDevice::launch(const std::string& kernel_name, unsigned blocks_x, unsigned blocks_y,
+                        std::span<void* const> arguments, StreamHandle stream) {
+  const CuFunction function = kernel(kernel_name);
+  const CudaApi& api = context_->api();
+  api.check(api.launch_kernel(function, blocks_x, blocks_y, 1, kTile, kRows, 1, 0, as_stream(stream),
+                              const_cast<void**>(arguments.data()), nullptr),
+            "cuLaunchKernel");
+}
+
+std::unique_ptr<Stream> CudaDevice::make_stream() {
+  return std::make_unique<CudaStream>(context_);
+}
+
+void CudaDevice::prepare_kernels() {
+  const CudaContext::Scope scope(*context_);
+  const std::lock_guard lock(module_mutex_);
+  if (module_ == nullptr) module_ = load_kernels();
 }
 
 void CudaDevice::transpose_to_half(const TransposeJob& job, StreamHandle stream) {
   validate(job);
   if (job.rows == 0 || job.columns == 0) return;
   const CudaContext::Scope scope(*context_);
-  const CuFunction kernel = kernel_for(job);
   auto [from, to] = std::pair<CuDevicePtr, CuDevicePtr>{job.from, job.to};
   unsigned long long rows = job.rows, columns = job.columns, to_stride = job.to_stride;
-  std::array<void*, 5> arguments = {&from, &rows, &columns, &to, &to_stride};
+  const std::array<void*, 5> arguments = {&from, &rows, &columns, &to, &to_stride};
   const auto blocks_x = static_cast<unsigned>((job.columns + kTile - 1) / kTile);
   const auto blocks_y =
       static_cast<unsigned>(std::min<std::size_t>((job.rows + kTile - 1) / kTile, kMostBlocksY));
-  const CudaApi& api = context_->api();
-  api.check(api.launch_kernel(kernel, blocks_x, blocks_y, 1, kTile, kRows, 1, 0, as_stream(stream),
-                              arguments.data(), nullptr),
-            "cuLaunchKernel");
+  launch(kernel_name(job), blocks_x, blocks_y, arguments, stream);
   const std::lock_guard lock(module_mutex_);
   if (last_transpose_ == nullptr) last_transpose_ = make_event();
   record_on(stream, *last_transpose_);
+}
+
+void CudaDevice::cast(const CastJob& job, StreamHandle stream) {
+  validate(job);
+  if (job.elements == 0) return;
+  const CudaContext::Scope scope(*context_);
+  auto [from, to, marks_at] = std::array<CuDevicePtr, 3>{job.from, job.to, job.marks_at};
+  unsigned long long elements = job.elements, per_mark = job.elements_per_mark;
+  unsigned long long overflow_only = job.marks == Marks::kOverflow ? 1 : 0;
+  const std::array<void*, 6> arguments = {&from, &elements, &to, &marks_at, &per_mark, &overflow_only};
+  const std::size_t blocks = (job.elements + kCastElements - 1) / kCastElements;
+  launch(kernel_name(job), static_cast<unsigned>(blocks), 1, arguments, stream);
+}
+
+void CudaDevice::quantize(Quantizer quantizer, const QuantizeJob& job, StreamHandle stream) {
+  const CudaContext::Scope scope(*context_);  // which bitsandbytes' runtime takes for its own
+  call(quantizer, job, stream);
 }
 
 }  // namespace pyint8

@@ -3,6 +3,8 @@
 
 #include <mutex>
 #include <new>
+#include <span>
+#include <string>
 
 #include "device/cuda_api.hpp"
 #include "device/device.hpp"
@@ -56,10 +58,16 @@ class CudaDevice final : public Device {
   void record_on(StreamHandle stream, Event& event) override;
   void stream_waits_for(StreamHandle stream, const Event& event) override;
   void synchronize() override;
+  std::unique_ptr<Stream> make_stream() override;
+  void prepare_kernels() override;
   void transpose_to_half(const TransposeJob& job, StreamHandle stream) override;
+  void cast(const CastJob& job, StreamHandle stream) override;
+  void quantize(Quantizer quantizer, const QuantizeJob& job, StreamHandle stream) override;
 
  private:
-  CuFunction kernel_for(const TransposeJob& job);
+  CuFunction kernel(const std::string& name);
+  void launch(const std::string& kernel_name, unsigned blocks_x, unsigned blocks_y,
+              std::span<void* const> arguments, StreamHandle stream);
   CuModule load_kernels() const;
 
   std::shared_ptr<CudaContext> context_;

@@ -20,6 +20,12 @@ class PlainMemory final : public HostMemory {
   std::vector<std::byte> bytes_;
 };
 
+class NoStream final : public Stream {
+ public:
+  StreamHandle handle() const override { return 0; }
+  void synchronize() override {}
+};
+
 }  // namespace
 
 std::unique_ptr<HostMemory> HostDevice::allocate_host(std::size_t nbytes) {
@@ -28,6 +34,14 @@ std::unique_ptr<HostMemory> HostDevice::allocate_host(std::size_t nbytes) {
 
 std::unique_ptr<Event> HostDevice::make_event() {
   return std::make_unique<PassedEvent>();
+}
+
+std::unique_ptr<Stream> HostDevice::make_stream() {
+  return std::make_unique<NoStream>();
+}
+
+void HostDevice::quantize(Quantizer quantizer, const QuantizeJob& job, StreamHandle stream) {
+  call(quantizer, job, stream);
 }
 
 void HostDevice::copy(Address to, const std::byte* from, std::size_t nbytes) {

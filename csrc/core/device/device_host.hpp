@@ -19,9 +19,13 @@ class HostDevice : public Device {
   void record_on(StreamHandle, Event&) override {}
   void stream_waits_for(StreamHandle, const Event&) override {}
   void synchronize() override {}
+  std::unique_ptr<Stream> make_stream() override;
+  void prepare_kernels() override {}
   void transpose_to_half(const TransposeJob& job, StreamHandle) override {
     pyint8::transpose_to_half(job, threads_);
   }
+  void cast(const CastJob& job, StreamHandle) override { pyint8::cast(job); }
+  void quantize(Quantizer quantizer, const QuantizeJob& job, StreamHandle stream) override;
 
  private:
   std::size_t threads_;

@@ -175,10 +175,6 @@ void transpose_columns(const TransposeJob& job, ConvertRow convert, std::size_t 
 
 }  // namespace
 
-std::size_t size_of(ElementType type) {
-  return type == ElementType::kFloat ? 4 : 2;
-}
-
 void validate(const TransposeJob& job) {
   constexpr std::size_t kMost = std::numeric_limits<std::ptrdiff_t>::max() / 4;  // of 4-byte elements
   if (job.to_stride < job.rows) {

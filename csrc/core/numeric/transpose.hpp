@@ -4,11 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "numeric/element.hpp"
+
 namespace pyint8 {
-
-enum class ElementType : int { kHalf = 0, kBFloat16 = 1, kFloat = 2 };
-
-std::size_t size_of(ElementType type);
 
 // Source row r, column c goes to destination row c, column r:
 //   to[c * to_stride + r] = half(model_dtype(from[r * columns + c]))

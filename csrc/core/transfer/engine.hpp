@@ -55,6 +55,8 @@ class Engine {
   // Returns the lane's number.
   std::uint32_t add_device(std::unique_ptr<Device> device);
 
+  Device& device(std::uint32_t lane);
+
   // Pins the ring, which the first submission to a device other than the host would do.
   void prepare(std::uint32_t lane);
 
@@ -102,7 +104,6 @@ class Engine {
     std::shared_ptr<Start> start;
   };
 
-  Device& device(std::uint32_t lane);
   void make_rings(Device& device);  // with the lock held
   std::vector<Job> make_jobs(std::uint32_t lane, std::span<const Read> reads,
                              const std::shared_ptr<Start>& start);

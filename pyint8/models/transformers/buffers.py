@@ -19,12 +19,12 @@ from torch import nn
 from pyint8.errors import first_names
 from pyint8.placement.device_map import OFF_DEVICE
 
-logger = logging.getLogger("pyint8")
+logger = logging.getLogger(__name__)
 
 _NAMED_AT_MOST = 5
 
 
-def tell_unfilled_buffers(model: transformers.PreTrainedModel, device_map: Mapping[str, Any] | None) -> None:
+def warn_of_unfilled_buffers(model: transformers.PreTrainedModel, device_map: Mapping[str, Any] | None) -> None:
     """One warning that names the buffers of a loaded model that nothing was written to."""
     devices = {str(device) for device in (device_map or {}).values()}
     if len(devices) > 1 and not devices.isdisjoint(OFF_DEVICE):

@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig
 from transformers.quantizers import register_quantization_config, register_quantizer
 
 from pyint8.config import METHOD, Int8Config, bitsandbytes_field, int8_config_of
-from pyint8.models.transformers.buffers import tell_unfilled_buffers
+from pyint8.models.transformers.buffers import warn_of_unfilled_buffers
 from pyint8.models.transformers.compat import (
     Bnb8BitHfQuantizer,
     QuantizationConfigMixin,
@@ -29,7 +29,7 @@ from pyint8.models.transformers.compat import (
 from pyint8.models.transformers.conversion import PlannedConverter, PlannedRenaming
 from pyint8.models.transformers.parallel import refuse_split_models
 from pyint8.models.transformers.session import LoadSession
-from pyint8.models.unquantized import tell_unquantized
+from pyint8.models.unquantized import report_unquantized
 from pyint8.placement.device_map import check_device_map
 from pyint8.placement.tight import tight_memory
 from pyint8.quantizer import Int8Quantizer, tensor_bytes
@@ -84,7 +84,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         self._was_pre_quantized: bool = kwargs.get("pre_quantized", True)
         # The session of the pyint8.load under way, or one of its own for a from_pretrained of somebody else.
         is_strict = isinstance(quantization_config, Int8Config) and quantization_config.strict
-        self.session = LoadSession.active() or LoadSession.of_other_code(strict=is_strict)
+        self.session = LoadSession.active() or LoadSession.for_drop_in(strict=is_strict)
         self.int8 = Int8Quantizer(
             int8_config_of(genuine),
             pre_quantized=self._was_pre_quantized,
@@ -94,7 +94,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         check_device_map(device_map)
         self.int8.validate_environment(device_map=device_map, **kwargs)
-        self._see_device_map(device_map)
+        self._pass_on_device_map(device_map)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return self.int8.update_dtype(dtype)
@@ -145,7 +145,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         refuse_split_models({"distributed_config": getattr(model.config, "distributed_config", None)})
         self._model, self._dtype = model, dtype
         if not checkpoint_files:
-            self._give_way(model)
+            self._become_genuine(model)
             self.preprocess_model(model, dtype=dtype, checkpoint_files=checkpoint_files, **kwargs)
             return
         self.session.open_files(checkpoint_files)
@@ -153,7 +153,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         super().preprocess_model(model, dtype=dtype, checkpoint_files=checkpoint_files, **kwargs)
         self.session.model_is_built()
 
-    def _give_way(self, model: Any) -> None:
+    def _become_genuine(self, model: Any) -> None:
         """Becomes transformers' own quantizer: tensors that are in memory (`state_dict=`) need nobody to read them."""
         self._name_genuine_config(model)
         self.session.model_is_built()
@@ -174,7 +174,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
             super().update_parallel_plan(model, plan)
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **kwargs: Any) -> None:
-        self._see_device_map(device_map)
+        self._pass_on_device_map(device_map)
         in_fp32 = kept_in_fp32(model)
         found = self.get_modules_to_not_convert(model, self.quantization_config.llm_int8_skip_modules, in_fp32)
         self.int8.preprocess_model(
@@ -182,20 +182,20 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
             skip=found,
             device_map=device_map,
             matches=lambda name, patterns: not should_convert_module(name, patterns),
-            tell_dead=not self._was_pre_quantized,
+            warn_of_dead=not self._was_pre_quantized,
             facts={"_is_quantized": True},
         )
         for name in self.int8.skipped:
             if not should_convert_module(name, in_fp32):
                 self.int8.skipped[name] = _KEPT
 
-    def _see_device_map(self, device_map: Any) -> None:
+    def _pass_on_device_map(self, device_map: Any) -> None:
         if isinstance(device_map, dict):
-            self.session.see_device_map(device_map)
+            self.session.set_device_map(device_map)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
         """Takes the place of the model's own conversions; they are kept in the plan."""
-        self._planned = self.session.make_plan(self._model, weight_conversions, self._dtype, self.int8)
+        self._planned = self.session.set_conversions(self._model, weight_conversions, self._dtype, self.int8)
         if self.int8.found:
             self._say_what_is_skipped()
         # transformers reads the tensors of a pre-quantized checkpoint at once, in threads, and others when asked.
@@ -219,8 +219,8 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
             genuine = Bnb8BitHfQuantizer(self.quantization_config, pre_quantized=self._was_pre_quantized)
             genuine.modules_to_not_convert = self.int8.skip
             model.hf_quantizer = genuine
-            tell_unquantized(model, self.int8, self.session.recorder.report)
-            tell_unfilled_buffers(model, self.session.device_map)
+            report_unquantized(model, self.int8, self.session.recorder.report)
+            warn_of_unfilled_buffers(model, self.session.device_map)
         if self.session.is_drop_in:
             announce(self.session.recorder.report, model.name_or_path)
         return model

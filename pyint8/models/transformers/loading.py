@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from safetensors import SafetensorError
 
-from pyint8.checkpoint.find import cached_file, named_by_adapter
+from pyint8.checkpoint.find import HUB_ARGUMENTS, cached_file, named_by_adapter
 from pyint8.config import METHOD, Int8Config
 from pyint8.errors import CheckpointNotFoundError, FileChangedError, ModelNotSupportedError, OptionError
 from pyint8.host import garbage
@@ -29,23 +29,10 @@ from pyint8.streaming.preparation import Preparation
 
 # from_pretrained changes the process while it runs (the default dtype, PreTrainedModel's methods, progress bars): two
 # at once leave weights on meta, without an error. And configurations and models are imported when they are first named.
-_one_at_a_time = threading.RLock()
+_load_lock = threading.RLock()
 
-# Where a checkpoint is found, as from_pretrained names it; the rest may be for the configuration or the model.
-_HUB_ARGUMENTS = frozenset(
-    {
-        "cache_dir",
-        "code_revision",
-        "force_download",
-        "local_files_only",
-        "proxies",
-        "revision",
-        "subfolder",
-        "token",
-        "trust_remote_code",
-    }
-)
-
+# For finding a checkpoint and its code; the other arguments may be for the configuration or the model.
+_FINDING_ARGUMENTS = frozenset({*HUB_ARGUMENTS, "code_revision", "trust_remote_code"})
 
 # What transformers' refusal to run a checkpoint's code says.
 _ASKS_FOR_TRUST = "trust_remote_code=True"
@@ -70,7 +57,7 @@ def load_pretrained(
     """
     int8 = Int8Quantizer(request.config or Int8Config())
     int8.validate_environment(**{name: request.arguments.get(name, False) for name in ("from_tf", "from_flax")})
-    preparation.start_head(request.device_map, request.budget)
+    preparation.start_head_start(request.device_map, request.budget)
     memory = request.budget.per_device
     placement = {
         "device_map": request.device_map,
@@ -79,7 +66,7 @@ def load_pretrained(
         "offload_folder": request.offload_folder,
     }
     session = LoadSession(request, preparation, recorder)
-    with _one_at_a_time, ExitStack() as stack:
+    with _load_lock, ExitStack() as stack:
         model_class, arguments = _resolve(model_class, request)
         stack.enter_context(session.activate())
         stack.enter_context(recorder.phase("build"))
@@ -96,7 +83,7 @@ def _resolve(model_class: Any, request: LoadRequest) -> tuple[Any, dict[str, Any
     """The class to load, and what its from_pretrained is given beside the placement."""
     path, base = request.path, request.base
     arguments = dict(request.arguments)
-    hub = {name: value for name, value in arguments.items() if name in _HUB_ARGUMENTS}
+    hub = {name: value for name, value in arguments.items() if name in _FINDING_ARGUMENTS}
     config_class = getattr(model_class, "config_class", None) or transformers.AutoConfig
     with named_by_adapter(path, base):
         config = _read_config(config_class, base, hub)

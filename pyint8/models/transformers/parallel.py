@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
 from pyint8.errors import PlacementError
+from pyint8.host.processes import processes
 
 
 def refuse_split_models(arguments: Mapping[str, Any]) -> None:
@@ -33,13 +33,13 @@ def _ranks(name: str, value: Any) -> int:
     if value is None:
         return 1
     if name == "device_mesh":
-        return int(value.size()) if callable(getattr(value, "size", None)) else int(os.environ.get("WORLD_SIZE", "1"))
+        return int(value.size()) if callable(getattr(value, "size", None)) else processes().total
     if name == "tp_size":
         return int(value)
     if name == "tp_plan":
-        return int(os.environ.get("WORLD_SIZE", "1"))
+        return processes().total
     fields = value if isinstance(value, Mapping) else vars(value)
     sizes = [size for field, size in fields.items() if field.endswith("_size") and isinstance(size, int)]
     if fields.get("tp_plan") is not None and fields.get("tp_size") is None:
-        sizes.append(int(os.environ.get("WORLD_SIZE", "1")))
+        sizes.append(processes().total)
     return max(sizes, default=1)

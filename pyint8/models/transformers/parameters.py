@@ -16,10 +16,11 @@ from pyint8.models.transformers.compat import expand_device_map, fixed_dtypes
 from pyint8.models.transformers.device_worker import DeviceWorker
 from pyint8.models.transformers.plan import LoadPlan, Target
 from pyint8.placement.device_map import landing_device
-from pyint8.quantizer import Int8Quantizer
+from pyint8.quantizer import Int8Quantizer, find_entry_point
 from pyint8.report import Recorder
-from pyint8.streaming.chunks import TensorRequest
+from pyint8.streaming.lane import reserve_memory
 from pyint8.streaming.preparation import Preparation
+from pyint8.streaming.requests import TensorRequest
 from pyint8.streaming.stream import TensorStream
 
 
@@ -48,7 +49,8 @@ def find_dtypes(
 class ParameterMaker:
     """The streams of one load, one for each GPU, and the parameters made of them.
 
-    Where there are several, each has a thread that makes its parameters, so that all are fed at once.
+    Where there are several and parameters are converted, each has a thread that makes its own, so that all are fed at
+    once.
 
     Args:
         plan: Every tensor's place.
@@ -82,11 +84,18 @@ class ParameterMaker:
         wanted = {device: [r for t in group for r in self._requests(t)] for device, group in self._groups.items()}
         recorder.expect(sum(request.entry.nbytes for requests in wanted.values() for request in requests))
         self._transport, early = preparation.take_transport(len(self._groups))
+        self._has_converters = any(target.converter is not None for target in plan.targets.values())
+        if not preparation.reserves_memory:
+            for device, requests in wanted.items():
+                if device.type == "cuda":
+                    reserve_memory(device, sum(request.final_bytes for request in requests))
         self._streams: dict[torch.device, TensorStream] = {}
         try:
             for device, requests in wanted.items():
                 mine = early if len(wanted) == 1 else {name: t for name, t in early.items() if t.lane.device == device}
-                self._streams[device] = TensorStream(requests, self._transport, recorder=recorder, early=mine)
+                self._streams[device] = TensorStream(
+                    requests, self._transport, recorder=recorder, early=mine, quantizer=find_entry_point()
+                )
         except BaseException:
             self.close()
             raise
@@ -108,6 +117,9 @@ class ParameterMaker:
         """The parameters of one target, by name; asked for in the order of the plan."""
         if len(self._groups) == 1:
             return self._make(name, next(iter(self._streams.values())), loading_info)
+        if not self._has_converters:
+            stream = self._streams[self._landing_device(self._plan.targets[name])]
+            return self._make(name, stream, loading_info)
         if not self._makers:
             for gpu, group in self._groups.items():
                 make = partial(self._make, stream=self._streams[gpu], loading_info=loading_info)

@@ -100,7 +100,7 @@ class LoadPlan:
         return {name: target for target in self.targets.values() for name in target.makes()}
 
 
-def make_plan(
+def plan_load(
     checkpoint: Checkpoint,
     conversions: list[WeightTransform],
     base_model_prefix: str,

@@ -12,8 +12,8 @@ from pyint8.checkpoint import Checkpoint
 from pyint8.models.request import LoadRequest
 from pyint8.models.transformers.compat import WeightTransform
 from pyint8.models.transformers.parameters import ParameterMaker, find_destinations, find_dtypes
-from pyint8.models.transformers.plan import make_plan
-from pyint8.models.transformers.reconcile import judge_disagreements, reconcile
+from pyint8.models.transformers.plan import plan_load
+from pyint8.models.transformers.reconcile import check_index, reconcile
 from pyint8.quantizer import Int8Quantizer
 from pyint8.report import Recorder
 from pyint8.streaming.preparation import Preparation
@@ -50,9 +50,9 @@ class PlannedLoad:
         self._maker: ParameterMaker | None = None
         self._model, self._checkpoint, self._dtype, self._quantizer = model, checkpoint, dtype, quantizer
         prefix, keys = model.base_model_prefix, model.state_dict()
-        self.plan = make_plan(checkpoint, conversions, prefix, keys, pre_quantized=quantizer.pre_quantized)
+        self.plan = plan_load(checkpoint, conversions, prefix, keys, pre_quantized=quantizer.pre_quantized)
         allow = request.allows_mismatched_shapes
-        judge_disagreements(self.plan, model, checkpoint, strict=request.strict, allow_mismatched_shapes=allow)
+        check_index(self.plan, model, checkpoint, strict=request.strict, allow_mismatched_shapes=allow)
         parameters = reconcile(self.plan, model, checkpoint, quantizer, allow_mismatched_shapes=allow)
         self.dtypes = find_dtypes(model, parameters, dtype, quantizer)
         self._started_at = 0.0

@@ -11,33 +11,33 @@ from pyint8.checkpoint import Checkpoint, Entry
 from pyint8.errors import CheckpointError, ShapeMismatchError
 from pyint8.models import checks
 from pyint8.models.assembly import Stored
-from pyint8.models.reconcile import ABSENT, TIED, check_stored, judge_absent, reconcile_modules
+from pyint8.models.reconcile import ABSENT, TIED, check_absent, check_stored, reconcile_modules
 from pyint8.models.transformers.compat import may_be_missing, tied_weights
 from pyint8.models.transformers.plan import LoadPlan, Target
 from pyint8.quantizer import Int8Quantizer
 
 
-def judge_disagreements(
+def check_index(
     plan: LoadPlan, model: Any, checkpoint: Checkpoint, *, strict: bool, allow_mismatched_shapes: bool
 ) -> None:
-    """Refuses, or tells, what an index and its shards do not agree about (see `checks.judge_disagreements`)."""
+    """Refuses, or tells, what an index and its shards do not agree about (see `checks.check_disagreements`)."""
     used = {name for target in plan.targets.values() for name in target.source_names()}
 
-    def want(name: str) -> checks.Want:
+    def want(name: str) -> checks.Need:
         if name not in plan.absent:
-            return checks.Want.YES if name in used else checks.Want.NO
+            return checks.Need.WANTED if name in used else checks.Need.NONE
         target = plan.absent[name]
-        if target.format is not None or (target.source is not None and _is_had_otherwise(target.name, plan, model)):
-            return checks.Want.NO
+        if target.format is not None or (target.source is not None and _is_covered_otherwise(target.name, plan, model)):
+            return checks.Need.NONE
         others = plan.targets.get(target.name)  # of which it is a part, or the scales
         if others is None or target.source is not None or (target.scales is None and allow_mismatched_shapes):
-            return checks.Want.YES
-        return checks.Want.CANNOT_DO_WITHOUT
+            return checks.Need.WANTED
+        return checks.Need.REQUIRED
 
-    checks.judge_disagreements(checkpoint, want, strict=strict)
+    checks.check_disagreements(checkpoint, want, strict=strict)
 
 
-def _is_had_otherwise(name: str, plan: LoadPlan, model: Any) -> bool:
+def _is_covered_otherwise(name: str, plan: LoadPlan, model: Any) -> bool:
     """Whether a parameter is made of another tensor, tied to one that is, or one that its model can do without."""
     ties = tied_weights(model)
     source = ties.get(name, name)
@@ -81,12 +81,12 @@ def reconcile(
         return made_by[weight].stored(checkpoint)
 
     if quantizer.strict and not plan.targets:
-        checks.refuse_what_does_not_fit(checkpoint, parameters)
+        checks.refuse_unrelated(checkpoint, parameters)
     replaced = list(quantizer.converted)
     absent = reconcile_modules(model, quantizer, find, shapes if allow_mismatched_shapes else None)
     prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
     body = [name for name in replaced if name.startswith(prefix)]
-    judge_absent(checkpoint, quantizer, body, absent, parameters)
+    check_absent(checkpoint, quantizer, body, absent, parameters)
     if len(quantizer.converted) < len(replaced):
         parameters = model.state_dict()
     for name, target in plan.targets.items():

@@ -9,7 +9,7 @@ from packaging.version import Version
 
 from pyint8.errors import DependencyVersionError, MissingDependencyError
 
-logger = logging.getLogger("pyint8")
+logger = logging.getLogger(__name__)
 
 LOWEST = "5.8"
 """The first release that lets a quantizer take part in renaming (`update_weight_conversions`)."""

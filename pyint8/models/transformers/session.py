@@ -27,9 +27,9 @@ class LoadSession:
     """One load.
 
     transformers' hooks come in this order: the files (`open_files`), the model on meta (`model_is_built`), its
-    renamings (`make_plan`), every target (`make`), the end (`finish`). The device map comes before or after the plan
-    (`see_device_map`), as it was given or had to be planned; or not at all, for one device. The stream starts as soon
-    as both are there, at the latest with the first target.
+    conversions (`set_conversions`), every target (`make`), the end (`finish`). The device map (`set_device_map`) comes
+    before the conversions if it was given, after them if it had to be planned, and not at all for one device. The
+    stream starts as soon as both are known, at the latest with the first target.
 
     Args:
         request: What was asked for.
@@ -58,7 +58,7 @@ class LoadSession:
         self._made_at = time.perf_counter()
 
     @staticmethod
-    def of_other_code(*, strict: bool) -> LoadSession:
+    def for_drop_in(*, strict: bool) -> LoadSession:
         """The session of a from_pretrained that is not within `pyint8.load`; `PYINT8_*` variables are its options."""
         request = LoadRequest(
             strict=strict, options=StreamOptions.from_environment(), arguments={"ignore_mismatched_sizes": True}
@@ -77,8 +77,8 @@ class LoadSession:
 
     @property
     def reserves_memory(self) -> bool:
-        """Whether the memory of the GPU was seen to, and tensors lie in it already: once the stream has started."""
-        return self.planned is not None and self.planned.has_started and self._preparation.reserves_memory
+        """Whether the GPUs' memory was seen to, and tensors lie in it already: once the stream has started."""
+        return self.planned is not None and self.planned.has_started
 
     @contextmanager
     def activate(self) -> Iterator[None]:
@@ -104,7 +104,7 @@ class LoadSession:
             with self.recorder.phase("read headers"):
                 self._checkpoint = checkpoint_of_files(files)
 
-    def make_plan(
+    def set_conversions(
         self, model: Any, conversions: list[Any], dtype: torch.dtype, quantizer: Int8Quantizer
     ) -> PlannedLoad:
         """Decides what every tensor is for, and which of the replaced modules are put back.
@@ -119,7 +119,7 @@ class LoadSession:
             self._start(self.planned)
         return self.planned
 
-    def see_device_map(self, device_map: Mapping[str, Any]) -> None:
+    def set_device_map(self, device_map: Mapping[str, Any]) -> None:
         """What transformers has decided."""
         self.device_map = device_map
         if self.planned is not None:

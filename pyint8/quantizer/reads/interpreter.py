@@ -20,7 +20,7 @@ from pyint8.quantizer.reads.expressions import Expressions
 from pyint8.quantizer.reads.functions import names_read, source_of
 from pyint8.quantizer.reads.values import UNKNOWN, Many, Model, Value, Weight, WeightDtype, bound, merged
 
-logger = logging.getLogger("pyint8")
+logger = logging.getLogger(__name__)
 
 
 class Interpreter:

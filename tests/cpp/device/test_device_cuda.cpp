@@ -97,7 +97,7 @@ TEST_CASE("more memory than there are addresses") {
 
 TEST_CASE("copies land in order behind what they wait for, and an event tells when") {
   const Accounts accounts;
-  Consumer consumer(0);
+  Caller caller(0);
   CudaDevice device(fake_driver(), 0);
   const auto memory = device.allocate_host(2);
   memory->data()[0] = std::byte{1};
@@ -107,8 +107,8 @@ TEST_CASE("copies land in order behind what they wait for, and an event tells wh
   const auto landed = device.make_event();
   wait_until_passed(*landed);  // never recorded: passes
 
-  Gate gate(consumer);
-  device.record_on(consumer.stream(), *ready);
+  Gate gate(caller);
+  device.record_on(caller.stream(), *ready);
   device.copies_wait_for(*ready);
   device.copy(address_of(&target), memory->data(), 1);
   device.copy(address_of(&target), memory->data() + 1, 1);
@@ -129,13 +129,13 @@ TEST_CASE("copies land in order behind what they wait for, and an event tells wh
 TEST_CASE("a device that goes lets its copies end first") {
   const Accounts accounts;
   std::byte target{0};
-  Consumer consumer(0);
+  Caller caller(0);
   auto device = std::make_unique<CudaDevice>(fake_driver(), 0);
   const auto memory = device->allocate_host(1);
   memory->data()[0] = std::byte{1};
   const auto ready = device->make_event();
-  Gate gate(consumer);
-  device->record_on(consumer.stream(), *ready);
+  Gate gate(caller);
+  device->record_on(caller.stream(), *ready);
   device->copies_wait_for(*ready);
   device->copy(address_of(&target), memory->data(), 1);
   std::jthread opener([&] {
@@ -146,38 +146,38 @@ TEST_CASE("a device that goes lets its copies end first") {
   CHECK(target == std::byte{1});
 }
 
-TEST_CASE("a consumer's stream waits for the moment that was recorded last before the call") {
+TEST_CASE("a caller's stream waits for the moment that was recorded last before the call") {
   const Accounts accounts;
-  Consumer consumer(1), other(1);
+  Caller caller(1), other(1);
   CudaDevice device(fake_driver(), 1);
   const auto event = device.make_event();
   device.record(*event);
-  device.stream_waits_for(consumer.stream(), *event);
+  device.stream_waits_for(caller.stream(), *event);
   Gate gate(other);
-  device.record_on(other.stream(), *event);  // moves the event; the consumer waits for the earlier moment
-  consumer.synchronize();
+  device.record_on(other.stream(), *event);  // moves the event; the caller waits for the earlier moment
+  caller.synchronize();
   gate.open();
   wait_until_passed(*event);
 }
 
 TEST_CASE("the default stream's handle is 0, and neither stream waits for the other by itself") {
   const Accounts accounts;
-  Consumer consumer(0);
+  Caller caller(0);
   CudaDevice device(fake_driver(), 0);
   const auto event = device.make_event();
   const auto latch = std::make_shared<std::latch>(1);
-  consumer.then([latch] { latch->wait(); }, true);
+  caller.then([latch] { latch->wait(); }, true);
   device.record_on(0, *event);
   device.synchronize();
   device.copies_wait_for(*event);
   latch->count_down();
   device.synchronize();
-  consumer.synchronize(true);
+  caller.synchronize(true);
 }
 
 TEST_CASE("an event is recorded only on streams of its own device") {
   const Accounts accounts;
-  Consumer elsewhere(1);
+  Caller elsewhere(1);
   CudaDevice device(fake_driver(), 0);
   const auto event = device.make_event();
   const Error error = error_of([&] { device.record_on(elsewhere.stream(), *event); });
@@ -189,13 +189,13 @@ TEST_CASE("an event is recorded only on streams of its own device") {
 
 TEST_CASE("the fake sees memory taken back under a copy, and copies from pageable memory") {
   Accounts accounts;
-  Consumer consumer(0);
+  Caller caller(0);
   CudaDevice device(fake_driver(), 0);
   auto memory = device.allocate_host(1);
   std::byte target{0}, pageable{3};
-  Gate gate(consumer);
+  Gate gate(caller);
   const auto event = device.make_event();
-  device.record_on(consumer.stream(), *event);
+  device.record_on(caller.stream(), *event);
   device.copies_wait_for(*event);
   device.copy(address_of(&target), memory->data(), 1);
   device.copy(address_of(&target), &pageable, 1);

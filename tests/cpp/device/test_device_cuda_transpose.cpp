@@ -40,7 +40,7 @@ struct Weight {
 
 TEST_CASE("a weight is transposed on the stream of the caller, behind what is there") {
   const Accounts accounts;
-  Consumer consumer(0);
+  Caller caller(0);
   CudaDevice device(fake_driver(), 0);
   for (const ElementType type : {ElementType::kHalf, ElementType::kBFloat16, ElementType::kFloat}) {
     for (const bool through_bfloat16 : {false, true}) {
@@ -50,9 +50,9 @@ TEST_CASE("a weight is transposed on the stream of the caller, behind what is th
         std::fill(arriving.begin(), arriving.end(), std::byte{0});
         TransposeJob job = weight.job;
         job.from = address_of(arriving.data());
-        consumer.then([&] { std::copy(weight.source.begin(), weight.source.end(), arriving.begin()); });
-        device.transpose_to_half(job, consumer.stream());
-        consumer.synchronize();
+        caller.then([&] { std::copy(weight.source.begin(), weight.source.end(), arriving.begin()); });
+        device.transpose_to_half(job, caller.stream());
+        caller.synchronize();
         REQUIRE(weight.is_transposed());
       }
     }
@@ -62,11 +62,11 @@ TEST_CASE("a weight is transposed on the stream of the caller, behind what is th
 
 TEST_CASE("more rows than a grid has blocks for") {
   const Accounts accounts;
-  Consumer consumer(0);
+  Caller caller(0);
   CudaDevice device(fake_driver(), 0);
   const Weight weight(ElementType::kHalf, false, 65535 * 32 + 100, 1, 65535 * 32 + 100);
-  device.transpose_to_half(weight.job, consumer.stream());
-  consumer.synchronize();
+  device.transpose_to_half(weight.job, caller.stream());
+  caller.synchronize();
   CHECK(weight.is_transposed());
 }
 
@@ -84,25 +84,25 @@ TEST_CASE("an empty weight launches nothing; a bad one is refused before the dri
 TEST_CASE("machine code of the device's major version is loaded, or else PTX") {
   const Accounts accounts;
   CudaDevice device(fake_driver(), 0);  // of compute capability 8.6; refuses other machine code than 8.0's
-  Consumer consumer(0);
+  Caller caller(0);
   const Weight weight(ElementType::kFloat, false, 3, 3, 3);
   SUBCASE("machine code") {
-    device.transpose_to_half(weight.job, consumer.stream());
+    device.transpose_to_half(weight.job, caller.stream());
     CHECK(fake_cuda_calls("cuModuleLoadDataEx") == 1);
   }
   SUBCASE("there is none for this architecture") {
     const std::array<KernelImage, 3> others = {
         {{90, "machine code 90"}, {87, "machine code 87"}, {0, "PTX"}}};
     const OnlyKernelImages only(others);
-    device.transpose_to_half(weight.job, consumer.stream());
+    device.transpose_to_half(weight.job, caller.stream());
     CHECK(fake_cuda_calls("cuModuleLoadDataEx") == 1);
   }
   SUBCASE("the driver does not take it") {
     fake_cuda_fail_after("cuModuleLoadDataEx", 1, 209);
-    device.transpose_to_half(weight.job, consumer.stream());
+    device.transpose_to_half(weight.job, caller.stream());
     CHECK(fake_cuda_calls("cuModuleLoadDataEx") == 2);
   }
-  consumer.synchronize();
+  caller.synchronize();
   CHECK(weight.is_transposed());
 }
 
@@ -121,9 +121,9 @@ TEST_CASE("kernels that do not load are an error with the compiler's log, and ma
       contains(error_of([&] { device.transpose_to_half(weight.job, 0); }).message(), "cuModuleGetFunction"));
   fake_cuda_fail_after("cuLaunchKernel", 1, 719);
   CHECK(contains(error_of([&] { device.transpose_to_half(weight.job, 0); }).message(), "cuLaunchKernel"));
-  Consumer consumer(0);
-  device.transpose_to_half(weight.job, consumer.stream());
-  consumer.synchronize();
+  Caller caller(0);
+  device.transpose_to_half(weight.job, caller.stream());
+  caller.synchronize();
   CHECK(weight.is_transposed());
 }
 

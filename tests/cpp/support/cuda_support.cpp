@@ -69,24 +69,24 @@ Accounts::~Accounts() {
   CHECK(pinned_bytes_in_use() == 0);
 }
 
-Consumer::Consumer(int ordinal) : context_(fake_driver(), ordinal) {
+Caller::Caller(int ordinal) : context_(fake_driver(), ordinal) {
   const CudaContext::Scope scope(context_);
-  context_.api().check(context_.api().stream_create(&stream_, kStreamNonBlocking), "the consumer's stream");
+  context_.api().check(context_.api().stream_create(&stream_, kStreamNonBlocking), "the caller's stream");
 }
 
-Consumer::~Consumer() {
+Caller::~Caller() {
   const CudaContext::Scope scope(context_);
   context_.api().stream_synchronize(stream_);
   context_.api().stream_destroy(stream_);
 }
 
-void Consumer::then(std::function<void()> work, bool on_default) {
+void Caller::then(std::function<void()> work, bool on_default) {
   const CudaContext::Scope scope(context_);
   auto* stream = on_default ? nullptr : reinterpret_cast<CUstream_st*>(stream_);
   context_.api().check(cuLaunchHostFunc(stream, call, new std::function<void()>(std::move(work))), "work");
 }
 
-void Consumer::synchronize(bool on_default) {
+void Caller::synchronize(bool on_default) {
   const CudaContext::Scope scope(context_);
   context_.api().check(context_.api().stream_synchronize(on_default ? nullptr : stream_), "synchronize");
 }

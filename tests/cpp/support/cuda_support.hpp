@@ -42,12 +42,12 @@ class Accounts {
 };
 
 // A caller such as torch: it holds a primary context and computes on a stream of its own.
-class Consumer {
+class Caller {
  public:
-  explicit Consumer(int ordinal);
-  ~Consumer();
-  Consumer(const Consumer&) = delete;
-  Consumer& operator=(const Consumer&) = delete;
+  explicit Caller(int ordinal);
+  ~Caller();
+  Caller(const Caller&) = delete;
+  Caller& operator=(const Caller&) = delete;
 
   StreamHandle stream() const { return reinterpret_cast<StreamHandle>(stream_); }
   // Puts work on the stream; `on_default`: on the legacy default stream instead.
@@ -62,8 +62,8 @@ class Consumer {
 // Holds a stream up until it is opened, at the latest by its destructor.
 class Gate {
  public:
-  explicit Gate(Consumer& consumer) {
-    consumer.then([latch = latch_] { latch->wait(); });
+  explicit Gate(Caller& caller) {
+    caller.then([latch = latch_] { latch->wait(); });
   }
   ~Gate() { open(); }
   Gate(const Gate&) = delete;

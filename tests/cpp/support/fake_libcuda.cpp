@@ -287,11 +287,25 @@ CuResult cuLaunchKernel(CuFunction function, unsigned grid_x, unsigned grid_y, u
   RETURN_IF(shared_bytes != 0 || extra != nullptr, kInvalidValue);
   Stream* stream = find_stream(handle, call.context);
   RETURN_IF(stream == nullptr || stream->context() != call.context, kInvalidHandle);
-  std::array<std::uint64_t, 5> a;  // copied now: the caller's are gone when the kernel runs
-  for (std::size_t i = 0; i < a.size(); ++i) std::memcpy(&a[i], arguments[i], sizeof a[i]);
   const auto* kernel = reinterpret_cast<const Kernel*>(function);
-  stream->push([=] { run(*kernel, {a[0], a[1], a[2], a[3], a[4]}, grid_x, grid_y); });
+  KernelArguments copies{};  // made now: the caller's are gone when the kernel runs
+  for (std::size_t i = 0; i < kernel->arguments; ++i) std::memcpy(&copies[i], arguments[i], sizeof copies[i]);
+  stream->push([=] { run(*kernel, copies, grid_x, grid_y); });
   return kSuccess;
+}
+
+// bitsandbytes' entry point, which is not the driver's: puts its kernel on the stream. It takes NaN for 0,
+// and infinity for a row's largest value, as theirs does.
+void cint8_vector_quant(const void* half, void* codes, void* scales, float threshold, int rows, int columns,
+                        std::uintptr_t handle) {
+  const Call call("cint8_vector_quant");
+  Stream* stream =
+      call.context == nullptr ? nullptr : find_stream(reinterpret_cast<CuStream>(handle), call.context);
+  if (stream == nullptr || stream->context() != call.context || threshold != 0) {
+    ++driver().violations;
+    return;
+  }
+  stream->push([=] { quantize_rows(half, codes, scales, rows, columns); });
 }
 
 int cuLaunchHostFunc(CUstream_st* handle, void (*work)(void*), void* data) {

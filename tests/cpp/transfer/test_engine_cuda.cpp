@@ -31,32 +31,32 @@ void soon() {
   std::this_thread::sleep_for(std::chrono::milliseconds(20));
 }
 
-// In each test destinations come before the consumers and the engine, so that they outlive all that uses
+// In each test destinations come before the callers and the engine, so that they outlive all that uses
 // them.
 
 // Submits random reads on random lanes, some ahead of others, then waits for all in a random order.
 void pour(const Checkpoint& checkpoint, const EngineOptions& options, int lanes, Random& random) {
   std::deque<Reads> batches;
-  std::deque<Consumer> consumers;
+  std::deque<Caller> callers;
   Engine engine(options);
   checkpoint.open(engine);
   for (int lane = 0; lane < lanes; ++lane) {
-    consumers.emplace_back(lane);
+    callers.emplace_back(lane);
     add_lane(engine, lane);
   }
-  std::vector<std::pair<Ticket, Consumer*>> tickets;
+  std::vector<std::pair<Ticket, Caller*>> tickets;
   std::size_t nbytes = 0;
   for (int batch = 0; batch < 10; ++batch) {
     const Reads& reads =
         batches.emplace_back(checkpoint, random, pick(random, 0, 25), 3 * options.slot_bytes);
     const auto lane = static_cast<std::uint32_t>(pick(random, 0, static_cast<std::size_t>(lanes) - 1));
-    const Ticket first = engine.submit(lane, reads.all(), consumers[lane].stream(), pick(random, 0, 1) == 1);
-    for (std::size_t i = 0; i < reads.all().size(); ++i) tickets.emplace_back(first + i, &consumers[lane]);
+    const Ticket first = engine.submit(lane, reads.all(), callers[lane].stream(), pick(random, 0, 1) == 1);
+    for (std::size_t i = 0; i < reads.all().size(); ++i) tickets.emplace_back(first + i, &callers[lane]);
     nbytes += reads.nbytes();
   }
   std::shuffle(tickets.begin(), tickets.end(), random);
-  for (const auto& [ticket, consumer] : tickets) wait_for(engine, ticket, consumer->stream());
-  for (Consumer& consumer : consumers) consumer.synchronize();
+  for (const auto& [ticket, caller] : tickets) wait_for(engine, ticket, caller->stream());
+  for (Caller& caller : callers) caller.synchronize();
   for (const Reads& reads : batches) REQUIRE(reads.arrived());
   CHECK(engine.stats().bytes_delivered == nbytes);
 }
@@ -89,15 +89,15 @@ TEST_CASE("small neighbours come with one read and leave no hole in each other")
   const Accounts accounts;
   const Checkpoint checkpoint({100000});
   std::vector<Bytes> to(50, Bytes(100));
-  Consumer consumer(0);
+  Caller caller(0);
   Engine engine({.slot_bytes = 1 << 20});
   checkpoint.open(engine);
   add_lane(engine, 0);
   std::vector<Read> reads;
   for (std::size_t i = 0; i < to.size(); ++i) reads.push_back(read_of(i * 150, to[i]));
-  const Ticket ticket = engine.submit(0, reads, consumer.stream(), false);
-  for (std::size_t i = 0; i < to.size(); ++i) wait_for(engine, ticket + i, consumer.stream());
-  consumer.synchronize();
+  const Ticket ticket = engine.submit(0, reads, caller.stream(), false);
+  for (std::size_t i = 0; i < to.size(); ++i) wait_for(engine, ticket + i, caller.stream());
+  caller.synchronize();
   for (std::size_t i = 0; i < to.size(); ++i) CHECK(to[i] == part(checkpoint, i * 150, 100));
   CHECK(engine.stats().pieces == 1);
   CHECK(engine.stats().bytes_read == 49 * 150 + 100);
@@ -109,14 +109,14 @@ TEST_CASE("with direct_io every read goes past the page cache, wherever it begin
   const Checkpoint checkpoint({10 * kSlot + 77});
   if (!File(checkpoint.files[0].path(), true).direct()) return;  // the file system cannot
   Bytes to(9 * kSlot + 13);
-  Consumer consumer(0);
+  Caller caller(0);
   Engine engine({.slot_bytes = kSlot, .direct_io = true});
   checkpoint.open(engine);
   add_lane(engine, 0);
   const std::size_t direct = direct_reads(), all = all_reads();
   const Read read = read_of(5, to);
-  wait_for(engine, engine.submit(0, {&read, 1}, consumer.stream(), false), consumer.stream());
-  consumer.synchronize();
+  wait_for(engine, engine.submit(0, {&read, 1}, caller.stream(), false), caller.stream());
+  caller.synchronize();
   CHECK(to == part(checkpoint, 5, to.size()));
   CHECK(direct_reads() - direct == all_reads() - all);
   CHECK(direct_reads() - direct == 10);
@@ -126,30 +126,30 @@ TEST_CASE("a destination is not written before what the caller's stream still do
   const Accounts accounts;
   const Checkpoint checkpoint({4 * kSlot});
   Bytes destination, seen;
-  Consumer consumer(0);
+  Caller caller(0);
   Engine engine({.threads = 2, .slot_bytes = kSlot});
   checkpoint.open(engine);
   add_lane(engine, 0);
   for (const bool first : {false, true}) {
     destination.assign(4 * kSlot, std::byte{1});
-    consumer.then([&] {
+    caller.then([&] {
       soon();
       seen = destination;
     });
     const Read read = read_of(0, destination);
-    wait_for(engine, engine.submit(0, {&read, 1}, consumer.stream(), first), consumer.stream());
-    consumer.synchronize();
+    wait_for(engine, engine.submit(0, {&read, 1}, caller.stream(), first), caller.stream());
+    caller.synchronize();
     CHECK(seen == Bytes(4 * kSlot, std::byte{1}));
     CHECK(destination == checkpoint.contents[0]);
   }
 }
 
-TEST_CASE("after a wait the consumer's stream, and it alone, waits for the bytes") {
+TEST_CASE("after a wait the caller's stream, and it alone, waits for the bytes") {
   const Accounts accounts;
   const Checkpoint checkpoint({4 * kSlot});
   Bytes destination, seen;
   std::atomic<bool> read_it;
-  Consumer owner(0), reader(0), bystander(0);
+  Caller owner(0), reader(0), bystander(0);
   Engine engine({.threads = 2, .slot_bytes = kSlot});
   checkpoint.open(engine);
   add_lane(engine, 0);
@@ -176,11 +176,11 @@ TEST_CASE("the default stream is as good as any") {
   const Accounts accounts;
   const Checkpoint checkpoint({3 * kSlot});
   Bytes destination(3 * kSlot, std::byte{1}), before, after;
-  Consumer consumer(0);
+  Caller caller(0);
   Engine engine({.slot_bytes = kSlot});
   checkpoint.open(engine);
   add_lane(engine, 0);
-  consumer.then(
+  caller.then(
       [&] {
         soon();
         before = destination;
@@ -188,8 +188,8 @@ TEST_CASE("the default stream is as good as any") {
       true);
   const Read read = read_of(0, destination);
   wait_for(engine, engine.submit(0, {&read, 1}, 0, false), 0);
-  consumer.then([&] { after = destination; }, true);
-  consumer.synchronize(true);
+  caller.then([&] { after = destination; }, true);
+  caller.synchronize(true);
   CHECK(before == Bytes(3 * kSlot, std::byte{1}));
   CHECK(after == checkpoint.contents[0]);
 }
@@ -197,26 +197,26 @@ TEST_CASE("the default stream is as good as any") {
 TEST_CASE("reads submitted first overtake those that wait") {
   const Accounts accounts;
   const Checkpoint checkpoint({5 * kSlot});
-  Consumer consumer(0);
+  Caller caller(0);
   for (const bool first : {false, true}) {
     Bytes held(2 * kSlot), next(kSlot), contested(kSlot);
     Engine engine({.threads = 1, .slots_per_thread = 2, .slot_bytes = kSlot});
     checkpoint.open(engine);
     add_lane(engine, 0);
-    Gate gate(consumer);
+    Gate gate(caller);
     const auto submit = [&](std::uint64_t offset, Bytes& to, bool ahead) {
       const Read read = read_of(offset, to);
-      return engine.submit(0, {&read, 1}, consumer.stream(), ahead);
+      return engine.submit(0, {&read, 1}, caller.stream(), ahead);
     };
     const Ticket filled = submit(0, held, false);
-    wait_for(engine, filled, consumer.stream());  // both slots are on their way, behind the gate
+    wait_for(engine, filled, caller.stream());  // both slots are on their way, behind the gate
     submit(2 * kSlot, next, false);
     soon();  // the worker holds this one, and waits for the slot
     const Ticket one = submit(3 * kSlot, contested, false);
     const Ticket two = submit(4 * kSlot, contested, first);
     gate.open();
-    for (const Ticket ticket : {one, two}) wait_for(engine, ticket, consumer.stream());
-    consumer.synchronize();
+    for (const Ticket ticket : {one, two}) wait_for(engine, ticket, caller.stream());
+    caller.synchronize();
     CHECK(contested == part(checkpoint, (first ? 3 : 4) * kSlot, kSlot));  // whoever was read last
   }
 }
@@ -225,14 +225,14 @@ TEST_CASE("a lane whose copies are held up leaves slots to the others, whoever a
   const Accounts accounts;
   const Checkpoint checkpoint({100 * kSlot});
   Bytes before(4 * kSlot), held(100 * kSlot), free(20 * kSlot);
-  Consumer first(0), stuck(1), fast(2);
+  Caller first(0), stuck(1), fast(2);
   Engine engine({.threads = 2, .slots_per_thread = 2, .slot_bytes = kSlot});
   checkpoint.open(engine);
   for (const int lane : {0, 1, 2}) add_lane(engine, lane);
   Gate all(first), some(stuck);
-  const auto submit = [&](std::uint32_t lane, Bytes& to, Consumer& consumer) {
+  const auto submit = [&](std::uint32_t lane, Bytes& to, Caller& caller) {
     const Read read = read_of(0, to);
-    return engine.submit(lane, {&read, 1}, consumer.stream(), false);
+    return engine.submit(lane, {&read, 1}, caller.stream(), false);
   };
   wait_for(engine, submit(0, before, first), first.stream());  // all slots are on their way, behind the gate
   const Ticket late = submit(1, held, stuck);
@@ -251,18 +251,18 @@ TEST_CASE("lanes of both kinds share one engine") {
   const Accounts accounts;
   const Checkpoint checkpoint({9 * kSlot + 77});
   Bytes on_host(9 * kSlot), on_gpu(9 * kSlot);
-  Consumer consumer(3);
+  Caller caller(3);
   Engine engine({.threads = 2, .slot_bytes = kSlot});
   checkpoint.open(engine);
   engine.add_device(std::make_unique<HostDevice>(1));
   add_lane(engine, 3);
   const Read to_host = read_of(77, on_host), to_gpu = read_of(0, on_gpu);
   const Ticket host = engine.submit(0, {&to_host, 1}, 0, false);
-  const Ticket gpu = engine.submit(1, {&to_gpu, 1}, consumer.stream(), false);
+  const Ticket gpu = engine.submit(1, {&to_gpu, 1}, caller.stream(), false);
   wait_for(engine, host, 0);
   CHECK(on_host == part(checkpoint, 77, 9 * kSlot));
-  wait_for(engine, gpu, consumer.stream());
-  consumer.synchronize();
+  wait_for(engine, gpu, caller.stream());
+  caller.synchronize();
   CHECK(on_gpu == part(checkpoint, 0, 9 * kSlot));
 }
 
@@ -270,16 +270,16 @@ TEST_CASE("a weight is transposed behind its arrival, without a wait of the host
   const Accounts accounts;
   const Checkpoint checkpoint({2 * 100 * 90});
   Bytes scratch(2 * 100 * 90), transposed(scratch.size()), expected(scratch.size());
-  Consumer consumer(1);
+  Caller caller(1);
   Engine engine({.threads = 2, .slot_bytes = kSlot});
   checkpoint.open(engine);
   add_lane(engine, 1);
   const Read read = read_of(0, scratch);
-  wait_for(engine, engine.submit(0, {&read, 1}, consumer.stream(), false), consumer.stream());
+  wait_for(engine, engine.submit(0, {&read, 1}, caller.stream(), false), caller.stream());
   TransposeJob job = {
       read.to, ElementType::kBFloat16, false, 100, 90, reinterpret_cast<Address>(transposed.data()), 100};
-  engine.transpose_to_half(0, job, consumer.stream());
-  consumer.synchronize();
+  engine.transpose_to_half(0, job, caller.stream());
+  caller.synchronize();
   job.from = reinterpret_cast<Address>(checkpoint.contents[0].data());
   job.to = reinterpret_cast<Address>(expected.data());
   transpose_to_half(job, 1);
@@ -291,16 +291,16 @@ TEST_CASE("scratch is used again and again without a word to the host") {
   const Checkpoint checkpoint({64 * 3 * kSlot});
   Bytes scratch(3 * kSlot);
   std::vector<Bytes> seen(64);
-  Consumer consumer(0);
+  Caller caller(0);
   Engine engine({.threads = 3, .slots_per_thread = 2, .slot_bytes = kSlot});
   checkpoint.open(engine);
   add_lane(engine, 0);
   for (std::size_t i = 0; i < seen.size(); ++i) {
     const Read read = read_of(i * scratch.size(), scratch);
-    wait_for(engine, engine.submit(0, {&read, 1}, consumer.stream(), false), consumer.stream());
-    consumer.then([&scratch, &to = seen[i]] { to = scratch; });
+    wait_for(engine, engine.submit(0, {&read, 1}, caller.stream(), false), caller.stream());
+    caller.then([&scratch, &to = seen[i]] { to = scratch; });
   }
-  consumer.synchronize();
+  caller.synchronize();
   for (std::size_t i = 0; i < seen.size(); ++i) {
     REQUIRE(seen[i] == part(checkpoint, i * scratch.size(), scratch.size()));
   }
@@ -311,13 +311,13 @@ TEST_CASE("events of landings are used again") {
   const Accounts accounts;
   const Checkpoint checkpoint({kSlot});
   Bytes to(10);
-  Consumer consumer(0);
+  Caller caller(0);
   Engine engine({.slot_bytes = kSlot});
   checkpoint.open(engine);
   add_lane(engine, 0);
   for (int i = 0; i < 200; ++i) {
     const Read read = read_of(0, to);
-    wait_for(engine, engine.submit(0, {&read, 1}, consumer.stream(), false), consumer.stream());
+    wait_for(engine, engine.submit(0, {&read, 1}, caller.stream(), false), caller.stream());
   }
   CHECK(counters().events <= 5 + 1 + 1);  // slots, landing, the last one that a worker may still hold
 }

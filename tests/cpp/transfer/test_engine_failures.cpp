@@ -21,7 +21,7 @@ void add_lane(Engine& engine, int ordinal) {
   engine.add_device(std::make_unique<CudaDevice>(fake_driver(), ordinal));
 }
 
-// In each test destinations come before the consumers and the engine, so that they outlive all that uses
+// In each test destinations come before the callers and the engine, so that they outlive all that uses
 // them.
 
 // A whole load in little: files, lanes, reads, waits, a transposition, an end. Consumers outlive it, as torch
@@ -59,8 +59,8 @@ class Load {
       CHECK(error.code() == ErrorCode::kDriver);
       CHECK_MESSAGE(contains(error.message(), "CUDA_ERROR_LAUNCH_FAILED"), error.message());
     }
-    fake_cuda_fail_after(failing.c_str(), 0, 0);  // if it has not come yet, let it not be the consumers'
-    for (Consumer& consumer : consumers_) consumer.synchronize();
+    fake_cuda_fail_after(failing.c_str(), 0, 0);  // if it has not come yet, let it not be the callers'
+    for (Caller& caller : consumers_) caller.synchronize();
     return succeeded;
   }
 
@@ -70,7 +70,7 @@ class Load {
 
  private:
   Checkpoint checkpoint_;
-  std::deque<Consumer> consumers_;
+  std::deque<Caller> consumers_;
   Random random_{7};
   std::array<Reads, kLanes> reads_ = {Reads(checkpoint_, random_, 6, 3 * kSlot),
                                       Reads(checkpoint_, random_, 6, 3 * kSlot),
@@ -164,16 +164,16 @@ TEST_CASE("memory that cannot be pinned is an error of submit, which may be trie
   const Accounts accounts;
   const Checkpoint checkpoint({kSlot});
   Bytes to(kSlot);
-  Consumer consumer(0);
+  Caller caller(0);
   Engine engine(kOptions);
   checkpoint.open(engine);
   add_lane(engine, 0);
   const Read read = whole(to);
   fake_cuda_fail_after("cuMemHostRegister_v2", 1, 2);
-  const Error error = error_of([&] { engine.submit(0, {&read, 1}, consumer.stream(), false); });
+  const Error error = error_of([&] { engine.submit(0, {&read, 1}, caller.stream(), false); });
   CHECK(contains(error.message(), "is `ulimit -l` too small for the ring?"));
-  wait_for(engine, engine.submit(0, {&read, 1}, consumer.stream(), false), consumer.stream());
-  consumer.synchronize();
+  wait_for(engine, engine.submit(0, {&read, 1}, caller.stream(), false), caller.stream());
+  caller.synchronize();
   CHECK(to == checkpoint.contents[0]);
 }
 
@@ -182,16 +182,16 @@ TEST_CASE("a truncated file among good ones") {
     const Accounts accounts;
     const Checkpoint checkpoint({64 * kSlot, 100});
     std::vector<Bytes> to(50, Bytes(64 * kSlot));
-    Consumer consumer(0);
+    Caller caller(0);
     Engine engine({.threads = 3, .slots_per_thread = 1, .slot_bytes = kSlot, .direct_io = direct_io});
     checkpoint.open(engine);
     add_lane(engine, 0);
     std::vector<Read> reads;
     for (Bytes& bytes : to) reads.push_back(whole(bytes));
     reads[20].range.file = 1;
-    const Ticket ticket = engine.submit(0, reads, consumer.stream(), false);
+    const Ticket ticket = engine.submit(0, reads, caller.stream(), false);
     for (const Ticket lost : {ticket + 20, ticket + 49}) {
-      const Error error = error_of([&] { engine.wait(lost, consumer.stream(), kPatience); });
+      const Error error = error_of([&] { engine.wait(lost, caller.stream(), kPatience); });
       CHECK(error.code() == ErrorCode::kTruncated);
       CHECK(error.path() == checkpoint.files[1].path());
       CHECK(error.offset() >= 100);  // where the piece that failed begins, if that is later
@@ -203,15 +203,15 @@ TEST_CASE("close while busy ends the copies, and after it no destination is writ
   const Accounts accounts;
   const Checkpoint checkpoint({64 * kSlot});
   std::vector<Bytes> to(60, Bytes(64 * kSlot));
-  std::deque<Consumer> consumers;
+  std::deque<Caller> callers;
   Engine engine(kOptions);
   checkpoint.open(engine);
   for (std::size_t i = 0; i < to.size(); ++i) {
     const auto lane = static_cast<std::uint32_t>(i % kLanes);
     if (i < kLanes) add_lane(engine, static_cast<int>(lane));
-    if (i < kLanes) consumers.emplace_back(static_cast<int>(lane));
+    if (i < kLanes) callers.emplace_back(static_cast<int>(lane));
     const Read read = whole(to[i]);
-    engine.submit(lane, {&read, 1}, consumers[lane].stream(), false);
+    engine.submit(lane, {&read, 1}, callers[lane].stream(), false);
   }
   engine.close();
   CHECK(pinned_bytes_in_use() == 0);
@@ -226,7 +226,7 @@ TEST_CASE("a lane whose driver fails at the end does not keep the others from be
   const Accounts accounts;
   const Checkpoint checkpoint({kSlot});
   Bytes to(kSlot);
-  Consumer failing(0), slow(1);
+  Caller failing(0), slow(1);
   Engine engine(kOptions);
   checkpoint.open(engine);
   add_lane(engine, 0);
@@ -250,23 +250,23 @@ TEST_CASE("callers may submit, wait and close from threads of their own") {
   for (int round = 0; round < 20; ++round) {
     std::vector<Bytes> to(kLanes, Bytes(10 * kSlot + 5));
     std::atomic<int> wrong = 0;
-    std::deque<Consumer> consumers;
+    std::deque<Caller> callers;
     Engine engine(kOptions);
     checkpoint.open(engine);
-    std::vector<std::jthread> callers;
+    std::vector<std::jthread> threads;
     for (std::uint32_t lane = 0; lane < kLanes; ++lane) {
       add_lane(engine, static_cast<int>(lane));
-      consumers.emplace_back(static_cast<int>(lane));
+      callers.emplace_back(static_cast<int>(lane));
     }
     for (std::uint32_t lane = 0; lane < kLanes; ++lane) {
-      callers.emplace_back([&, lane] {
+      threads.emplace_back([&, lane] {
         const Read read = whole(to[lane]);
-        Consumer& consumer = consumers[lane];
+        Caller& caller = callers[lane];
         try {
           for (;;) {
-            const Ticket ticket = engine.submit(lane, {&read, 1}, consumer.stream(), false);
-            if (!engine.wait(ticket, consumer.stream(), kPatience)) ++wrong;
-            consumer.then([&, lane] { wrong += to[lane] != checkpoint.contents[0]; });
+            const Ticket ticket = engine.submit(lane, {&read, 1}, caller.stream(), false);
+            if (!engine.wait(ticket, caller.stream(), kPatience)) ++wrong;
+            caller.then([&, lane] { wrong += to[lane] != checkpoint.contents[0]; });
           }
         } catch (const Error& error) {
           wrong += error.code() != ErrorCode::kCancelled;
@@ -275,8 +275,8 @@ TEST_CASE("callers may submit, wait and close from threads of their own") {
     }
     std::this_thread::sleep_for(std::chrono::milliseconds(round));
     engine.close();
-    callers.clear();
-    for (Consumer& consumer : consumers) consumer.synchronize();
+    threads.clear();
+    for (Caller& caller : callers) caller.synchronize();
     CHECK(wrong == 0);
   }
 }

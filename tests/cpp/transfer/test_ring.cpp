@@ -36,7 +36,11 @@ class SpyDevice final : public Device {
   void record_on(StreamHandle, Event&) override {}
   void stream_waits_for(StreamHandle, const Event&) override {}
   void synchronize() override {}
+  std::unique_ptr<Stream> make_stream() override { return nullptr; }
+  void prepare_kernels() override {}
   void transpose_to_half(const TransposeJob&, StreamHandle) override {}
+  void cast(const CastJob&, StreamHandle) override {}
+  void quantize(Quantizer, const QuantizeJob&, StreamHandle) override {}
 
   std::atomic<bool> passed = true;
   std::atomic<bool> fails = false;

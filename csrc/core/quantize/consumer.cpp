@@ -1,0 +1,326 @@
+#include "quantize/consumer.hpp"
+
+#include <limits>
+#include <string>
+
+#include "error.hpp"
+
+namespace pyint8 {
+namespace {
+
+constexpr std::size_t kParts = 8;  // of scratch
+// How long the thread may take to see that it was closed.
+constexpr std::chrono::milliseconds kInterval{50};
+
+[[noreturn]] void refuse(const std::string& why) {
+  throw Error(ErrorCode::kInvalidArgument, why);
+}
+
+std::size_t product(std::size_t left, std::size_t right) {
+  std::size_t result = 0;
+  if (__builtin_mul_overflow(left, right, &result)) refuse("a tensor that is too large");
+  return result;
+}
+
+std::size_t band_bytes(const ConsumerOptions& options) {
+  const std::size_t bytes = options.scratch_bytes / kParts / kScratchAlignment * kScratchAlignment;
+  if (bytes == 0) {
+    refuse("scratch of " + std::to_string(options.scratch_bytes) + " bytes cannot be cut into bands");
+  }
+  return bytes;
+}
+
+bool stays_as_stored(const Request& request) {
+  const auto* to = std::get_if<ToValues>(&request.to);
+  return to != nullptr && !to->dtype;
+}
+
+bool is_transposed(const Request& request) {
+  const auto* to = std::get_if<ToInt8>(&request.to);
+  return to != nullptr && to->transposed;
+}
+
+std::size_t row_bytes(const Request& request) {
+  return stays_as_stored(request) ? request.columns : product(request.columns, size_of(request.stored));
+}
+
+void check_for_quantizer(const Request& request) {
+  constexpr std::size_t kMost = std::numeric_limits<int>::max();
+  if (request.rows > kMost || request.columns > kMost) {
+    refuse("a weight of " + std::to_string(request.rows) + " x " + std::to_string(request.columns) +
+           " has more rows or columns than bitsandbytes counts");
+  }
+}
+
+void check_values(const ToValues& to, const Request& request) {
+  if (!to.dtype && std::holds_alternative<Landed>(request.from)) {
+    refuse("what has landed as it is stored needs no consumer");
+  }
+  if (request.marks != 0 && to.dtype != ElementType::kHalf) refuse("only a cast to fp16 has marks");
+}
+
+}  // namespace
+
+Consumer::Consumer(Engine& engine, std::uint32_t lane, const ConsumerOptions& options)
+    : engine_(engine),
+      lane_(lane),
+      options_(options),
+      band_bytes_(band_bytes(options)),
+      half_(options.scratch + (kParts - 1) * band_bytes_),
+      device_(engine.device(lane)),
+      stream_(device_.make_stream()),
+      reached_(device_.make_event()),
+      scratch_((kParts - 1) * band_bytes_) {
+  device_.prepare_kernels();
+  thread_ = std::thread([this] { serve(); });
+}
+
+Consumer::~Consumer() {
+  try {
+    close();
+  } catch (const Error&) {  // the driver has failed: its work is over
+  }
+}
+
+Ticket Consumer::submit(std::span<const Request> requests, StreamHandle stream) {
+  std::vector<Task> tasks;
+  tasks.reserve(requests.size());
+  for (const Request& request : requests) tasks.push_back(checked(request));
+
+  const std::lock_guard lock(mutex_);
+  if (closed_) throw Error(ErrorCode::kCancelled, "the stream was closed");
+  if (error_ != nullptr) std::rethrow_exception(error_);
+  device_.record_on(stream, *reached_);
+  device_.stream_waits_for(stream_->handle(), *reached_);
+  const Ticket first = tasks_.size();
+  for (Task& task : tasks) tasks_.push_back(std::move(task));
+  try {
+    ask();
+  } catch (...) {
+    error_ = std::current_exception();  // what was taken will not come
+    throw;
+  }
+  changed_.notify_all();
+  return first;
+}
+
+Consumer::Task Consumer::checked(const Request& request) const {
+  const std::size_t nbytes = product(request.rows, row_bytes(request));
+  if (nbytes == 0) refuse("an empty tensor");
+  const auto* range = std::get_if<Range>(&request.from);
+  if (range != nullptr && range->nbytes != nbytes) {
+    refuse("a range of " + std::to_string(range->nbytes) + " bytes for a tensor of " +
+           std::to_string(nbytes));
+  }
+  if (const auto* to = std::get_if<ToValues>(&request.to)) {
+    check_values(*to, request);
+  } else {
+    check_for_quantizer(request);
+    if (is_transposed(request) && nbytes / size_of(request.stored) * 2 > options_.transposed_bytes) {
+      refuse("a transposed weight that its memory cannot hold");
+    }
+  }
+  return {request, cut(request, nbytes)};
+}
+
+std::vector<Band> Consumer::cut(const Request& request, std::size_t nbytes) const {
+  if (stays_as_stored(request)) return {{0, request.rows, 0, nbytes}};  // straight to its place
+  const std::size_t row = row_bytes(request);
+  if (row > band_bytes_) {
+    refuse("a row of " + std::to_string(row) + " bytes does not fit in a band of " +
+           std::to_string(band_bytes_));
+  }
+  return cut_into_bands(request.rows, row, band_bytes_);
+}
+
+// Asks for all that has room, in order; once a whole band has, so that small tensors are asked for together.
+void Consumer::ask() {
+  if (passing_bytes_ + band_bytes_ > scratch_.size()) return;
+  std::vector<Asked> fresh;
+  std::vector<Read> reads;
+  std::vector<std::size_t> of_reads;  // their places in `fresh`
+  while (next_task_ < tasks_.size()) {
+    const Task& task = tasks_[next_task_];
+    const Band& band = task.bands[next_band_];
+    std::optional<Asked> asked = place(task, band);
+    if (!asked) break;
+    if (const auto* range = std::get_if<Range>(&task.request.from)) {
+      reads.push_back({{range->file, range->offset + band.start, band.nbytes}, asked->memory});
+      of_reads.push_back(fresh.size());
+    }
+    fresh.push_back(*asked);
+    if (++next_band_ == task.bands.size()) {
+      ++next_task_;
+      next_band_ = 0;
+    }
+  }
+  if (!reads.empty()) {
+    const Ticket first = engine_.submit(lane_, reads, stream_->handle(), false);
+    for (std::size_t i = 0; i < of_reads.size(); ++i) fresh[of_reads[i]].ticket = first + i;
+  }
+  asked_.insert(asked_.end(), fresh.begin(), fresh.end());
+}
+
+// Where a band lands, or has landed; nothing while there is no room.
+std::optional<Consumer::Asked> Consumer::place(const Task& task, const Band& band) {
+  const bool is_last = &band == &task.bands.back();
+  if (const auto* landed = std::get_if<Landed>(&task.request.from)) {
+    const auto ticket = band.row == 0 ? std::optional(landed->ticket) : std::nullopt;
+    return Asked{&task, &band, landed->memory + band.start, ticket, std::nullopt, is_last};
+  }
+  if (stays_as_stored(task.request)) {
+    const Address values = std::get<ToValues>(task.request.to).values;
+    return Asked{&task, &band, values, std::nullopt, std::nullopt, is_last};
+  }
+  const std::optional<Scratch::Region> region = scratch_.acquire(band.nbytes);
+  if (!region) return std::nullopt;
+  passing_bytes_ += band.nbytes;
+  return Asked{&task, &band, options_.scratch + scratch_.start_of(*region), std::nullopt, region, is_last};
+}
+
+void Consumer::serve() {
+  try {
+    for (;;) {
+      std::unique_lock lock(mutex_);
+      changed_.wait(lock, [this] { return closed_ || !asked_.empty(); });
+      if (closed_) return;
+      const Asked asked = asked_.front();
+      lock.unlock();
+      if (!await(asked)) return;
+      put_work(asked);
+      finish(asked);
+    }
+  } catch (...) {
+    fail();
+  }
+}
+
+// Until the band's copies are ordered before this stream; false if it was closed meanwhile.
+bool Consumer::await(const Asked& asked) {
+  if (!asked.ticket) return true;
+  while (!engine_.wait(*asked.ticket, stream_->handle(), kInterval)) {
+    const std::lock_guard lock(mutex_);
+    if (closed_) return false;
+  }
+  return true;
+}
+
+void Consumer::put_work(const Asked& asked) {
+  const Task& task = *asked.task;
+  if (stays_as_stored(task.request)) return;
+  if (const auto* to = std::get_if<ToValues>(&task.request.to)) {
+    cast_band(task, *to, asked);
+  } else if (is_transposed(task.request)) {
+    transpose_band(task, std::get<ToInt8>(task.request.to), asked);
+  } else {
+    quantize_band(task, std::get<ToInt8>(task.request.to), asked);
+  }
+}
+
+void Consumer::quantize_band(const Task& task, const ToInt8& to, const Asked& asked) {
+  const Request& request = task.request;
+  const Band& band = *asked.band;
+  const Address marks = request.marks == 0 ? 0 : request.marks + band.row;
+  device_.cast({.from = asked.memory,
+                .type = request.stored,
+                .through_bfloat16 = to.through_bfloat16,
+                .elements = band.rows * request.columns,
+                .to = half_,
+                .to_type = ElementType::kHalf,
+                .marks_at = marks,
+                .elements_per_mark = request.columns},
+               stream_->handle());
+  quantize(to, half_, band.row, band.rows, request.columns);
+}
+
+// Its rows are columns of what is quantized, which must be whole; a last look at it marks what is not finite.
+void Consumer::transpose_band(const Task& task, const ToInt8& to, const Asked& asked) {
+  const Request& request = task.request;
+  const Band& band = *asked.band;
+  device_.transpose_to_half({asked.memory, request.stored, to.through_bfloat16, band.rows, request.columns,
+                             options_.transposed + band.row * 2, request.rows},
+                            stream_->handle());
+  if (!asked.is_last) return;
+  if (request.marks != 0) {
+    device_.cast({.from = options_.transposed,
+                  .type = ElementType::kHalf,
+                  .through_bfloat16 = false,
+                  .elements = request.rows * request.columns,
+                  .to = options_.transposed,
+                  .to_type = ElementType::kHalf,
+                  .marks_at = request.marks,
+                  .elements_per_mark = request.rows},
+                 stream_->handle());
+  }
+  quantize(to, options_.transposed, 0, request.columns, request.rows);
+}
+
+void Consumer::cast_band(const Task& task, const ToValues& to, const Asked& asked) {
+  const Request& request = task.request;
+  const Band& band = *asked.band;
+  const std::size_t elements = band.rows * request.columns;
+  device_.cast({.from = asked.memory,
+                .type = request.stored,
+                .through_bfloat16 = false,
+                .elements = elements,
+                .to = to.values + band.row * request.columns * size_of(*to.dtype),
+                .to_type = *to.dtype,
+                .marks_at = request.marks,
+                .elements_per_mark = elements,
+                .marks = Marks::kOverflow},
+               stream_->handle());
+}
+
+void Consumer::quantize(const ToInt8& to, Address half, std::size_t row, std::size_t rows,
+                        std::size_t columns) {
+  device_.quantize(options_.quantizer,
+                   {.half = half,
+                    .codes = to.codes + row * columns,
+                    .scales = to.scales + row * sizeof(float),
+                    .rows = static_cast<int>(rows),
+                    .columns = static_cast<int>(columns)},
+                   stream_->handle());
+}
+
+void Consumer::finish(const Asked& asked) {
+  const std::lock_guard lock(mutex_);
+  asked_.pop_front();
+  if (asked.region) {
+    scratch_.release(*asked.region);
+    passing_bytes_ -= asked.band->nbytes;
+  }
+  if (asked.is_last) ++done_;
+  ask();
+  changed_.notify_all();
+}
+
+void Consumer::fail() {
+  const std::lock_guard lock(mutex_);
+  error_ = std::current_exception();
+  changed_.notify_all();
+}
+
+std::optional<Ticket> Consumer::wait(Ticket ticket, StreamHandle stream, std::chrono::milliseconds timeout) {
+  std::unique_lock lock(mutex_);
+  if (ticket >= tasks_.size()) refuse("there is no ticket " + std::to_string(ticket));
+  const bool is_over =
+      changed_.wait_for(lock, timeout, [&] { return done_ > ticket || error_ != nullptr || closed_; });
+  if (!is_over) return std::nullopt;
+  if (error_ != nullptr) std::rethrow_exception(error_);
+  if (closed_) throw Error(ErrorCode::kCancelled, "the stream was closed");
+  device_.record_on(stream_->handle(), *reached_);
+  device_.stream_waits_for(stream, *reached_);
+  return done_;
+}
+
+void Consumer::close() {
+  {
+    const std::lock_guard lock(mutex_);
+    closed_ = true;
+  }
+  changed_.notify_all();
+  if (thread_.joinable()) thread_.join();
+  stream_->synchronize();
+}
+
+}  // namespace pyint8

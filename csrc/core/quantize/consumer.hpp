@@ -1,0 +1,164 @@
+// What happens to tensors on their device: bytes in, parameters out, without a word from the caller in
+// between.
+//
+// One consumer for each GPU, with a thread, a stream and scratch of its own. The caller writes down what it
+// wants as requests and gets tickets; between the two runs no Python and no lock is held that Python needs.
+//
+// The way of a weight to int8: it is cut into bands of rows that fit scratch, and the engine is asked for as
+// many bands as have room. Once a band's copies are issued, the consumer's stream waits for them, and two
+// things are put there: a kernel that casts (stored -> model dtype -> fp16) and marks rows that are not
+// finite, and bitsandbytes' own quantizer, by its address. The band's room is free from then on: the copies
+// of the next read into it wait for all that is on the stream.
+//
+// What is only cast goes the same way without the quantizer, and what is as stored goes straight to its
+// place. Requests are served in order. A transposed weight arrives in bands of input rows, which are columns
+// of what is quantized: its fp16 form is held whole, in memory that the caller gives.
+//
+// Knows the driver through Device alone; neither torch nor cudart. Where bitsandbytes has no such entry point
+// (the CPU, another backend), its Python operator does this instead.
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <thread>
+#include <variant>
+#include <vector>
+
+#include "device/device.hpp"
+#include "quantize/bands.hpp"
+#include "quantize/scratch.hpp"
+#include "transfer/engine.hpp"
+
+namespace pyint8 {
+
+// Bytes that were asked for before it was known what they are for: a head start's. The memory must stay until
+// the request that names it has been waited for.
+struct Landed {
+  Ticket ticket;  // the engine's
+  Address memory;
+};
+
+// Quantize to int8, in bitsandbytes' row-wise form.
+struct ToInt8 {
+  bool through_bfloat16;  // the model's dtype is bfloat16: round to it before fp16
+  bool transposed;        // stored as [in, out], a Conv1D's weight: transpose it first
+  Address codes;          // int8 [out, in]
+  Address scales;         // fp32 [out]
+};
+
+// Cast to `dtype`, or leave as stored where there is none, whatever the bytes mean.
+struct ToValues {
+  std::optional<ElementType> dtype;
+  Address values;
+};
+
+// One tensor, or a part of one. Destinations are contiguous memory of the consumer's device: where it is a
+// part of a fused parameter, the address of that part's first row.
+struct Request {
+  std::variant<Range, Landed> from;  // contiguous rows
+  ElementType stored;                // of no meaning where values stay as stored
+  std::size_t rows, columns;         // as stored; columns are bytes where values stay as stored
+  std::variant<ToInt8, ToValues> to;
+  // uint8, or 0 for none; 1 is written where something is wrong, nothing elsewhere. For ToInt8 one for
+  // each output row: it has NaN, infinity, or a value beyond fp16's range. For ToValues one for all: fp16 has
+  // infinity where none was stored.
+  Address marks;
+};
+
+struct ConsumerOptions {
+  // Memory of the device for what passes through: seven eighths for bands as stored, one for the fp16 form of
+  // the band being quantized. An eighth holds a row at least.
+  Address scratch;
+  std::size_t scratch_bytes;
+  // For the fp16 form of one transposed weight at a time; as large as the largest. 0 where there is none.
+  Address transposed;
+  std::size_t transposed_bytes;
+  Quantizer quantizer;
+};
+
+class Consumer {
+ public:
+  // `engine` outlives this, but may be closed before. Throws kDriver where the driver refuses, or there are
+  // no kernels, and kInvalidArgument where scratch cannot be cut.
+  Consumer(Engine& engine, std::uint32_t lane, const ConsumerOptions& options);
+  // Closes.
+  ~Consumer();
+  Consumer(const Consumer&) = delete;
+  Consumer& operator=(const Consumer&) = delete;
+
+  // Takes requests, to be served in this order; returns the first one's ticket: they count up from 0.
+  // Destinations are written only after what the caller has put on `stream` so far. Throws kInvalidArgument,
+  // and takes none, for a row that an eighth of scratch cannot hold (land it whole, and hand it over as
+  // Landed), for a transposed weight that its memory cannot hold, for an empty one, for sizes that do not
+  // agree with the bytes, and for more rows or columns than the quantizer's int counts.
+  Ticket submit(std::span<const Request> requests, StreamHandle stream);
+
+  // Waits up to `timeout` until all work for `ticket` is on the consumer's stream, then makes `stream` wait
+  // for it; returns how many requests, from the first one on, `stream` waits for now, or nothing if the time
+  // ran out. Throws the first error of the engine or the driver, or kCancelled.
+  std::optional<Ticket> wait(Ticket ticket, StreamHandle stream, std::chrono::milliseconds timeout);
+
+  // Drops what has not begun, joins the thread and waits until no kernel uses any memory it was given.
+  // Copies may still be under way: close the engine first. Idempotent; waits throw kCancelled from then on.
+  void close();
+
+ private:
+  struct Task {
+    Request request;
+    std::vector<Band> bands;
+  };
+  struct Asked {  // one band of one task
+    const Task* task;
+    const Band* band;
+    Address memory;                         // where it lands
+    std::optional<Ticket> ticket;           // the engine's; none for what has been waited for
+    std::optional<Scratch::Region> region;  // none for what does not pass through scratch
+    bool is_last;                           // of its task
+  };
+
+  Task checked(const Request& request) const;
+  std::vector<Band> cut(const Request& request, std::size_t nbytes) const;
+  void ask();
+  std::optional<Asked> place(const Task& task, const Band& band);
+  void serve();
+  bool await(const Asked& asked);
+  void put_work(const Asked& asked);
+  void quantize_band(const Task& task, const ToInt8& to, const Asked& asked);
+  void transpose_band(const Task& task, const ToInt8& to, const Asked& asked);
+  void cast_band(const Task& task, const ToValues& to, const Asked& asked);
+  void quantize(const ToInt8& to, Address half, std::size_t row, std::size_t rows, std::size_t columns);
+  void finish(const Asked& asked);
+  void fail();
+
+  Engine& engine_;
+  const std::uint32_t lane_;
+  const ConsumerOptions options_;
+  const std::size_t band_bytes_;
+  const Address half_;  // the last eighth of scratch
+  Device& device_;
+  std::unique_ptr<Stream> stream_;
+  std::unique_ptr<Event> reached_;  // of the caller's stream, or of this one, for as long as a call lasts
+
+  std::mutex mutex_;  // guards what follows
+  std::condition_variable changed_;
+  std::deque<Task> tasks_;     // never moves its elements
+  std::size_t next_task_ = 0;  // whose next band is to be asked for
+  std::size_t next_band_ = 0;
+  Scratch scratch_;
+  std::size_t passing_bytes_ = 0;  // in scratch, or on their way there
+  std::deque<Asked> asked_;        // in order
+  Ticket done_ = 0;                // tasks whose work is on the stream, all of it
+  std::exception_ptr error_;
+  bool closed_ = false;
+
+  std::thread thread_;  // last: it uses all of the above
+};
+
+}  // namespace pyint8

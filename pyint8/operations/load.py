@@ -1,0 +1,276 @@
+"""The one road from a path to a model."""
+
+from __future__ import annotations
+
+import logging
+import os
+import reprlib
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+
+from pyint8.checkpoint.find import base_of_adapter, check_path, find_checkpoint
+from pyint8.config import Int8Config, StreamOptions
+from pyint8.errors import OptionError
+from pyint8.host import garbage
+from pyint8.host.imports import importing
+from pyint8.host.memory import peak_resident_bytes
+from pyint8.host.processes import processes
+from pyint8.models.keywords import int8_config, refuse_misplaced
+from pyint8.models.transformers.parallel import refuse_split_models
+from pyint8.models.transformers.releases import require_transformers
+from pyint8.report import LoadReport, Recorder, announce
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from pyint8.checkpoint import Checkpoint
+    from pyint8.models.request import LoadRequest
+    from pyint8.streaming.preparation import Preparation
+
+logger = logging.getLogger(__name__)
+
+_Module = TypeVar("_Module", bound="nn.Module")
+
+
+@overload
+def load(
+    path: str | os.PathLike[str],
+    device_map: Any = "auto",
+    *,
+    model: type[_Module] | _Module,
+    return_report: Literal[False] = False,
+    dtype: torch.dtype | str | Mapping[str, torch.dtype | str] | None = "auto",
+    max_memory: Mapping[Any, Any] | None = None,
+    headroom: int | str | None = None,
+    config: Int8Config | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    strict: bool = True,
+    progress: bool | None = None,
+    options: StreamOptions | None = None,
+    **hub_and_model_kwargs: Any,
+) -> _Module: ...
+@overload
+def load(
+    path: str | os.PathLike[str],
+    device_map: Any = "auto",
+    *,
+    model: type[_Module] | _Module,
+    return_report: Literal[True],
+    dtype: torch.dtype | str | Mapping[str, torch.dtype | str] | None = "auto",
+    max_memory: Mapping[Any, Any] | None = None,
+    headroom: int | str | None = None,
+    config: Int8Config | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    strict: bool = True,
+    progress: bool | None = None,
+    options: StreamOptions | None = None,
+    **hub_and_model_kwargs: Any,
+) -> tuple[_Module, LoadReport]: ...
+@overload
+def load(
+    path: str | os.PathLike[str],
+    device_map: Any = "auto",
+    *,
+    model: type[Any] | None = None,
+    return_report: Literal[False] = False,
+    dtype: torch.dtype | str | Mapping[str, torch.dtype | str] | None = "auto",
+    max_memory: Mapping[Any, Any] | None = None,
+    headroom: int | str | None = None,
+    config: Int8Config | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    strict: bool = True,
+    progress: bool | None = None,
+    options: StreamOptions | None = None,
+    **hub_and_model_kwargs: Any,
+) -> PreTrainedModel: ...
+@overload
+def load(
+    path: str | os.PathLike[str],
+    device_map: Any = "auto",
+    *,
+    model: type[Any] | None = None,
+    return_report: Literal[True],
+    dtype: torch.dtype | str | Mapping[str, torch.dtype | str] | None = "auto",
+    max_memory: Mapping[Any, Any] | None = None,
+    headroom: int | str | None = None,
+    config: Int8Config | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    strict: bool = True,
+    progress: bool | None = None,
+    options: StreamOptions | None = None,
+    **hub_and_model_kwargs: Any,
+) -> tuple[PreTrainedModel, LoadReport]: ...
+def load(
+    path: str | os.PathLike[str],
+    device_map: Any = "auto",
+    *,
+    dtype: torch.dtype | str | Mapping[str, torch.dtype | str] | None = "auto",
+    max_memory: Mapping[Any, Any] | None = None,
+    headroom: int | str | None = None,
+    config: Int8Config | None = None,
+    model: nn.Module | type | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    strict: bool = True,
+    progress: bool | None = None,
+    options: StreamOptions | None = None,
+    return_report: bool = False,
+    **hub_and_model_kwargs: Any,
+) -> Any:
+    """Load a Hugging Face checkpoint as a bitsandbytes int8 model.
+
+    The result is byte for byte what transformers gives with `load_in_8bit=True` and the same dtype and device map.
+
+    Args:
+        path: A folder with a checkpoint (safetensors, or PyTorch's .bin), a hub id, or a folder with a PEFT adapter,
+            which is attached to its base model; of the hub too.
+        device_map: Where modules go, as transformers and accelerate have it: "auto", "balanced", "balanced_low_0",
+            "sequential", a device, a dict of modules to devices, or None for the current device.
+        dtype: Of what is not quantized, and on the way to int8: "auto" for the checkpoint's own, as transformers 5 has
+            it, a torch.dtype or its name, None for float16, what bitsandbytes computes in, or a dict of such for the
+            parts of a model, as transformers has it: {"": ..., "vision_config": ...}.
+        max_memory: Memory to use on each device, for the planned device maps.
+        headroom: Plan as tightly as that: leave so much of every GPU free (bytes, or a size such as "2GiB"), at least
+            what the load needs itself. None plans as transformers does, with 0.81 of one GPU's free memory, 0.9 of
+            several's.
+        config: What to quantize; None for LLM.int8()'s defaults. A transformers BitsAndBytesConfig(load_in_8bit=True)
+            means the same and is taken too.
+        model: A transformers class (Auto classes included) instead of the one that the configuration names, or any
+            torch.nn.Module but a transformers model, on meta or not, whose state dict has the checkpoint's names, to be
+            filled in place.
+        offload_folder: For modules that the device map puts on "disk".
+        strict: Raise if a weight cannot be quantized soundly (NaN, infinity, values beyond float16), and if shards do
+            not agree with their index about a tensor that the model wants. False, here or in `config`, logs one warning
+            and does what bitsandbytes and transformers do.
+        progress: Show a bar in bytes; None shows it on a terminal and in notebooks, as transformers' switches for bars
+            have it.
+        options: How to move bytes; None for the defaults and the `PYINT8_*` environment variables.
+        return_report: Return (model, LoadReport).
+        hub_and_model_kwargs: For `from_pretrained`: revision, subfolder, token, attn_implementation and so on.
+
+    Returns:
+        The model, in evaluation mode (a module of yours: in the mode it was in), or (model, report).
+
+    Raises:
+        Pyint8Error: One of `pyint8.errors`; all say what is wrong where, and what to do. Nothing stays behind: no
+            thread, no open file, no pinned memory.
+    """
+    refuse_misplaced(hub_and_model_kwargs)
+    path = _decoded(path)
+    is_plain = model is not None and not isinstance(model, type)
+    config = int8_config(config)
+    _check_options(options)
+    if not is_plain:
+        require_transformers()
+        refuse_split_models(hub_and_model_kwargs)
+    check_path(path, hub_and_model_kwargs, is_plain=is_plain)
+    base = None if is_plain else base_of_adapter(path, hub_and_model_kwargs)
+    options = StreamOptions.from_environment() if options is None else options
+    with ExitStack() as stack:
+        recorder = stack.enter_context(Recorder(progress))
+        # Before anything heavy is imported: a folder is checked, and the disk has something to do.
+        with garbage.paused(), recorder.phase("read headers"):
+            checkpoint = find_checkpoint(base or path, hub_and_model_kwargs)
+        if checkpoint is not None:
+            garbage.collect_if_short(checkpoint.most_bytes_loaded)
+            stack.enter_context(garbage.paused())  # not for as long as a download takes
+        preparation = stack.enter_context(_preparation(checkpoint, options))
+        _import_libraries(is_plain=is_plain)
+        request = _request(
+            path=path,
+            base=base or path,
+            device_map=device_map,
+            dtype=dtype,
+            max_memory=max_memory,
+            headroom=headroom,
+            config=config,
+            offload_folder=offload_folder,
+            strict=strict and (config is None or config.strict),
+            options=options,
+            arguments=hub_and_model_kwargs,
+        )
+        stack.enter_context(_measured_memory(recorder.report))
+        result = _load_as(model, request, preparation, recorder)
+    announce(recorder.report, path)
+    return (result, recorder.report) if return_report else result
+
+
+def _preparation(checkpoint: Checkpoint | None, options: StreamOptions) -> Preparation:
+    from pyint8.streaming.preparation import Preparation  # the extension: `import pyint8` does without
+
+    return Preparation(checkpoint, options)
+
+
+def _import_libraries(*, is_plain: bool) -> None:
+    """Imports all that a load needs."""
+    with importing:
+        if is_plain:
+            import pyint8.models.plain
+        else:
+            import pyint8.models.transformers.loading  # noqa: F401
+
+
+def _request(
+    *, device_map: Any, dtype: Any, max_memory: Any, headroom: Any, options: StreamOptions, **checked: Any
+) -> LoadRequest:
+    """The arguments that need torch to be checked, checked."""
+    from pyint8.models.request import LoadRequest, check_dtype
+    from pyint8.placement.budget import memory_budget
+    from pyint8.placement.device_map import check_device_map, is_planned
+
+    check_device_map(device_map)
+    if is_planned(device_map) and processes().total > 1:
+        logger.warning(
+            "a planned device map under torchrun spreads a model over all visible GPUs in every rank; pass "
+            'device_map="cuda" for one whole model on each rank\'s own GPU'
+        )
+    return LoadRequest(
+        device_map=device_map,
+        dtype=check_dtype(dtype),
+        budget=memory_budget(max_memory, headroom, device_map, options.device_bytes),
+        options=options,
+        **checked,
+    )
+
+
+def _load_as(model: Any, request: LoadRequest, preparation: Preparation, recorder: Recorder) -> Any:
+    from pyint8.models.request import check_model
+
+    check_model(model)
+    if model is None or isinstance(model, type):
+        from pyint8.models.transformers.loading import load_pretrained
+
+        return load_pretrained(model, request, preparation, recorder)
+    from pyint8.models.plain import fill_module
+
+    return fill_module(model, request, preparation, recorder)
+
+
+def _decoded(path: Any) -> str:
+    try:
+        return os.fsdecode(path)
+    except TypeError:
+        raise OptionError(f"path is {path!r}; it must be a folder or a hub id") from None
+
+
+def _check_options(options: object) -> None:
+    if options is not None and not isinstance(options, StreamOptions):
+        raise OptionError(f"options is {reprlib.repr(options)}; it must be a pyint8.StreamOptions or None")
+
+
+@contextmanager
+def _measured_memory(report: LoadReport) -> Iterator[None]:
+    """Fills the report's peaks."""
+    import torch
+
+    before = peak_resident_bytes()
+    if torch.cuda.is_initialized():  # in a process that did not use a device yet, its peak is zero anyway
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(index)
+    yield
+    report.host_peak_bytes = peak_resident_bytes() - before
+    if torch.cuda.is_initialized():
+        peaks = {f"cuda:{index}": torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())}
+        report.device_peak_bytes = {name: peak for name, peak in peaks.items() if peak}

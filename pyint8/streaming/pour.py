@@ -1,0 +1,261 @@
+"""What becomes of tensors on a GPU with no Python between the request and the result: by the extension's consumer.
+
+The consumer serves requests in order, whether or not somebody waits for them. Their destinations are allocated here, as
+soon as the final tensors and what landed early, and is still to be made smaller, take no more than the final tensors
+will.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from pyint8.checkpoint import EntryInMemory
+from pyint8.errors import DeviceError
+from pyint8.streaming.extension import _core
+from pyint8.streaming.requests import TensorRequest, ToDtype, ToInt8
+
+if TYPE_CHECKING:
+    from pyint8.checkpoint import Entry
+    from pyint8.streaming.head_start import EarlyTensor
+    from pyint8.streaming.lane import Lane
+    from pyint8.streaming.transport import Transport
+
+logger = logging.getLogger(__name__)
+
+_KERNEL_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+_NAMES = {dtype: name for name, dtype in _KERNEL_DTYPES.items()}
+_MOST_ROWS = 2**31 - 1  # that bitsandbytes counts
+# The consumer's, of which one holds the fp16 form of a band: a row fits in each.
+_PARTS = 8
+_ALIGNMENT = 256
+# The first requests are few, so that bytes begin to move while the others are written down.
+_FIRST_REQUESTS = 64
+
+
+@dataclass(frozen=True)
+class Made:
+    """What came of one request.
+
+    Attributes:
+        tensor: int8 codes [out, in], or the values in their shape; contiguous.
+        scales: Of codes, fp32 [out].
+        marks: uint8 [out], or [1] for values that were cast to fp16: not 0 where something does not fit (see
+            `pyint8.quantizer.WeightHealth.watch_marks`). All of a GPU's are in one storage, to be copied at once.
+    """
+
+    tensor: torch.Tensor
+    scales: torch.Tensor | None = None
+    marks: torch.Tensor | None = None
+
+
+def can_pour(request: TensorRequest, lane: Lane, quantizer: int | None) -> bool:
+    """Whether the consumer of `lane` can make what a request is for."""
+    entry = request.entry
+    if not lane.on_gpu or isinstance(entry, EntryInMemory) or entry.stride is not None or not entry.nbytes:
+        return False
+    if isinstance(request.becomes, ToInt8):
+        return quantizer is not None and _can_quantize(entry, request.becomes, lane)
+    if isinstance(request.becomes, ToDtype):
+        same = request.becomes.dtype == entry.torch_dtype
+        return same or (entry.dtype in _KERNEL_DTYPES and request.becomes.dtype in _NAMES)
+    return False
+
+
+def _can_quantize(entry: Entry, becomes: ToInt8, lane: Lane) -> bool:
+    if entry.dtype not in _KERNEL_DTYPES or becomes.model_dtype not in _NAMES or len(entry.torch_shape) != 2:
+        return False
+    row_bytes = entry.nbytes // entry.torch_shape[0]
+    return max(entry.torch_shape) <= _MOST_ROWS and row_bytes <= _band_bytes(lane.scratch_bytes // 2)
+
+
+def _band_bytes(scratch_bytes: int) -> int:
+    return scratch_bytes // _PARTS // _ALIGNMENT * _ALIGNMENT
+
+
+class Pour:
+    """What one GPU's consumer makes of requests.
+
+    Args:
+        transport: What moves the bytes; it closes the consumer.
+        lane: The GPU's.
+        requests: Each of which `can_pour`, in the order they will be asked for; names are unique.
+        quantizer: The address of bitsandbytes' `cint8_vector_quant`.
+        scratch_bytes: Memory of the GPU for what passes through.
+        early: What is on its way to `lane` already, by name.
+
+    Raises:
+        DeviceError: The driver refuses, or has no kernels for the GPU.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        lane: Lane,
+        requests: Sequence[TensorRequest],
+        quantizer: int,
+        scratch_bytes: int,
+        early: dict[str, EarlyTensor],
+    ) -> None:
+        self._transport = transport
+        self._lane = lane
+        self._requests = requests
+        self._tickets = {request.entry.name: ticket for ticket, request in enumerate(requests)}
+        self._early = early
+        self._early_bytes = sum(tensor.entry.nbytes for tensor in early.values())
+        self._made: dict[int, Made] = {}
+        self._made_bytes = 0
+        self._budget = sum(request.final_bytes for request in requests)
+        self._submitted = self._ready = 0
+        rows = sum(_marks(request) for request in requests)
+        self._marks = torch.zeros(rows, dtype=torch.uint8, device=lane.device)
+        self._marks_used = 0
+        transposed = max((r.entry.numel for r in requests if _is_transposed(r)), default=0)
+        self._consumer = transport.open_consumer(lane, scratch_bytes, transposed, quantizer)
+        self._fill(_FIRST_REQUESTS)
+        self._fill(len(requests))
+
+    def entry(self, name: str) -> Entry:
+        return self._requests[self._tickets[name]].entry
+
+    def take(self, name: str) -> Made:
+        """What came of an entry, ordered before the lane's stream; each once."""
+        ticket = self._tickets[name]
+        if ticket >= self._submitted:  # asked for out of order
+            self._submit(ticket + 1)
+        if ticket >= self._ready:
+            self._ready = self._consumer.wait(ticket, self._lane.stream)
+            self._give_early_back()
+            self._fill(len(self._requests))
+        return self._made.pop(ticket)
+
+    def close(self) -> None:
+        """Gives destinations back that nobody took; the transport is closed already. Idempotent."""
+        self._made.clear()
+        self._early.clear()
+
+    def _give_early_back(self) -> None:
+        for name in [name for name in self._early if self._tickets[name] < self._ready]:
+            self._early_bytes -= self._early.pop(name).entry.nbytes
+
+    def _fill(self, until: int) -> None:
+        """Submits requests up to number `until`, as far as memory allows."""
+        end = self._submitted
+        nbytes = self._made_bytes
+        while end < min(until, len(self._requests)):
+            nbytes += self._requests[end].final_bytes
+            if nbytes + self._early_bytes > self._budget and end > self._ready:
+                break
+            end += 1
+        self._submit(end)
+
+    def _submit(self, end: int) -> None:
+        if end <= self._submitted:
+            return
+        tuples = [self._written_down(number) for number in range(self._submitted, end)]
+        self._consumer.submit(tuples, self._lane.stream)
+        self._submitted = end
+
+    def _written_down(self, ticket: int) -> _core.RequestTuple:
+        """A request as the extension takes it; allocates what it makes."""
+        request = self._requests[ticket]
+        entry, becomes = request.entry, request.becomes
+        made = self._made[ticket] = self._allocate(request)
+        self._made_bytes += request.final_bytes
+        early = self._early.get(entry.name)
+        if early is None:
+            source = (False, self._transport.file(entry.path, entry.stamp), entry.offset)
+        else:
+            source = (True, early.ticket, early.storage.data_ptr())
+        marks = 0 if made.marks is None else made.marks.data_ptr()
+        if isinstance(becomes, ToInt8):
+            assert made.scales is not None
+            through_bfloat16 = becomes.model_dtype == torch.bfloat16
+            to_int8 = (through_bfloat16, becomes.transposed, made.tensor.data_ptr(), made.scales.data_ptr())
+            rows, columns = entry.torch_shape
+            return source, entry.dtype, rows, columns, to_int8, marks
+        assert isinstance(becomes, ToDtype)
+        if becomes.dtype == entry.torch_dtype:
+            return source, "", 1, entry.nbytes, ("", made.tensor.data_ptr()), marks
+        return source, entry.dtype, entry.numel, 1, (_NAMES[becomes.dtype], made.tensor.data_ptr()), marks
+
+    def _allocate(self, request: TensorRequest) -> Made:
+        device, shape, becomes = self._lane.device, request.entry.torch_shape, request.becomes
+        count = _marks(request)
+        marks = self._marks[self._marks_used : self._marks_used + count] if count else None
+        self._marks_used += count
+        if isinstance(becomes, ToDtype):
+            return Made(torch.empty(shape, dtype=becomes.dtype, device=device), None, marks)
+        assert becomes is not None
+        shape = tuple(reversed(shape)) if becomes.transposed else shape
+        codes = torch.empty(shape, dtype=torch.int8, device=device)
+        return Made(codes, torch.empty(shape[0], dtype=torch.float32, device=device), marks)
+
+
+def open_pours(
+    requests: Sequence[TensorRequest],
+    transport: Transport,
+    lane_of: Callable[[torch.device], Lane],
+    quantizer: int | None,
+    early: dict[str, EarlyTensor],
+) -> dict[str, Pour]:
+    """Each entry's `Pour`, of its GPU; entries that none can make are left to the caller.
+
+    Where a GPU's kernels do not load, that is all of them, with a warning.
+
+    Args:
+        requests: In the order they will be asked for; names are unique.
+        transport: What moves the bytes.
+        lane_of: The lane of a device.
+        quantizer: The address of bitsandbytes' `cint8_vector_quant`, if there is one.
+        early: What is on its way already, by name; what a pour takes over is taken out.
+    """
+    groups: dict[Lane, list[TensorRequest]] = {}
+    others: set[Lane] = set()
+    for request in requests if _core.has_kernels() else ():
+        lane = lane_of(request.device)
+        if can_pour(request, lane, quantizer) and not _is_there(request, lane, early):
+            groups.setdefault(lane, []).append(request)
+        else:
+            others.add(lane)
+    pours: dict[str, Pour] = {}
+    for lane, group in groups.items():
+        mine = {r.entry.name: early[r.entry.name] for r in group if _comes_early(r, lane, early)}
+        scratch_bytes = lane.halve_scratch() if lane in others else lane.scratch_bytes
+        try:
+            pour = Pour(transport, lane, group, quantizer or 0, scratch_bytes, mine)
+        except DeviceError as error:
+            logger.warning("weights on %s are quantized by Python operators, more slowly: %s", lane.device, error)
+            continue
+        for name in mine:
+            del early[name]
+        pours |= dict.fromkeys((request.entry.name for request in group), pour)
+    return pours
+
+
+def _comes_early(request: TensorRequest, lane: Lane, early: dict[str, EarlyTensor]) -> bool:
+    tensor = early.get(request.entry.name)
+    return tensor is not None and tensor.entry == request.entry and tensor.lane is lane
+
+
+def _is_there(request: TensorRequest, lane: Lane, early: dict[str, EarlyTensor]) -> bool:
+    """Whether what is on its way is the result itself."""
+    same = isinstance(request.becomes, ToDtype) and request.becomes.dtype == request.entry.torch_dtype
+    return same and _comes_early(request, lane, early)
+
+
+def _is_transposed(request: TensorRequest) -> bool:
+    return isinstance(request.becomes, ToInt8) and request.becomes.transposed
+
+
+def _marks(request: TensorRequest) -> int:
+    """How many marks a request has."""
+    entry, becomes = request.entry, request.becomes
+    if isinstance(becomes, ToInt8):
+        return request.out_rows
+    assert isinstance(becomes, ToDtype)
+    return 1 if becomes.dtype == torch.float16 and entry.torch_dtype != torch.float16 else 0

@@ -1,0 +1,64 @@
+"""What a stream is asked for: entries of checkpoints, and what shall become of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from pyint8.checkpoint import Entry
+
+
+@dataclass(frozen=True)
+class ToInt8:
+    """Codes and scales, in bitsandbytes' row-wise form.
+
+    Attributes:
+        model_dtype: Rounded to before fp16, as transformers casts before it quantizes.
+        transposed: Stored as [in, out], a Conv1D's weight: transpose it first.
+    """
+
+    model_dtype: torch.dtype
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class ToDtype:
+    """The values, cast to `dtype` if they are not stored as that."""
+
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class TensorRequest:
+    """One entry's way.
+
+    Attributes:
+        entry: What to read.
+        device: Where the result is wanted. It lands there if that is a CUDA device or the CPU, else on the CPU.
+        in_bands: Land in scratch, a band of rows at a time, instead of in a tensor of its own.
+        batch: Land in one piece of memory with those before and after that have the same `batch`, dtype and shape;
+            to be had by `TensorStream.batched` alone, and not in bands.
+        becomes: What `TensorStream.made` gives where the GPU's consumer can make it; elsewhere of no meaning.
+    """
+
+    entry: Entry
+    device: torch.device
+    in_bands: bool = False
+    batch: str | None = None
+    becomes: ToInt8 | ToDtype | None = None
+
+    @property
+    def out_rows(self) -> int:
+        """Rows of what becomes int8."""
+        is_transposed = isinstance(self.becomes, ToInt8) and self.becomes.transposed
+        return self.entry.torch_shape[1 if is_transposed else 0]
+
+    @property
+    def final_bytes(self) -> int:
+        """What the result takes."""
+        if isinstance(self.becomes, ToInt8):
+            return self.entry.numel + self.out_rows * torch.float32.itemsize
+        return self.entry.nbytes if self.becomes is None else self.entry.numel * self.becomes.dtype.itemsize

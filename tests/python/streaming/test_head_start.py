@@ -1,0 +1,113 @@
+"""Tensors that land before there is a stream: it takes them over, and nothing is read twice."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from streams import CPU, MIB, TINY, bytes_of, over, requests, stored, unstamped, write
+
+from pyint8.checkpoint import Checkpoint
+from pyint8.errors import ReadError, TruncatedError
+from pyint8.streaming.head_start import HeadStart
+from pyint8.streaming.requests import TensorRequest
+from pyint8.streaming.transport import Transport
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+
+@pytest.fixture
+def every_size_is_worthwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyint8.streaming.head_start._WORTHWHILE_BYTES", 1)
+
+
+@pytest.mark.usefixtures("every_size_is_worthwhile")
+@pytest.mark.parametrize("in_bands", [False, True])
+@pytest.mark.parametrize("nbytes", [0, 60, 1_000_000, 10_000_000])
+def test_what_was_begun_early_is_taken_over(mixed: Checkpoint, nbytes: int, in_bands: bool) -> None:
+    start = HeadStart(CPU, list(mixed.values()), nbytes, TINY)
+    transport, early = start.take()
+    with over(requests(mixed, in_bands=in_bands), transport, early) as stream:
+        for name, entry in mixed.items():
+            bands = [(row, bytes_of(band), len(band) if band.ndim else 1) for row, band in stream.bands(name)]
+            assert b"".join(raw for _, raw, _ in bands) == stored(entry)
+            assert [row for row, _, _ in bands] == [sum(rows for _, _, rows in bands[:i]) for i in range(len(bands))]
+        assert transport.stats()["bytes_delivered"] == mixed.nbytes  # nothing was read twice
+
+
+@pytest.mark.usefixtures("every_size_is_worthwhile")
+def test_early_tensors_are_bands_of_no_more_than_the_scratch_has(mixed: Checkpoint) -> None:
+    start = HeadStart(CPU, [mixed["large"]], 1 << 30, TINY)
+    with over([TensorRequest(mixed["large"], CPU, in_bands=True)], *start.take()) as stream:
+        sizes = [band.nbytes for _, band in stream.bands("large")]
+    assert max(sizes) <= MIB // 8
+    assert sum(sizes) == mixed["large"].nbytes
+
+
+@pytest.mark.usefixtures("every_size_is_worthwhile")
+def test_an_early_tensor_had_whole_is_the_memory_it_landed_in(mixed: Checkpoint) -> None:
+    start = HeadStart(CPU, [mixed["large"]], 1 << 30, TINY)
+    with over([TensorRequest(mixed["large"], CPU, in_bands=True)], *start.take()) as stream:
+        tensor = stream.whole("large")
+    assert bytes_of(tensor) == stored(mixed["large"])
+    assert tensor.untyped_storage().nbytes() == mixed["large"].nbytes
+
+
+@pytest.mark.usefixtures("every_size_is_worthwhile")
+def test_what_was_begun_early_and_is_not_wanted_is_dropped(mixed: Checkpoint) -> None:
+    start = HeadStart(CPU, list(mixed.values()), 1 << 30, TINY)
+    with over([TensorRequest(mixed["last"], CPU)], *start.take()) as stream:
+        assert bytes_of(stream.whole("last")) == stored(mixed["last"])
+
+
+def test_small_tensors_are_not_begun_early(tmp_path: Path) -> None:
+    checkpoint = write(tmp_path / "x.safetensors", {"small": ("U8", (MIB - 1,)), "large": ("U8", (MIB,))})
+    start = HeadStart(CPU, list(checkpoint.values()), 1 << 30, TINY)
+    transport, early = start.take()
+    assert set(early) == {"large"}
+    transport.close()
+
+
+@pytest.mark.usefixtures("every_size_is_worthwhile")
+def test_a_head_start_asks_once(mixed: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time it would let go of the interpreter's lock, and the thread that builds the model would keep it."""
+    asked: list[int] = []
+    submit = Transport.submit
+
+    def counted(self: Transport, lane: Any, reads: list[Any], **more: Any) -> int:
+        asked.append(len(reads))
+        return submit(self, lane, reads, **more)
+
+    monkeypatch.setattr(Transport, "submit", counted)
+    start = HeadStart(CPU, list(mixed.values()), 1 << 30, TINY)
+    transport, early = start.take()
+    transport.close()
+    assert asked == [len(early)]
+    assert len(early) > 1
+
+
+@pytest.mark.usefixtures("every_size_is_worthwhile")
+def test_a_head_start_that_nobody_takes(mixed: Checkpoint) -> None:
+    HeadStart(CPU, list(mixed.values()), 1 << 30, TINY).close()
+
+
+@pytest.mark.usefixtures("every_size_is_worthwhile")
+def test_a_head_start_that_fails_fails_when_it_is_taken(tmp_path: Path) -> None:
+    checkpoint = write(tmp_path / "x.safetensors", {"x": ("U8", (100,))})
+    (tmp_path / "x.safetensors").unlink()
+    start = HeadStart(CPU, list(checkpoint.values()), 1 << 30, TINY)
+    with pytest.raises(ReadError, match="cannot open the file"):
+        start.take()
+
+
+@pytest.mark.usefixtures("every_size_is_worthwhile")
+def test_a_file_cut_while_it_is_begun_early_names_the_tensor(tmp_path: Path) -> None:
+    checkpoint = write(tmp_path / "x.safetensors", {"x": ("U8", (100,)), "y": ("U8", (100_000,))})
+    os.truncate(checkpoint["y"].path, checkpoint["y"].offset + 10)
+    entries = unstamped(checkpoint)
+    start = HeadStart(CPU, list(entries.values()), 1 << 30, TINY)
+    with over(requests(entries), *start.take()) as stream, pytest.raises(TruncatedError) as caught:
+        list(map(stream.whole, checkpoint))
+    assert caught.value.tensor == "y"

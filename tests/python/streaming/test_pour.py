@@ -1,0 +1,176 @@
+"""What the GPU's consumer makes of requests, over the fake driver: as torch would, byte for byte.
+
+What is made must outlive the stream here: the fake's memory is not given back in the order of a GPU's stream.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from fake_driver import FakeDriver, driver
+from safetensors.torch import save_file
+from streams import unstamped
+
+from pyint8 import StreamOptions, _core
+from pyint8.checkpoint import Checkpoint, open_checkpoint
+from pyint8.errors import TruncatedError
+from pyint8.streaming.pour import Made
+from pyint8.streaming.requests import TensorRequest, ToDtype, ToInt8
+from pyint8.streaming.stream import open_stream
+
+__all__ = ["driver"]  # a fixture
+
+GPU = torch.device("cuda", 0)
+# Bands of 128 KiB.
+OPTIONS = StreamOptions(threads=3, slot_bytes=8192, device_scratch=1 << 20)
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+pytestmark = pytest.mark.skipif(not _core.has_kernels(), reason="a build without kernels")
+
+
+def random_weight(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def quantized(half: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As the fake's kernel does."""
+    scales = half.float().abs().amax(dim=1)
+    return (half.float() * (torch.full_like(scales, 127) / scales)[:, None]).round().to(torch.int8), scales
+
+
+def checkpoint_of(folder: Path, tensors: dict[str, torch.Tensor]) -> Checkpoint:
+    save_file(tensors, folder / "model.safetensors")
+    return open_checkpoint(folder / "model.safetensors")
+
+
+def pour(driver: FakeDriver, requests: list[TensorRequest], options: StreamOptions = OPTIONS) -> dict[str, Made | None]:
+    with open_stream(requests, options, opener=driver.lane, quantizer=driver.quantizer) as stream:
+        return {request.entry.name: stream.made(request.entry.name) for request in requests}  # whole once all is closed
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("model_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_to_int8(
+    driver: FakeDriver, tmp_path: Path, dtype: torch.dtype, model_dtype: torch.dtype, transposed: bool
+) -> None:
+    sizes = {"one": (1, 1), "odd": (611, 33), "bands": (700, 300), "wide": (3, 1999)}
+    weights = {name: random_weight(*shape, dtype, seed) for seed, (name, shape) in enumerate(sizes.items())}
+    entries = checkpoint_of(tmp_path, weights)
+    requests = [TensorRequest(entry, GPU, True, becomes=ToInt8(model_dtype, transposed)) for entry in entries.values()]
+    made = pour(driver, requests)
+    for name, weight in weights.items():
+        half = weight.to(model_dtype).to(torch.float16)
+        codes, scales = quantized(half.T.contiguous() if transposed else half)
+        found = made[name]
+        assert found is not None
+        assert found.scales is not None
+        assert found.marks is not None
+        assert torch.equal(found.tensor, codes)
+        assert torch.equal(found.scales, scales)
+        assert not found.marks.any()
+
+
+@pytest.mark.parametrize("to", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_are_cast(driver: FakeDriver, tmp_path: Path, dtype: torch.dtype, to: torch.dtype) -> None:
+    tensors = {"matrix": random_weight(100, 321, dtype), "vector": random_weight(1, 9999, dtype)[0]}
+    tensors["scalar"] = torch.tensor(0.3, dtype=dtype)
+    entries = checkpoint_of(tmp_path, tensors)
+    made = pour(driver, [TensorRequest(entry, GPU, becomes=ToDtype(to)) for entry in entries.values()])
+    for name, tensor in tensors.items():
+        found = made[name]
+        assert found is not None
+        assert torch.equal(found.tensor, tensor.to(to))
+        assert (found.marks is not None) == (to == torch.float16 != dtype)
+
+
+def test_what_stays_as_stored_may_be_of_any_dtype(driver: FakeDriver, tmp_path: Path) -> None:
+    tensors = {"codes": torch.arange(-100, 100).to(torch.int8).view(10, 20), "numbers": torch.arange(12345)}
+    entries = checkpoint_of(tmp_path, tensors)
+    made = pour(driver, [TensorRequest(e, GPU, becomes=ToDtype(e.torch_dtype)) for e in entries.values()])
+    assert all(found is not None and torch.equal(found.tensor, tensors[name]) for name, found in made.items())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 70000.0])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rows_that_int8_cannot_hold_are_marked(
+    driver: FakeDriver, tmp_path: Path, bad: float, transposed: bool
+) -> None:
+    weight = random_weight(300, 200, torch.bfloat16)
+    weight[123, 45] = bad
+    entries = checkpoint_of(tmp_path, {"bad": weight, "good": random_weight(50, 60, torch.bfloat16)})
+    becomes = ToInt8(torch.bfloat16, transposed)
+    made = pour(driver, [TensorRequest(entry, GPU, True, becomes=becomes) for entry in entries.values()])
+    assert made["bad"] is not None
+    assert made["good"] is not None
+    assert made["bad"].marks is not None
+    assert made["good"].marks is not None
+    assert made["bad"].marks.nonzero().flatten().tolist() == [45 if transposed else 123]
+    assert not made["good"].marks.any()
+
+
+def test_only_new_infinity_is_marked_in_values(driver: FakeDriver, tmp_path: Path) -> None:
+    values = {"new": torch.tensor([1.0, 1e6]), "old": torch.tensor([1.0, float("inf"), float("nan")])}
+    entries = checkpoint_of(tmp_path, values)
+    made = pour(driver, [TensorRequest(entry, GPU, becomes=ToDtype(torch.float16)) for entry in entries.values()])
+    marks = {name: found.marks.tolist() for name, found in made.items() if found and found.marks is not None}
+    assert marks == {"new": [1], "old": [0]}
+
+
+def test_in_whatever_order(driver: FakeDriver, tmp_path: Path) -> None:
+    weights = {f"{number:03}": random_weight(90, 70, torch.bfloat16, number) for number in range(100)}
+    entries = checkpoint_of(tmp_path, weights)
+    requests = [TensorRequest(e, GPU, True, becomes=ToInt8(torch.bfloat16)) for e in entries.values()]
+    with open_stream(requests, OPTIONS, opener=driver.lane, quantizer=driver.quantizer) as stream:
+        made = {name: stream.made(name) for name in reversed(weights)}
+    for name, weight in weights.items():
+        found = made[name]
+        assert found is not None
+        assert torch.equal(found.tensor, quantized(weight.half())[0])
+
+
+def test_what_it_cannot_make_comes_by_the_other_road(driver: FakeDriver, tmp_path: Path) -> None:
+    tensors = {"double": torch.rand(30, 40).double(), "wide": random_weight(2, 30000, torch.float32)}
+    tensors["fine"] = random_weight(30, 40, torch.float32)
+    entries = checkpoint_of(tmp_path, tensors)
+    requests = [TensorRequest(entry, GPU, True, becomes=ToInt8(torch.float16)) for entry in entries.values()]
+    made = pour(driver, requests)
+    assert [name for name, found in made.items() if found is not None] == ["fine"]
+    with open_stream(requests, OPTIONS, opener=driver.lane) as stream:
+        assert not any(stream.made(name) for name in tensors)
+
+
+def test_a_consumer_that_does_not_open_is_one_warning(
+    driver: FakeDriver, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    entries = checkpoint_of(tmp_path, {"weight": random_weight(30, 40, torch.float16)})
+    driver.fail("cuStreamCreate", 2, 999)  # the first is the copy stream
+    with caplog.at_level(logging.WARNING, "pyint8"):
+        made = pour(driver, [TensorRequest(e, GPU, True, becomes=ToInt8(torch.float16)) for e in entries.values()])
+    assert made == {"weight": None}
+    (record,) = caplog.records
+    assert "quantized by Python operators, more slowly: cuStreamCreate" in record.getMessage()
+
+
+def test_a_file_that_is_too_short_names_the_tensor(driver: FakeDriver, tmp_path: Path) -> None:
+    weights = {name: random_weight(90, 70, torch.bfloat16) for name in ("first", "second", "third")}
+    entries = unstamped(checkpoint_of(tmp_path, weights))
+    requests = [TensorRequest(e, GPU, True, becomes=ToInt8(torch.bfloat16)) for e in entries.values()]
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.truncate(entries["second"].offset + 1000)
+    with pytest.raises(TruncatedError) as caught:
+        pour(driver, requests)
+    assert caught.value.tensor == "second"
+
+
+def test_weights_that_nobody_takes_are_given_back(driver: FakeDriver, tmp_path: Path) -> None:
+    weights = {f"{number:03}": random_weight(90, 70, torch.bfloat16, number) for number in range(100)}
+    entries = checkpoint_of(tmp_path, weights)
+    requests = [TensorRequest(e, GPU, True, becomes=ToInt8(torch.bfloat16)) for e in entries.values()]
+    with open_stream(requests, OPTIONS, opener=driver.lane, quantizer=driver.quantizer) as stream:
+        kept = stream.made("003")
+    assert kept is not None

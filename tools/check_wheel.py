@@ -6,6 +6,7 @@ wheel works shows only where it is installed: tools/try_wheel.py.
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import re
@@ -81,6 +82,13 @@ def check_contents(wheel: Wheel) -> Iterator[str]:
         yield f"{wheel.path.stat().st_size} bytes; {MOST_BYTES} are allowed"
 
 
+def check_record(wheel: Wheel) -> Iterator[str]:
+    """RECORD lists every file: auditwheel looks at no other, and pip removes no other."""
+    lines = wheel.files.get(f"{wheel.info}/RECORD", b"").decode().splitlines()
+    recorded = {row[0] for row in csv.reader(lines)}
+    yield from (f"not in RECORD: {name}" for name in sorted(wheel.files.keys() - recorded))
+
+
 def source_version() -> str:
     found = re.search(r'^__version__ = "(.+)"$', (ROOT / "pyint8/__init__.py").read_text(), re.MULTILINE)
     if found is None:
@@ -131,7 +139,11 @@ def check_binary(wheel: Wheel) -> Iterator[str]:
 
 
 def audit(path: Path) -> dict[str, Any]:
-    """What auditwheel says of it; its own words go to the log."""
+    """What auditwheel says of it; its own words go to the log.
+
+    Raises:
+        subprocess.CalledProcessError: It is no wheel with a binary.
+    """
     command = [sys.executable, "-m", "auditwheel", "show", str(path)]
     print(" ".join(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()))
     report = subprocess.run([*command, "--json"], check=True, capture_output=True, text=True).stdout
@@ -141,14 +153,16 @@ def audit(path: Path) -> dict[str, Any]:
 
 def check_audit(wheel: Wheel) -> Iterator[str]:
     """auditwheel finds no library from outside, and the symbols of libc no newer than the tag."""
+    if wheel.extension not in wheel.files:
+        return
     report = audit(wheel.path)
     yield from (f"external library: {name}" for name in report["external_libs"])
-    newest = tuple(map(int, re.findall(r"_(\d+)_(\d+)_", report["sym_tag"])[0])) if report["sym_tag"] else (99, 0)
-    if newest > tuple(map(int, PLATFORM.split("_")[1:])):
+    found = re.match(r"manylinux_(\d+)_(\d+)_", report["sym_tag"] or "")
+    if found is None or tuple(map(int, found.groups())) > tuple(map(int, PLATFORM.split("_")[1:])):
         yield f"its symbols are those of {report['sym_tag']}"
 
 
-CHECKS = (check_contents, check_metadata, check_binary, check_audit)
+CHECKS = (check_contents, check_record, check_metadata, check_binary, check_audit)
 
 
 def faults(path: Path) -> list[str]:

@@ -45,8 +45,8 @@ def candidates(release: str) -> Iterator[str]:
     """Where a release of CPython may be: on PATH, or among pyenv's."""
     yield from filter(None, [shutil.which(f"python{release}")])
     versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-    number, t = release.removesuffix("t"), "t" if release.endswith("t") else ""
-    yield from (str(path / "bin/python") for path in sorted(versions.glob(f"{number}.*{t}"), reverse=True))
+    pattern = release.removesuffix("t") + (".*t" if release.endswith("t") else ".*[0-9]")
+    yield from (str(path / "bin/python") for path in sorted(versions.glob(pattern), reverse=True))
 
 
 def is_release(python: str, release: str) -> bool:
@@ -68,7 +68,7 @@ def build_sdist(folder: Path) -> Path:
 
 
 def build_wheel(python: Path, sdist: Path, folder: Path) -> Path:
-    """For manylinux, by Zig; cmake and ninja have to come from the build's own requirements."""
+    """For manylinux, by Zig."""
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
     raw = folder / "raw"
     run(python, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", raw, sdist, CXX=str(TOOLS / "zig-c++"), PATH=path)

@@ -54,6 +54,7 @@ lint: $(VENV)/.tools
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 	find csrc/core -name '*.cpp' | xargs -P2 -I{} $(BIN)/clang-tidy --quiet {} -- -std=c++20 -Icsrc/core
+	$(BIN)/actionlint
 
 format: $(VENV)/.tools
 	$(BIN)/ruff check --fix .

@@ -13,7 +13,7 @@ class Engine:
 def count() -> int: ...
 """
 BINARY = {
-    "Engine.__init__": "__init__(self: pyint8._core.Engine, *, threads: typing.SupportsInt, direct_io: bool = False) -> None",
+    "Engine.__init__": "__init__(self: pyint8._core.Engine, *, threads: typing.SupportsInt, direct_io: bool = False)",
     "Engine.add": "add(self: pyint8._core.Engine, path: str, stamp: tuple[int, int] | None = None) -> int\n\nMore.",
     "count": "count() -> int\n",
 }

@@ -1,6 +1,7 @@
 #include "device/device_cuda.hpp"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>

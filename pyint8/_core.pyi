@@ -187,11 +187,14 @@ class Consumer:
         Ctrl-C interrupts it; the ticket can then be waited for again.
 
         Returns:
-            How many requests, from the first one on, `stream` waits for now.
+            How many requests, from the first one on, `stream` waits for now: at least `ticket` + 1.
 
         Raises:
             ReadError, TruncatedError, DeviceError, CancelledError: See `Engine.wait`.
         """
+
+    def done(self) -> int:
+        """How many requests, from the first one on, could be waited for without blocking."""
 
     def close(self) -> None:
         """Joins the thread and waits until no kernel uses any memory it was given; close the engine first.

@@ -209,6 +209,7 @@ PYBIND11_MODULE(_core, module) {
            "transposed"_a, "transposed_bytes"_a, "quantizer"_a, py::keep_alive<1, 2>())
       .def("submit", &submit_requests, "requests"_a, "stream"_a)
       .def("wait", &wait_for_request, "ticket"_a, "stream"_a)
+      .def("done", &Consumer::done, py::call_guard<py::gil_scoped_release>())
       .def("close", &Consumer::close, py::call_guard<py::gil_scoped_release>());
 
   module.def("has_kernels", [] { return !kernel_images().empty(); });

@@ -16,8 +16,10 @@ from pyint8.checkpoint import Entry
 from pyint8.models import checks
 from pyint8.quantizer import BadWeight, Int8Quantizer, TensorSource, first_overflow
 from pyint8.report import Recorder
+from pyint8.streaming.reading import read_tensor
 from pyint8.streaming.requests import TensorRequest, ToDtype, ToInt8
-from pyint8.streaming.stream import StreamSource, TensorStream, read_tensor
+from pyint8.streaming.source import StreamSource
+from pyint8.streaming.stream import TensorStream
 
 # Below this a tensor is cast at once: it takes no memory worth speaking of.
 _BAND_WORTHY_BYTES = 1 << 20
@@ -100,7 +102,7 @@ class Assembly:
         return self._quantizer.create_quantized_param(
             name,
             StreamSource(stream, stored.entry),
-            scales=None if stored.scales is None else stream.whole(stored.scales.name),
+            scales=None if stored.scales is None else self._scales(name, stored.scales, stream),
             model_dtype=destination.dtype,
             device=destination.device,
         )
@@ -123,6 +125,9 @@ class Assembly:
         if self._quantizer.reads_bands:
             return ToInt8(model_dtype, self._quantizer.is_stored_transposed(name))
         return ToDtype(entry.torch_dtype)
+
+    def _scales(self, name: str, scales: Entry, stream: TensorStream) -> torch.Tensor:
+        return stream.whole(scales.name) if self._quantizer.dequantizes(name) else stream.later(scales.name)
 
     def _takes_codes(self, name: str, stored: Stored) -> bool:
         return self._quantizer.takes_codes(name, stored.scales is not None)

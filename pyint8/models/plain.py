@@ -26,7 +26,7 @@ from pyint8.placement.planner import ModelSizes, plan_device_map
 from pyint8.quantizer import Int8Quantizer, find_entry_point, first_overflow, modules_to_keep, tensor_bytes, tied_names
 from pyint8.report import Recorder
 from pyint8.streaming.preparation import Preparation
-from pyint8.streaming.stream import open_stream
+from pyint8.streaming.reading import open_stream
 
 logger = logging.getLogger(__name__)
 
@@ -229,6 +229,7 @@ class _Filler:
         with open_stream(requests, options, recorder=self._recorder, quantizer=find_entry_point()) as stream:
             for name, way in wanted.items():
                 self._set(name, self._assembly.make(name, *way, stream))
+            stream.finish()
 
     def _leave(self, name: str, stored: Stored, destination: Destination) -> None:
         self._set(name, torch.empty(stored.entry.torch_shape, dtype=destination.dtype, device="meta"))

@@ -101,6 +101,7 @@ class WeightHealth:
         self._values: dict[torch.device, _Values] = {}
         self._watched: dict[torch.device, list[_Watched]] = {}
         self._casts: list[_Cast] = []
+        self._scales: list[tuple[str, torch.Tensor]] = []
         self._marked: list[_Marked] = []
 
     def watch(self, name: str, row: int, half: torch.Tensor, scales: torch.Tensor) -> None:
@@ -111,8 +112,8 @@ class WeightHealth:
             self._room(name, row, scales.device, len(scales)).copy_(scales)
 
     def watch_scales(self, name: str, scales: torch.Tensor) -> None:
-        """Looks at the scales [rows] of a pre-quantized weight: infinity in one is an overflow of long ago."""
-        self._room(name, 0, scales.device, len(scales)).copy_(scales)
+        """Looks, at the end, at the scales [rows] of a pre-quantized weight: infinity is an overflow of long ago."""
+        self._scales.append((name, scales))
 
     def watch_marks(
         self, name: str, marks: torch.Tensor, find_overflow: Callable[[], BadWeight | None] | None = None
@@ -146,6 +147,9 @@ class WeightHealth:
     def bad_weights(self) -> list[BadWeight]:
         """The bad ones so far, each once; waits for the devices."""
         self._look_at_casts()
+        for name, scales in self._scales:
+            self._room(name, 0, scales.device, len(scales)).copy_(scales)
+        self._scales.clear()
         found: dict[str, BadWeight] = {}
         for device, group in self._watched.items():
             finite = self._values[device].on_host().isfinite()

@@ -249,7 +249,7 @@ class Int8Quantizer:
             QuantizationStateError: A pre-quantized weight without scales, or not int8.
         """
         if self.pre_quantized:
-            codes = source.whole()
+            codes = source.whole() if self.dequantizes(parameter_name) else source.later()
             if scales is None:
                 raise QuantizationStateError(
                     "an int8 weight without its scales (its `SCB` tensor); save the quantized model again",

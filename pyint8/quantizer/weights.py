@@ -40,12 +40,15 @@ class WeightSource(Protocol):
     def whole(self) -> torch.Tensor:
         """The weight in its stored dtype, in memory of its own."""
 
+    def later(self) -> torch.Tensor:
+        """As `whole`, but on a GPU its values may come later, until the load ends."""
+
     def transposed_half(self, model_dtype: torch.dtype) -> torch.Tensor:
         """The transposed weight, rounded to `model_dtype`, then to fp16; contiguous; valid until the next."""
 
     def made(self) -> Quantized | None:
-        """The weight as it was quantized on its way, by bitsandbytes' `cint8_vector_quant`; None where it was not, and
-        is to be had by the others."""
+        """The weight as it is quantized on its way, by bitsandbytes' `cint8_vector_quant`; its values may come later,
+        until the load ends. None where it is not, and is to be had by the others."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,9 @@ class TensorSource:
         yield 0, self.tensor
 
     def whole(self) -> torch.Tensor:
+        return self.tensor
+
+    def later(self) -> torch.Tensor:
         return self.tensor
 
     def transposed_half(self, model_dtype: torch.dtype) -> torch.Tensor:

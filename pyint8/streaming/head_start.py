@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -37,16 +37,31 @@ class EarlyTensor:
         return torch.empty(0, dtype=torch.uint8, device=self.lane.device).set_(self.storage)
 
 
-class HeadStart:
-    """Opens an engine, pins its memory and asks for the first tensors, in a thread.
+@dataclass(frozen=True)
+class FirstTensors:
+    """What one device begins with.
 
-    Args:
+    Attributes:
         device: A CUDA device that tensors will land on.
-        entries: In the order they will be asked for, if they all go to `device`; else none.
+        entries: Those that will go there, or are likely to, in the order they will be asked for.
         nbytes: How much memory of the device they may take.
         reserved: How much memory the load will need at least: torch's allocator is given that much at once, for the
             first tensors and what is made of them.
         if_free: Asks for tensors only if so much memory of the device is free.
+    """
+
+    device: torch.device
+    entries: Sequence[Entry] = ()
+    nbytes: int = 0
+    reserved: int = 0
+    if_free: int = 0
+
+
+class HeadStart:
+    """Opens an engine, pins its memory and asks for the first tensors, in a thread.
+
+    Args:
+        parts: What each device begins with.
         options: How to move bytes.
         gpus: How many GPUs tensors may land on.
         opener: Makes the lane of a device (another one for tests).
@@ -57,26 +72,22 @@ class HeadStart:
 
     def __init__(
         self,
-        device: torch.device,
-        entries: Sequence[Entry],
-        nbytes: int,
+        parts: Sequence[FirstTensors],
         options: StreamOptions,
         *,
-        reserved: int = 0,
-        if_free: int = 0,
         gpus: int = 1,
         opener: LaneOpener = open_lane,
     ) -> None:
-        self._device = device
+        self._parts = parts
         self._error: BaseException | None = None
         self._early: dict[str, EarlyTensor] = {}
         self._transport = Transport(options, opener, gpus)
         self._taken = False
         self.reserves = False
-        self._reserved, self._if_free = reserved, if_free
-        # A thread begins on the default stream; the caller may be on another.
-        self._stream = torch.cuda.current_stream(device) if torch.cuda.is_initialized() else None
-        self._thread = threading.Thread(target=self._run, args=(entries, nbytes), name="pyint8 head start")
+        # A thread begins on the default streams; the caller may be on others.
+        devices = [part.device for part in parts] if torch.cuda.is_initialized() else []
+        self._streams = [torch.cuda.current_stream(device) for device in devices]
+        self._thread = threading.Thread(target=self._run, name="pyint8 head start")
         self._thread.start()
 
     def take(self) -> tuple[Transport, dict[str, EarlyTensor]]:
@@ -104,18 +115,24 @@ class HeadStart:
         self._transport.close()
         self._early.clear()
 
-    def _run(self, entries: Sequence[Entry], nbytes: int) -> None:
+    def _run(self) -> None:
         try:
-            where: Any = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-            with where:
-                lane = self._transport.lane(self._device)
-                if lane.device == self._device:
-                    self._transport.engine.prepare(lane.index)
-                    if entries and self._has_room(lane.device):
-                        self.reserves = self._reserved > 0
-                        self._ask(lane, entries, nbytes)
+            with ExitStack() as streams:
+                for stream in self._streams:
+                    streams.enter_context(torch.cuda.stream(stream))
+                for part in self._parts:
+                    self._begin(part)
         except BaseException as error:  # for whoever takes it
             self._error = error
+
+    def _begin(self, part: FirstTensors) -> None:
+        lane = self._transport.lane(part.device)
+        if lane.device != part.device:
+            return
+        self._transport.engine.prepare(lane.index)
+        if part.entries and _has_room(part):
+            self.reserves = part.reserved > 0
+            self._ask(lane, part.entries, part.nbytes)
 
     def _ask(self, lane: Lane, entries: Sequence[Entry], nbytes: int) -> None:
         """Asks for all at once, by storages: allocating a tensor releases the interpreter's lock, and the thread that
@@ -138,11 +155,12 @@ class HeadStart:
         for ticket, (entry, storage) in enumerate(wanted, first):
             self._early[entry.name] = EarlyTensor(entry, lane, storage, ticket)
 
-    def _has_room(self, device: torch.device) -> bool:
-        """Whether the device's memory is enough, and torch's allocator has, or was given, what is to be reserved."""
-        if device.type != "cuda":
-            return True
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        if torch.cuda.mem_get_info(device)[0] + held < self._if_free:
-            return False
-        return reserve_memory(device, self._reserved)
+
+def _has_room(part: FirstTensors) -> bool:
+    """Whether the device's memory is enough, and torch's allocator has, or was given, what is to be reserved."""
+    if part.device.type != "cuda":
+        return True
+    held = torch.cuda.memory_reserved(part.device) - torch.cuda.memory_allocated(part.device)
+    if torch.cuda.mem_get_info(part.device)[0] + held < part.if_free:
+        return False
+    return reserve_memory(part.device, part.reserved)

@@ -1,8 +1,8 @@
 """What becomes of tensors on a GPU with no Python between the request and the result: by the extension's consumer.
 
-The consumer serves requests in order, whether or not somebody waits for them. Their destinations are allocated here, as
-soon as the final tensors and what landed early, and is still to be made smaller, take no more than the final tensors
-will.
+The consumer serves requests in order, whether or not somebody waits for them, so their results can be handed out before
+their bytes are there: a model is put together while it is still coming. Results are allocated here, as soon as they
+take, with what landed early and is still to be made smaller, no more than all results will.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pyint8.streaming.requests import TensorRequest, ToDtype, ToInt8
 
 if TYPE_CHECKING:
     from pyint8.checkpoint import Entry
+    from pyint8.report import Recorder
     from pyint8.streaming.head_start import EarlyTensor
     from pyint8.streaming.lane import Lane
     from pyint8.streaming.transport import Transport
@@ -87,6 +88,7 @@ class Pour:
         quantizer: The address of bitsandbytes' `cint8_vector_quant`.
         scratch_bytes: Memory of the GPU for what passes through.
         early: What is on its way to `lane` already, by name.
+        recorder: Told of bytes as they land.
 
     Raises:
         DeviceError: The driver refuses, or has no kernels for the GPU.
@@ -100,11 +102,13 @@ class Pour:
         quantizer: int,
         scratch_bytes: int,
         early: dict[str, EarlyTensor],
+        recorder: Recorder,
     ) -> None:
         self._transport = transport
         self._lane = lane
         self._requests = requests
         self._tickets = {request.entry.name: ticket for ticket, request in enumerate(requests)}
+        self._recorder = recorder
         self._early = early
         self._early_bytes = sum(tensor.entry.nbytes for tensor in early.values())
         self._made: dict[int, Made] = {}
@@ -123,24 +127,41 @@ class Pour:
         return self._requests[self._tickets[name]].entry
 
     def take(self, name: str) -> Made:
-        """What came of an entry, ordered before the lane's stream; each once."""
+        """What comes of an entry, each once; its values are there once it was waited for, at the latest by `finish`."""
         ticket = self._tickets[name]
-        if ticket >= self._submitted:  # asked for out of order
-            self._submit(ticket + 1)
-        if ticket >= self._ready:
-            self._ready = self._consumer.wait(ticket, self._lane.stream)
-            self._give_early_back()
-            self._fill(len(self._requests))
+        while ticket >= self._submitted:
+            if self._ready < self._submitted:
+                self._wait(self._ready)
+            else:  # it is what there was no room for
+                self._submit(self._submitted + 1)
+        if self._early and self._consumer.done() > self._ready:
+            self._wait(self._ready)
         return self._made.pop(ticket)
+
+    def wait(self, name: str) -> None:
+        """Until the values of an entry that was taken are ordered before the lane's stream."""
+        ticket = self._tickets[name]
+        if ticket >= self._ready:
+            self._wait(ticket)
+
+    def finish(self) -> None:
+        """Waits until that is so for all entries."""
+        while self._ready < len(self._requests):
+            self._submit(max(self._submitted, self._ready + 1))
+            self._wait(self._ready)
+
+    def _wait(self, ticket: int) -> None:
+        before, self._ready = self._ready, self._consumer.wait(ticket, self._lane.stream)
+        for request in self._requests[before : self._ready]:
+            self._recorder.landed(request.entry.nbytes)
+            if (early := self._early.pop(request.entry.name, None)) is not None:
+                self._early_bytes -= early.entry.nbytes
+        self._fill(len(self._requests))
 
     def close(self) -> None:
         """Gives destinations back that nobody took; the transport is closed already. Idempotent."""
         self._made.clear()
         self._early.clear()
-
-    def _give_early_back(self) -> None:
-        for name in [name for name in self._early if self._tickets[name] < self._ready]:
-            self._early_bytes -= self._early.pop(name).entry.nbytes
 
     def _fill(self, until: int) -> None:
         """Submits requests up to number `until`, as far as memory allows."""
@@ -202,6 +223,7 @@ def open_pours(
     lane_of: Callable[[torch.device], Lane],
     quantizer: int | None,
     early: dict[str, EarlyTensor],
+    recorder: Recorder,
 ) -> dict[str, Pour]:
     """Each entry's `Pour`, of its GPU; entries that none can make are left to the caller.
 
@@ -213,6 +235,7 @@ def open_pours(
         lane_of: The lane of a device.
         quantizer: The address of bitsandbytes' `cint8_vector_quant`, if there is one.
         early: What is on its way already, by name; what a pour takes over is taken out.
+        recorder: Told of bytes as they land.
     """
     groups: dict[Lane, list[TensorRequest]] = {}
     others: set[Lane] = set()
@@ -227,9 +250,9 @@ def open_pours(
         mine = {r.entry.name: early[r.entry.name] for r in group if _comes_early(r, lane, early)}
         scratch_bytes = lane.halve_scratch() if lane in others else lane.scratch_bytes
         try:
-            pour = Pour(transport, lane, group, quantizer or 0, scratch_bytes, mine)
+            pour = Pour(transport, lane, group, quantizer or 0, scratch_bytes, mine, recorder)
         except DeviceError as error:
-            logger.warning("weights on %s are quantized by Python operators, more slowly: %s", lane.device, error)
+            logger.warning("weights on %s are quantized by Python operators, more slowly: %s", lane.device, str(error))
             continue
         for name in mine:
             del early[name]

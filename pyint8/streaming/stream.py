@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
 from pyint8.checkpoint import EntryInMemory
-from pyint8.config import StreamOptions
 from pyint8.errors import FileChangedError, ReadError, TruncatedError
 from pyint8.report import Recorder
 from pyint8.streaming.chunks import Chunk, bands_of, cut, gather_batches, typed
-from pyint8.streaming.lane import Lane, LaneOpener, open_lane
+from pyint8.streaming.lane import Lane
 from pyint8.streaming.pour import Made, open_pours
 from pyint8.streaming.requests import TensorRequest
 from pyint8.streaming.transport import ReadRequest, Transport
@@ -61,7 +59,7 @@ class TensorStream:
         self._engine = self._transport.engine
         self._transposer = Transposer(self._engine)
         self._chunks: dict[str, list[Chunk]] = {}
-        self._pours = open_pours(requests, transport, self._lane, quantizer, early or {})
+        self._pours = open_pours(requests, transport, self._lane, quantizer, early or {}, self._recorder)
         for request in requests:
             name = request.entry.name
             if name in self._pours:
@@ -94,18 +92,37 @@ class TensorStream:
         return chunk.landed.pop(name)
 
     def made(self, name: str) -> Made | None:
-        """What the request's `becomes` asked for; None where the GPU's consumer does not make it."""
+        """What the request's `becomes` asked for; None where the GPU's consumer does not make it.
+
+        Its values may come later; after `finish` they are there.
+        """
         pour = self._pours.get(name)
         if pour is None:
             return None
         with self._naming_tensors():
-            made = pour.take(name)
-        self._recorder.landed(pour.entry(name).nbytes)
-        return made
+            return pour.take(name)
+
+    def later(self, name: str) -> torch.Tensor:
+        """As `whole`, but the values may come later; after `finish` they are there."""
+        made = self.made(name)
+        return self.whole(name) if made is None else made.tensor
+
+    @property
+    def serves_itself(self) -> bool:
+        """Whether everything for a GPU is made by its consumer, or is there already: nobody has to take it in time."""
+        return bool(self._pours) and all(chunk.early or not chunk.lane.on_gpu for chunk in self._pending)
+
+    def finish(self) -> None:
+        """Waits for the values of all that was `made`, so that they are ordered before the lanes' streams."""
+        with self._naming_tensors():
+            for pour in dict.fromkeys(self._pours.values()):
+                pour.finish()
 
     def whole(self, name: str) -> torch.Tensor:
         """The entry as a tensor of its own, of its stored dtype and shape, contiguous."""
         if (made := self.made(name)) is not None:
+            with self._naming_tensors():
+                self._pours[name].wait(name)
             return made.tensor
         chunks = self._chunks[name]
         entry = chunks[0].request.entry
@@ -257,71 +274,3 @@ def _tensor_at(entries: Iterable[Entry], path: str | None, offset: int | None) -
         return None
     found = (e.name for e in entries if e.path == path and e.offset <= offset < e.offset + e.nbytes)
     return next(found, None)
-
-
-@contextmanager
-def open_stream(
-    requests: Sequence[TensorRequest],
-    options: StreamOptions,
-    *,
-    recorder: Recorder | None = None,
-    opener: LaneOpener = open_lane,
-    quantizer: int | None = None,
-) -> Iterator[TensorStream]:
-    """A stream with a transport of its own: on leaving, the workers are joined and nothing is on its way any more.
-
-    If the block ends without an error, no file may have been written to meanwhile.
-
-    Args:
-        requests: See `TensorStream`.
-        options: How to move bytes.
-        recorder: Told of bytes as they land, and of what the engine did.
-        opener: Makes the lane of a device (another one for tests).
-        quantizer: See `TensorStream`.
-
-    Raises:
-        FileChangedError: A file is not the one whose header was read, or was written to since.
-        ReadError: A file cannot be opened.
-        DeviceError: The driver refuses.
-    """
-    gpus = {request.device for request in requests if request.device.type == "cuda"}
-    with closing(Transport(options, opener, len(gpus))) as transport:
-        stream = TensorStream(requests, transport, recorder=recorder, quantizer=quantizer)
-        try:
-            yield stream
-            if recorder is not None:
-                recorder.set_engine(transport.stats())
-            transport.require_unchanged()
-        finally:
-            transport.close()
-            stream.close()
-
-
-def read_tensor(entry: Entry) -> torch.Tensor:
-    """One entry, contiguous, in host memory of its own: for a question that is seldom asked."""
-    with open_stream([TensorRequest(entry, torch.device("cpu"))], StreamOptions(threads=1)) as stream:
-        return stream.whole(entry.name)
-
-
-@dataclass(frozen=True)
-class StreamSource:
-    """One entry of a stream, as a weight to quantize (see `pyint8.quantizer.WeightSource`)."""
-
-    stream: TensorStream
-    entry: Entry
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.entry.torch_shape
-
-    def bands(self) -> Iterator[tuple[int, torch.Tensor]]:
-        return self.stream.bands(self.entry.name)
-
-    def whole(self) -> torch.Tensor:
-        return self.stream.whole(self.entry.name)
-
-    def transposed_half(self, model_dtype: torch.dtype) -> torch.Tensor:
-        return self.stream.transposed_half(self.entry.name, model_dtype)
-
-    def made(self) -> Made | None:
-        return self.stream.made(self.entry.name)

@@ -313,6 +313,11 @@ std::optional<Ticket> Consumer::wait(Ticket ticket, StreamHandle stream, std::ch
   return done_;
 }
 
+Ticket Consumer::done() {
+  const std::lock_guard lock(mutex_);
+  return done_;
+}
+
 void Consumer::close() {
   {
     const std::lock_guard lock(mutex_);

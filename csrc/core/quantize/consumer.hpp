@@ -105,6 +105,9 @@ class Consumer {
   // ran out. Throws the first error of the engine or the driver, or kCancelled.
   std::optional<Ticket> wait(Ticket ticket, StreamHandle stream, std::chrono::milliseconds timeout);
 
+  // Requests, from the first one on, whose work is on the consumer's stream, all of it.
+  Ticket done();
+
   // Drops what has not begun, joins the thread and waits until no kernel uses any memory it was given.
   // Copies may still be under way: close the engine first. Idempotent; waits throw kCancelled from then on.
   void close();

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from functools import cached_property, partial
@@ -49,8 +51,8 @@ def find_dtypes(
 class ParameterMaker:
     """The streams of one load, one for each GPU, and the parameters made of them.
 
-    Where there are several and parameters are converted, each has a thread that makes its own, so that all are fed at
-    once.
+    Where there are several that do not serve themselves, each has a thread that makes its parameters, so that all are
+    fed at once.
 
     Args:
         plan: Every tensor's place.
@@ -84,11 +86,8 @@ class ParameterMaker:
         wanted = {device: [r for t in group for r in self._requests(t)] for device, group in self._groups.items()}
         recorder.expect(sum(request.entry.nbytes for requests in wanted.values() for request in requests))
         self._transport, early = preparation.take_transport(len(self._groups))
-        self._has_converters = any(target.converter is not None for target in plan.targets.values())
         if not preparation.reserves_memory:
-            for device, requests in wanted.items():
-                if device.type == "cuda":
-                    reserve_memory(device, sum(request.final_bytes for request in requests))
+            _reserve_memory(itertools.chain.from_iterable(wanted.values()))
         self._streams: dict[torch.device, TensorStream] = {}
         try:
             for device, requests in wanted.items():
@@ -113,11 +112,16 @@ class ParameterMaker:
         self._makers.clear()  # they know this object
         self._streams.clear()
 
+    def finish(self) -> None:
+        """Waits for the values of parameters that were handed out before they had come."""
+        for stream in self._streams.values():
+            stream.finish()
+
     def make(self, name: str, loading_info: Any) -> dict[str, torch.Tensor]:
         """The parameters of one target, by name; asked for in the order of the plan."""
         if len(self._groups) == 1:
             return self._make(name, next(iter(self._streams.values())), loading_info)
-        if not self._has_converters:
+        if all(stream.serves_itself for stream in self._streams.values()):
             stream = self._streams[self._landing_device(self._plan.targets[name])]
             return self._make(name, stream, loading_info)
         if not self._makers:
@@ -205,6 +209,16 @@ class ParameterMaker:
         if destination is None:  # no place in the model; transformers says so
             return tensor
         return self._assembly.finish(name, tensor, destination, sources)
+
+
+def _reserve_memory(requests: Iterable[TensorRequest]) -> None:
+    """What a load needs of each GPU at least."""
+    nbytes: Counter[torch.device] = Counter()
+    for request in requests:
+        if request.device.type == "cuda":
+            nbytes[request.device] += request.final_bytes
+    for device, total in nbytes.items():
+        reserve_memory(device, total)
 
 
 def _are_fed_side_by_side(devices: Iterable[torch.device]) -> bool:

@@ -89,6 +89,15 @@ class PlannedLoad:
         assert self._maker is not None
         return self._maker.make(name, loading_info)
 
+    def finish(self) -> None:
+        """Waits for the values of parameters that were handed out before they had come.
+
+        Raises:
+            Pyint8Error: See `TensorStream`.
+        """
+        if self._maker is not None:
+            self._maker.finish()
+
     def close(self) -> float:
         """Gives back threads, files and memory. Idempotent.
 

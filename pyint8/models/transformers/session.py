@@ -148,15 +148,20 @@ class LoadSession:
         self.on_start()
 
     def finish(self) -> None:
-        """Closes, after the last parameter.
+        """Waits for the last byte of the last parameter, and closes.
 
         transformers reads the files too, by their paths: names before the stream, and later what is left on the disk.
 
         Raises:
             FileChangedError: A file is not the one any more whose header was read.
+            Pyint8Error: What stopped the stream.
         """
         assert self._checkpoint is not None
-        self.close()
+        try:
+            if self.planned is not None:
+                self.planned.finish()
+        finally:
+            self.close()
         self._checkpoint.require_unchanged(self._checkpoint.files)
 
     def close(self) -> None:

@@ -23,8 +23,8 @@ from pyint8 import StreamOptions
 from pyint8.checkpoint import Entry, EntryInMemory, open_checkpoint, read_pickled
 from pyint8.errors import CheckpointError, CheckpointNotFoundError, Pyint8Error, TruncatedError
 from pyint8.report import Recorder
+from pyint8.streaming.reading import open_stream
 from pyint8.streaming.requests import TensorRequest
-from pyint8.streaming.stream import open_stream
 
 CPU = torch.device("cpu")
 TINY = StreamOptions(threads=2, slot_bytes=8192, host_scratch=1 << 20)

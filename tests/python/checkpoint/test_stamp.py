@@ -19,10 +19,11 @@ import pyint8
 from pyint8 import _core, loader
 from pyint8.checkpoint import Checkpoint, open_checkpoint, read_header, read_pickled, stamp
 from pyint8.errors import FileChangedError
-from pyint8.streaming.head_start import HeadStart
+from pyint8.streaming.head_start import FirstTensors, HeadStart
 from pyint8.streaming.prefetch import PageCachePrefetch
+from pyint8.streaming.reading import read_tensor
 from pyint8.streaming.requests import TensorRequest
-from pyint8.streaming.stream import TensorStream, read_tensor
+from pyint8.streaming.stream import TensorStream
 from pyint8.streaming.transport import Transport
 
 CPU = torch.device("cpu")
@@ -176,7 +177,7 @@ def test_early_tensors_of_the_file_as_it_was_are_not_used(tmp_path: Path, monkey
     monkeypatch.setattr("pyint8.streaming.head_start._WORTHWHILE_BYTES", 1)
     options = pyint8.StreamOptions(threads=2)
     save(tmp_path / FILE, {"x": torch.zeros(1000)})
-    start = HeadStart(CPU, list(open_checkpoint(tmp_path).values()), 1 << 30, options)
+    start = HeadStart([FirstTensors(CPU, list(open_checkpoint(tmp_path).values()), 1 << 30)], options)
     transport, early = start.take()
     replaced(tmp_path / FILE)
     wanted = [TensorRequest(entry, CPU) for entry in open_checkpoint(tmp_path).values()]
@@ -269,7 +270,7 @@ def test_reading_ahead(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_head_start(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyint8.streaming.head_start._WORTHWHILE_BYTES", 1)
-    start = HeadStart(CPU, list(checkpoint.values()), 1 << 30, pyint8.StreamOptions(threads=1))
+    start = HeadStart([FirstTensors(CPU, list(checkpoint.values()), 1 << 30)], pyint8.StreamOptions(threads=1))
     with pytest.raises(FileChangedError, match=SAYS):
         start.take()
 

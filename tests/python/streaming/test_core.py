@@ -149,7 +149,7 @@ def test_numbers_of_nothing(engine: _core.Engine) -> None:
         engine.submit(0, [(0, 2**63, 8, pointer)], stream=0, first=False)
     with pytest.raises(OptionError, match="there is no ticket 0"):
         engine.wait(0, stream=0)
-    with pytest.raises(OptionError, match="no kernel transposes I8; F16, BF16 and F32 are transposed"):
+    with pytest.raises(OptionError, match="no kernel reads I8; F16, BF16 and F32 are read"):
         engine.transpose_to_half(0, pointer, "I8", False, 1, 1, pointer, 1, 0)
     with pytest.raises(OptionError, match="a destination stride of 1 cannot hold 2 columns"):
         engine.transpose_to_half(0, pointer, "F16", False, 2, 1, pointer, 1, 0)

@@ -18,8 +18,8 @@ from pyint8 import StreamOptions, _core
 from pyint8.checkpoint import Checkpoint, open_checkpoint
 from pyint8.errors import TruncatedError
 from pyint8.streaming.pour import Made
+from pyint8.streaming.reading import open_stream
 from pyint8.streaming.requests import TensorRequest, ToDtype, ToInt8
-from pyint8.streaming.stream import open_stream
 
 __all__ = ["driver"]  # a fixture
 
@@ -48,7 +48,9 @@ def checkpoint_of(folder: Path, tensors: dict[str, torch.Tensor]) -> Checkpoint:
 
 def pour(driver: FakeDriver, requests: list[TensorRequest], options: StreamOptions = OPTIONS) -> dict[str, Made | None]:
     with open_stream(requests, options, opener=driver.lane, quantizer=driver.quantizer) as stream:
-        return {request.entry.name: stream.made(request.entry.name) for request in requests}  # whole once all is closed
+        made = {request.entry.name: stream.made(request.entry.name) for request in requests}
+        stream.finish()
+    return made
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -127,6 +129,7 @@ def test_in_whatever_order(driver: FakeDriver, tmp_path: Path) -> None:
     requests = [TensorRequest(e, GPU, True, becomes=ToInt8(torch.bfloat16)) for e in entries.values()]
     with open_stream(requests, OPTIONS, opener=driver.lane, quantizer=driver.quantizer) as stream:
         made = {name: stream.made(name) for name in reversed(weights)}
+        stream.finish()
     for name, weight in weights.items():
         found = made[name]
         assert found is not None

@@ -82,7 +82,7 @@ def test_an_error_on_a_thread_is_that_of_the_load(copy_of: Any, monkeypatch: pyt
     folder = copy_of("llama", "bf16")
     file = folder / "model.safetensors"
     size = os.path.getsize(file)
-    build, opened = ParameterMaker.__init__, Transport._file
+    build, opened = ParameterMaker.__init__, Transport.file
 
     def cut(*args: Any) -> int:
         number = opened(*args)
@@ -94,7 +94,7 @@ def test_an_error_on_a_thread_is_that_of_the_load(copy_of: Any, monkeypatch: pyt
         time.sleep(0.5)  # the workers have come to the end
         os.truncate(file, size)  # so that transformers, which looks at the header, does not mind
 
-    monkeypatch.setattr(Transport, "_file", cut)
+    monkeypatch.setattr(Transport, "file", cut)
     monkeypatch.setattr(ParameterMaker, "__init__", begin)
     with pytest.raises(errors.FileChangedError) as caught:
         pyint8.load(folder, **KWARGS)

@@ -49,10 +49,17 @@ def candidates(release: str) -> Iterator[str]:
     yield from (str(path / "bin/python") for path in sorted(versions.glob(pattern), reverse=True))
 
 
+# The release of the Python that runs it, if that can make environments and has the headers of C.
+WHICH = """
+import ensurepip, pathlib, sysconfig
+if pathlib.Path(sysconfig.get_path("include"), "Python.h").exists():
+    print(sysconfig.get_python_version() + "t" * bool(sysconfig.get_config_var("Py_GIL_DISABLED")))
+"""
+
+
 def is_release(python: str, release: str) -> bool:
-    """Whether it runs (pyenv has names for those that it would not run), and is what its name says."""
-    code = "import sys, sysconfig as s; print(s.get_python_version() + 't' * bool(s.get_config_var('Py_GIL_DISABLED')))"
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    """Whether it runs (pyenv has names for those that it would not run), is this release, and can be built for."""
+    done = subprocess.run([python, "-c", WHICH], capture_output=True, text=True)
     return done.returncode == 0 and done.stdout.strip() == release
 
 
@@ -67,11 +74,22 @@ def build_sdist(folder: Path) -> Path:
     return next(folder.glob("pyint8-*.tar.gz"))
 
 
+def debian_headers(folder: Path) -> str:
+    """An option for Debian's Pythons: a part of their headers lies among the C library's, which Zig must not see."""
+    machine = f"{platform.machine()}-linux-gnu"
+    for headers in Path("/usr/include", machine).glob("python3.*"):
+        link = folder / machine / headers.name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(headers)
+    return f"-isystem {folder}"
+
+
 def build_wheel(python: Path, sdist: Path, folder: Path) -> Path:
     """For manylinux, by Zig."""
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    zig = {"CXX": str(TOOLS / "zig-c++"), "CXXFLAGS": debian_headers(folder / "headers")}
     raw = folder / "raw"
-    run(python, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", raw, sdist, CXX=str(TOOLS / "zig-c++"), PATH=path)
+    run(python, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", raw, sdist, PATH=path, **zig)
     wheel = next(raw.glob("pyint8-*.whl"))
     repaired = folder / "repaired"
     repair = (sys.executable, "-m", "auditwheel", "repair", "--plat", PLATFORM, "--only-plat")

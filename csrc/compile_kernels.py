@@ -71,13 +71,20 @@ def included(source: Path) -> dict[str, bytes]:
     return {name: (source.parents[1] / name).read_bytes() for name in names}
 
 
+def load(library: Path) -> ctypes.CDLL:
+    """NVRTC, and before it the library that it opens by name, which no folder of the system may have."""
+    for builtins in sorted(library.parent.glob("libnvrtc-builtins.so*")):
+        ctypes.CDLL(str(builtins))
+    return ctypes.CDLL(str(library))
+
+
 def compile_for(library: Path, source: Path, target: str, output: str) -> bytes:
     """`source` compiled for `target` ("sm_90", "compute_70"): its "CUBIN" or "PTX".
 
     Raises:
         RuntimeError: With the compiler's log.
     """
-    nvrtc = ctypes.CDLL(str(library))
+    nvrtc = load(library)
     program = ctypes.c_void_p()
     headers = included(source)
     count, array = len(headers), ctypes.c_char_p * len(headers)
@@ -100,7 +107,7 @@ def compile_for(library: Path, source: Path, target: str, output: str) -> bytes:
 
 def supported(library: Path) -> list[int]:
     """The architectures that this NVRTC compiles for, rising: NVRTC 13 knows no Volta."""
-    nvrtc = ctypes.CDLL(str(library))
+    nvrtc = load(library)
     count = ctypes.c_int()
     nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(count))
     numbers = (ctypes.c_int * count.value)()

@@ -12,7 +12,8 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc pyint8 -type f -not -
 CXX_SOURCES := $(shell find csrc tests/cpp benchmarks -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu')
 CMAKE_TESTS := -S . -G Ninja -DPYINT8_BUILD_TESTS=ON -DPYINT8_BUILD_MODULE=OFF -DPYINT8_WERROR=ON
 
-.PHONY: demo test test-python test-cpp client-tests transformers-matrix gpu-test gpu-sanitize benchmark lint format wheels build-wheels aarch64-test clean
+.PHONY: demo test test-python test-cpp coverage client-tests transformers-matrix gpu-test gpu-sanitize benchmark lint format \
+  wheels build-wheels aarch64-test clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.demo $(MODEL)
@@ -26,12 +27,30 @@ test-python: $(VENV)/.tests build/plain/tests/cpp/libfakecuda.so
 test-cpp: build/plain/tests/cpp/libfakecuda.so
 	cd build/plain && $(CURDIR)/$(BIN)/ctest --output-on-failure
 
+# Branches of the Python code and lines of the C++ core, over both suites, with the extension and the core instrumented.
+coverage: $(VENV)/.coverage
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -G Ninja -B build/coverage -DCMAKE_BUILD_TYPE=Debug -DPYINT8_KERNELS=OFF \
+	  -DPYINT8_BUILD_TESTS=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) "-DCMAKE_CXX_FLAGS=-O1 --coverage -fprofile-update=atomic"
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/coverage
+	rm -rf build/coverage/package build/coverage/.coverage*
+	find build/coverage -name '*.gcda' -delete
+	mkdir build/coverage/package
+	cp -r pyint8 build/coverage/package/
+	cp build/coverage/_core*.so build/coverage/package/pyint8/
+	cd build/coverage && $(CURDIR)/$(BIN)/ctest --output-on-failure
+	cd build/coverage && export COVERAGE_RCFILE=$(CURDIR)/pyproject.toml && PYTHONPATH=$(CURDIR)/build/coverage/package \
+	  PYINT8_TEST_LIBCUDA=$(CURDIR)/build/coverage/tests/cpp/libfakecuda.so $(CURDIR)/$(BIN)/coverage run \
+	  $(CURDIR)/$(BIN)/pytest -q $(CURDIR)/tests/python $(CURDIR)/tests/contract && \
+	  $(CURDIR)/$(BIN)/coverage combine --quiet && $(CURDIR)/$(BIN)/coverage report
+	$(BIN)/gcovr --root . --filter csrc/ build/coverage
+
 gpu-test: $(VENV)/.tests
 	PYINT8_REQUIRE_GPU=1 $(BIN)/pytest tests/gpu
 
 # Clients as they come from PyPI, on a real model, in an environment of their own.
 client-tests: $(VENV)-clients/.made
-	PYINT8_REQUIRE_CLIENTS=1 $(VENV)-clients/bin/pytest -q tests/clients
+	PYINT8_REQUIRE_CLIENTS=1 $(VENV)-clients/bin/pytest -q -W default tests/clients
 
 # Takes minutes for each release.
 transformers-matrix: $(VENV)-matrix/.made
@@ -137,6 +156,10 @@ $(VENV)/.benchmarks: $(VENV)/.installed
 
 $(VENV)/.tests: $(VENV)/.installed
 	$(PIP) $(PINNED) --group test
+	touch $@
+
+$(VENV)/.coverage: $(VENV)/.tests
+	$(PIP) $(PINNED) --group coverage
 	touch $@
 
 build/plain/tests/cpp/libfakecuda.so: $(VENV)/.tests $(CXX_SOURCES)

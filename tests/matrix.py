@@ -26,6 +26,8 @@ SUITE = [
     *(str(CONTRACT / f"test_{name}.py") for name in ("identity", "adapters", "drop_in", "ordinary_model")),
     "-k",
     f"not test_identity or ({ARCHITECTURES})",
+    "-W",
+    "default",
 ]
 
 

@@ -1,4 +1,4 @@
-"""Which tensors a load can begin with, before anything is known but the checkpoint and where the model shall go."""
+"""Which tensors a load can begin with, when only the checkpoint and the device map are known."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from pyint8.checkpoint import Checkpoint, Entry
     from pyint8.config import StreamOptions
 
-# How much of the model's own memory the first tensors may take before it is there: what arrives while a model of 8
-# billion parameters is built. All of it is used again for the model; the rest is for the weight being quantized.
+# The part of the model's own memory that the first tensors may take: as much as arrives while a model of 8 billion
+# parameters is built. The model uses all of it later; the rest is for the weight being quantized.
 _EARLY_PART = 0.95
-# A planned map uses at least so much of a GPU's free memory (transformers' 0.9 of it, and 0.9 of that for quantizing).
+# The part of a GPU's free memory that a planned map uses at least (transformers' 0.9, times 0.9 for quantizing).
 _PLANNED_PART = 0.8
 # Maps that give every GPU about as much.
 _EVEN_MAPS = frozenset({"auto", "balanced"})
@@ -33,7 +33,7 @@ _SPREAD_PART = 0.8
 def start_head_start(
     checkpoint: Checkpoint, device_map: Any, max_memory: Mapping[Any, Any] | None, options: StreamOptions
 ) -> HeadStart | None:
-    """A head start for a load of `checkpoint`; None where no GPU will be used, or it is not known which.
+    """A head start for a load of `checkpoint`; None if no GPU will be used, or if it is not known which.
 
     Tensors are read only if all of them go to one GPU, or a map will be planned ("auto") that spreads them evenly over
     all there are; of several GPUs, each begins with what it is likely to get, and what another one gets is read again.
@@ -85,11 +85,11 @@ def _comes_first(name: str) -> bool:
 
 
 def first_gpu(device_map: Any) -> tuple[torch.device, bool] | None:
-    """A CUDA device that tensors will land on under this map, and whether all of them will; None if none is certain."""
+    """A CUDA device that tensors certainly go to under this map, and whether all of them do; None if there is none."""
     if not torch.cuda.is_available():
         return None
     current = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
-    if device_map is None:  # where torch makes tensors if that is a GPU (source: transformers, as the next rule)
+    if device_map is None:  # torch's default device if that is a GPU (source: transformers, as for the next rule)
         default = torch.get_default_device()
         return (default if default.type == "cuda" and default.index is not None else current), True
     if is_planned(device_map):

@@ -1,4 +1,4 @@
-"""A head start: what a stream needs, and its first tensors, while the model is still being built."""
+"""A head start: the engine is opened and the first tensors are read while the model is still being built."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WORTHWHILE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class EarlyTensor:
-    """A tensor that was asked for before anybody knew what it is for."""
+    """A tensor that was requested before its parameter was known."""
 
     entry: Entry
     lane: Lane
@@ -67,7 +67,7 @@ class HeadStart:
         opener: Makes the lane of a device (another one for tests).
 
     Attributes:
-        reserves: Whether it saw to the device's memory; known once it is taken.
+        reserves: Whether it reserved the device's memory; known once its transport is taken.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class HeadStart:
         self._thread.start()
 
     def take(self) -> tuple[Transport, dict[str, EarlyTensor]]:
-        """The transport, now the caller's to close, and by name what is on its way.
+        """The transport, now the caller's to close, and by name the tensors that are under way.
 
         Raises:
             FileChangedError: A file is not the one whose header was read.
@@ -107,9 +107,9 @@ class HeadStart:
         return self._transport, early
 
     def close(self) -> None:
-        """Drops everything, for a load that failed before it took it; nothing if it did. Idempotent."""
+        """Discards everything, unless a load has taken it. Idempotent."""
         self._thread.join()
-        self._error = None  # it knows this object
+        self._error = None  # breaks a reference cycle
         if self._taken:
             return
         self._transport.close()
@@ -135,7 +135,7 @@ class HeadStart:
             self._ask(lane, part.entries, part.nbytes)
 
     def _ask(self, lane: Lane, entries: Sequence[Entry], nbytes: int) -> None:
-        """Asks for all at once, by storages: allocating a tensor releases the interpreter's lock, and the thread that
+        """Requests all at once, as storages: allocating a tensor releases the interpreter's lock, and the thread that
         builds the model would take it each time (docs/performance.md, "The interpreter's lock")."""
         wanted: list[tuple[Entry, torch.UntypedStorage]] = []
         for entry in entries:
@@ -146,7 +146,7 @@ class HeadStart:
                 break
             try:
                 wanted.append((entry, torch.UntypedStorage(entry.nbytes, device=lane.device)))
-            except torch.OutOfMemoryError:  # the load itself may need less at a time
+            except torch.OutOfMemoryError:  # the load itself may get by with less at a time
                 break
         reads = [
             ReadRequest(entry.path, entry.offset, entry.nbytes, storage, stamp=entry.stamp) for entry, storage in wanted

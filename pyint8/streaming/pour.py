@@ -154,8 +154,9 @@ class Pour:
         before, self._ready = self._ready, self._consumer.wait(ticket, self._lane.stream)
         for request in self._requests[before : self._ready]:
             self._recorder.landed(request.entry.nbytes)
-            if (early := self._early.pop(request.entry.name, None)) is not None:
-                self._early_bytes -= early.entry.nbytes
+            if request.entry.name in self._early:
+                self._early_bytes -= request.entry.nbytes
+                del self._early[request.entry.name]  # its memory, before more is taken
         self._fill(len(self._requests))
 
     def close(self) -> None:
@@ -241,7 +242,9 @@ def open_pours(
     others: set[Lane] = set()
     for request in requests if _core.has_kernels() else ():
         lane = lane_of(request.device)
-        if can_pour(request, lane, quantizer) and not _is_there(request, lane, early):
+        if _is_there(request, lane, early):
+            continue
+        if can_pour(request, lane, quantizer):
             groups.setdefault(lane, []).append(request)
         else:
             others.add(lane)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class ReadRequest:
     """A range of a file, in bytes, and the memory (a tensor of uint8, or a storage, on a lane's device) it fills.
 
-    It begins at byte `at` of the memory. The file must be in the state of `stamp`, if one is given.
+    It starts at byte `at` of the memory. The file must be in the state `stamp`, if one is given.
     """
 
     path: str
@@ -75,7 +75,12 @@ class Transport:
         return lane
 
     def submit(self, lane: Lane, reads: list[ReadRequest], *, first: bool = False) -> int:
-        """Asks for `reads` in that order, `first` ahead of all that waits; the ticket of the first, the others follow.
+        """Submits `reads` in order; returns the ticket of the first, the others' follow one by one.
+
+        Args:
+            lane: Where the memory lies.
+            reads: Ranges of files.
+            first: Read them before everything that waits.
 
         Raises:
             FileChangedError: A file is not the one whose header was read.
@@ -86,7 +91,7 @@ class Transport:
             (self.file(read.path, read.stamp), read.offset, read.nbytes, read.memory.data_ptr() + read.at)
             for read in reads
         ]
-        return self.engine.submit(lane.index, wanted, lane.stream, first)
+        return self.engine.submit(lane.index, wanted, lane.stream, first=first)
 
     def open_consumer(self, lane: Lane, scratch_bytes: int, transposed: int, quantizer: int) -> _core.Consumer:
         """The native consumer of a GPU's lane.
@@ -119,11 +124,11 @@ class Transport:
         self.engine.require_unchanged()
 
     def stats(self) -> dict[str, float]:
-        """What the engine did so far (see `LoadReport.engine`)."""
+        """The engine's statistics so far (see `LoadReport.engine`)."""
         return self.engine.stats()
 
     def close(self) -> None:
-        """Stop reading, join the workers, wait for the copies under way, give back pinned memory and scratch."""
+        """Stops reading, joins the workers, waits for copies under way, gives back pinned memory and scratch."""
         try:
             self.engine.close()
             for consumer, _ in self._consumers:

@@ -14,7 +14,7 @@ from oracle import SERIALIZABLE, compare_models, compare_outputs, show
 from zoo import ZOO, CheckpointStore
 
 import pyint8
-from pyint8.errors import ModelNotSupportedError
+from pyint8.errors import MissingDependencyError, ModelNotSupportedError
 
 INPUTS = ZOO["llama"].inputs
 
@@ -80,3 +80,10 @@ def test_an_adapter_without_a_base_model(content: str, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(content)
     with pytest.raises(ModelNotSupportedError, match=r"names no base model; load that.*model\.load_adapter\("):
         pyint8.load(tmp_path)
+
+
+def test_an_adapter_without_peft_asks_for_it(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_adapter(base, tmp_path)
+    monkeypatch.setattr("pyint8.checkpoint.find.find_spec", lambda _: None)
+    with pytest.raises(MissingDependencyError, match=f"{tmp_path} holds a PEFT adapter.*`pip install peft`"):
+        pyint8.load(tmp_path, "cpu")

@@ -183,11 +183,19 @@ CudaDevice::CudaDevice(std::shared_ptr<const CudaApi> api, int ordinal)
 }
 
 CudaDevice::~CudaDevice() {
+  // Twice: where asking itself failed, copies and kernels may still be under way.
+  const bool has_ended = wait_for_all() || wait_for_all();
   const CudaContext::Scope scope(*context_, std::nothrow);
-  context_->api().stream_synchronize(copy_stream_);
-  if (last_transpose_ != nullptr) context_->api().event_synchronize(handle_of(*last_transpose_));
   context_->api().stream_destroy(copy_stream_);
-  if (module_ != nullptr) context_->api().module_unload(module_);
+  // Kernels that may still run need their code: leak it rather than unload it.
+  if (module_ != nullptr && has_ended) context_->api().module_unload(module_);
+}
+
+bool CudaDevice::wait_for_all() noexcept {
+  const CudaContext::Scope scope(*context_, std::nothrow);
+  const CudaApi& api = context_->api();
+  return api.stream_synchronize(copy_stream_) == 0 &&
+         (last_transpose_ == nullptr || api.event_synchronize(handle_of(*last_transpose_)) == 0);
 }
 
 std::unique_ptr<HostMemory> CudaDevice::allocate_host(std::size_t nbytes) {
@@ -289,10 +297,19 @@ void CudaDevice::transpose_to_half(const TransposeJob& job, StreamHandle stream)
   const auto blocks_x = static_cast<unsigned>((job.columns + kTile - 1) / kTile);
   const auto blocks_y =
       static_cast<unsigned>(std::min<std::size_t>((job.rows + kTile - 1) / kTile, kMostBlocksY));
+  {  // first: a failure after the launch would leave a kernel that no event marks
+    const std::lock_guard lock(module_mutex_);
+    if (last_transpose_ == nullptr) last_transpose_ = make_event();
+  }
   launch(kernel_name(job), blocks_x, blocks_y, arguments, stream);
   const std::lock_guard lock(module_mutex_);
-  if (last_transpose_ == nullptr) last_transpose_ = make_event();
-  record_on(stream, *last_transpose_);
+  try {
+    record_on(stream, *last_transpose_);
+  } catch (const Error&) {
+    // If the kernel's end cannot be waited for either, its code is left to the driver.
+    if (context_->api().stream_synchronize(as_stream(stream)) != 0) module_ = nullptr;
+    throw;
+  }
 }
 
 void CudaDevice::cast(const CastJob& job, StreamHandle stream) {

@@ -65,6 +65,8 @@ class CudaDevice final : public Device {
   void quantize(Quantizer quantizer, const QuantizeJob& job, StreamHandle stream) override;
 
  private:
+  // Waits for all copies and kernels; false if it is not known whether they have ended.
+  bool wait_for_all() noexcept;
   CuFunction kernel(const std::string& name);
   void launch(const std::string& kernel_name, unsigned blocks_x, unsigned blocks_y,
               std::span<void* const> arguments, StreamHandle stream);

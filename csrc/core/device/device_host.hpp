@@ -31,7 +31,7 @@ class HostDevice : public Device {
   std::size_t threads_;
 };
 
-// Where bytes go that are read only to be in the page cache: they end in a slot.
+// For bytes that are read only to be in the page cache: they are discarded with their slot.
 class DiscardingDevice final : public HostDevice {
  public:
   DiscardingDevice() : HostDevice(1) {}

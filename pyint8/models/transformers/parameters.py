@@ -1,4 +1,4 @@
-"""Making each parameter when transformers' loop asks for it, from what the stream delivers."""
+"""Makes each parameter from the stream when transformers' loop asks for it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from pyint8.streaming.stream import TensorStream
 def find_destinations(
     plan: LoadPlan, dtypes: Mapping[str, torch.dtype], device_map: Mapping[str, Any] | None
 ) -> dict[str, Destination]:
-    """Devices by transformers' own expansion of the map."""
+    """Destinations of all parameters; devices by transformers' own expansion of the map."""
     names = [name for target in plan.targets.values() for name in target.makes() if name in dtypes]
     return {
         name: Destination(landing_device(device), dtypes[name], on_disk=device == "disk")
@@ -40,7 +40,7 @@ def find_destinations(
 def find_dtypes(
     model: Any, parameters: Mapping[str, torch.Tensor], dtype: torch.dtype, quantizer: Int8Quantizer
 ) -> dict[str, torch.dtype]:
-    """What each of `model`'s parameters is loaded as, or quantized from: by the rule of transformers' loading loop."""
+    """The dtype that each parameter is loaded as, or quantized from, by the rules of transformers' loading loop."""
     own = {
         name: dtype if quantizer.check_quantized_param(name) else parameter.dtype
         for name, parameter in parameters.items()
@@ -55,13 +55,13 @@ class ParameterMaker:
     fed at once.
 
     Args:
-        plan: Every tensor's place.
+        plan: What every tensor is for.
         model: On meta, its modules reconciled with the checkpoint.
         checkpoint: Where the bytes lie.
-        destinations: Where parameters go and as what.
+        destinations: Where parameters go, and in which dtype.
         quantizer: Makes int8 parameters.
-        recorder: Told of bytes and parameters.
-        preparation: What was begun before there was a plan; its transport is taken over.
+        recorder: Counts bytes and parameters.
+        preparation: What the load has started already; its transport is taken over.
     """
 
     def __init__(
@@ -104,12 +104,12 @@ class ParameterMaker:
         self._recorder.set_engine(self._transport.stats())
         for maker in self._makers.values():
             maker.stop()
-        self._transport.close()  # what they wait for ends here
+        self._transport.close()  # ends their waits
         for maker in self._makers.values():
             maker.join()
         for stream in self._streams.values():
             stream.close()
-        self._makers.clear()  # they know this object
+        self._makers.clear()  # breaks a reference cycle
         self._streams.clear()
 
     def finish(self) -> None:
@@ -118,7 +118,7 @@ class ParameterMaker:
             stream.finish()
 
     def make(self, name: str, loading_info: Any) -> dict[str, torch.Tensor]:
-        """The parameters of one target, by name; asked for in the order of the plan."""
+        """The parameters of one target, by name; targets are taken in the order of the plan."""
         if len(self._groups) == 1:
             return self._make(name, next(iter(self._streams.values())), loading_info)
         if all(stream.serves_itself for stream in self._streams.values()):
@@ -131,12 +131,12 @@ class ParameterMaker:
         return self._makers[self._landing_device(self._plan.targets[name])].take(name)
 
     def _grouped(self) -> dict[torch.device, list[Target]]:
-        """Targets by where they land, in order; all in one group unless there are several GPUs."""
+        """Targets by landing device, in order; all in one group unless there are several GPUs."""
         targets = list(self._plan.targets.values())
         groups: dict[torch.device, list[Target]] = {}
         for target in targets:
             groups.setdefault(self._landing_device(target), []).append(target)
-        if _are_fed_side_by_side(groups):
+        if _are_several_gpus(groups):
             return groups
         return {next((device for device in groups if device.type == "cuda"), torch.device("cpu")): targets}
 
@@ -158,7 +158,7 @@ class ParameterMaker:
         return {name for name, _ in self._model.named_buffers()}
 
     def _stays_on_disk(self, target: Target) -> bool:
-        """Whether accelerate will read it from the checkpoint itself, whenever a forward pass needs it."""
+        """Whether accelerate reads it from the checkpoint, whenever a forward pass needs it."""
         stored = target.stored(self._checkpoint)
         if stored is None or target.name in self._buffers:
             return False
@@ -174,12 +174,12 @@ class ParameterMaker:
         return [TensorRequest(self._checkpoint[name], device, batch=batch) for name in target.source_names()]
 
     def _landing_device(self, target: Target) -> torch.device:
-        """Some conversions need too much memory for a GPU; transformers does them on the CPU."""
+        """Where a target lands: on the CPU for conversions that transformers does there to save GPU memory."""
         on_cpu = getattr(target.converter, "force_cpu", False)
         return torch.device("cpu") if on_cpu else self._destinations[target.name].device
 
     def _converted(self, target: Target, stream: TensorStream, loading_info: Any) -> dict[str, torch.Tensor]:
-        """What the model's own converter (an expert merge, a split) makes, then quantized where that is wanted."""
+        """The results of the model's own converter (an expert merge, a split), quantized where they should be."""
         converter = deepcopy(target.converter)
         assert converter is not None
         device, dtype = self._landing_device(target), self._destinations[target.name].dtype
@@ -198,15 +198,15 @@ class ParameterMaker:
         return {name: self._finished(name, value, sources) for name, value in made.items()}
 
     def _read(self, stream: TensorStream, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """A source of a conversion, as transformers would hand it over: on its device, in the target's dtype."""
+        """A source of a conversion as transformers would pass it: on its device, in the target's dtype."""
         return stream.batched(name, dtype).to(device)
 
     def _finished(self, name: str, value: Any, sources: list[Entry]) -> torch.Tensor:
-        """One result of a conversion, quantized where that is wanted, on its device."""
+        """One result of a conversion on its device, quantized if it should be."""
         tensor: torch.Tensor = value[0] if isinstance(value, list) else value
         self._recorder.count("converted")
         destination = self._destinations.get(name)
-        if destination is None:  # no place in the model; transformers says so
+        if destination is None:  # no place in the model; transformers reports it
             return tensor
         return self._assembly.finish(name, tensor, destination, sources)
 
@@ -221,6 +221,6 @@ def _reserve_memory(requests: Iterable[TensorRequest]) -> None:
         reserve_memory(device, total)
 
 
-def _are_fed_side_by_side(devices: Iterable[torch.device]) -> bool:
-    """Whether there is more than one bus to fill."""
+def _are_several_gpus(devices: Iterable[torch.device]) -> bool:
+    """Whether there is more than one GPU, so more than one bus to fill."""
     return sum(device.type == "cuda" for device in devices) > 1

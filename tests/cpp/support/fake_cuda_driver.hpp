@@ -33,6 +33,7 @@ enum : CuResult {
 struct Context {
   int retains = 0;
   std::unique_ptr<Stream> legacy;  // the default stream, which our non-blocking streams do not wait for
+  std::shared_ptr<std::atomic<int>> kernels = std::make_shared<std::atomic<int>>(0);  // launched, not ended
 };
 
 struct Event {

@@ -265,6 +265,7 @@ CuResult cuModuleLoadDataEx(CuModule* module, const void* image, unsigned count,
 CuResult cuModuleUnload(CuModule module) {
   const Call call("cuModuleUnload");
   RETURN_IF(call.context == nullptr, kInvalidContext);
+  if (*call.context->kernels != 0) ++driver().violations;  // their code goes
   return driver().modules.erase(module) == 0 ? CuResult{kInvalidHandle} : call.result;
 }
 
@@ -290,7 +291,11 @@ CuResult cuLaunchKernel(CuFunction function, unsigned grid_x, unsigned grid_y, u
   const auto* kernel = reinterpret_cast<const Kernel*>(function);
   KernelArguments copies{};  // made now: the caller's are gone when the kernel runs
   for (std::size_t i = 0; i < kernel->arguments; ++i) std::memcpy(&copies[i], arguments[i], sizeof copies[i]);
-  stream->push([=] { run(*kernel, copies, grid_x, grid_y); });
+  ++*call.context->kernels;
+  stream->push([=, running = call.context->kernels] {
+    run(*kernel, copies, grid_x, grid_y);
+    --*running;
+  });
   return kSuccess;
 }
 

@@ -16,9 +16,10 @@ from streams import over
 from torch import nn
 
 import pyint8
-from pyint8 import _core, loader
+from pyint8 import _core
 from pyint8.checkpoint import Checkpoint, open_checkpoint, read_header, read_pickled, stamp
 from pyint8.errors import FileChangedError
+from pyint8.operations import load as operation
 from pyint8.streaming.head_start import FirstTensors, HeadStart
 from pyint8.streaming.prefetch import PageCachePrefetch
 from pyint8.streaming.reading import read_tensor
@@ -167,7 +168,7 @@ def test_changed_before_transformers_has_looked_at_it(
     """As if the load had begun a moment later: the new header, and the new values."""
     folder = copy_of("llama", "bf16")
     old = load(folder)
-    after(monkeypatch, loader, "find_checkpoint", once(change, folder / FILE))
+    after(monkeypatch, operation, "find_checkpoint", once(change, folder / FILE))
     new = load(folder)
     assert not equal(new, old)
     assert equal(new, load(folder))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from streams import CPU, MIB, TINY, bytes_of, over, requests, stored, unstamped, write
 
 from pyint8.checkpoint import Checkpoint
@@ -111,3 +112,54 @@ def test_a_file_cut_while_it_is_begun_early_names_the_tensor(tmp_path: Path) -> 
     with over(requests(entries), *start.take()) as stream, pytest.raises(TruncatedError) as caught:
         list(map(stream.whole, checkpoint))
     assert caught.value.tensor == "y"
+
+
+@pytest.mark.usefixtures("every_size_is_worthwhile")
+def test_a_head_start_ends_where_the_device_is_full(mixed: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not fit is left to the load, which may need less at a time."""
+    given: list[int] = []
+    make = torch.UntypedStorage
+
+    def limited(nbytes: int, **where: Any) -> torch.UntypedStorage:
+        if len(given) == 2:
+            raise torch.OutOfMemoryError
+        given.append(nbytes)
+        return make(nbytes, **where)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "UntypedStorage", limited)
+        transport, early = HeadStart(CPU, list(mixed.values()), 1 << 30, TINY).take()
+    assert list(early) == list(mixed)[:2]
+    with over(requests(mixed), transport, early) as stream:
+        assert all(bytes_of(stream.whole(name)) == stored(entry) for name, entry in mixed.items())
+
+
+@pytest.mark.parametrize(
+    ("free", "held", "gives", "has_room", "asked"),
+    [
+        (120, 0, True, True, [60]),
+        (99, 0, True, False, []),
+        (80, 20, True, True, [60]),
+        (80, 30, True, True, []),  # half of it is held from an earlier load
+        (120, 0, False, False, [60]),
+    ],
+)
+def test_a_head_start_needs_room(
+    free: int, held: int, gives: bool, has_room: bool, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocated: list[int] = []
+
+    def empty(size: int, **_: Any) -> None:
+        allocated.append(size)
+        if not gives:
+            raise torch.OutOfMemoryError
+
+    start = HeadStart(CPU, (), 0, TINY, reserved=60, if_free=100)
+    start.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "memory_reserved", lambda _: 1000 + held)
+        patch.setattr(torch.cuda, "memory_allocated", lambda _: 1000)
+        patch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 1 << 30))
+        patch.setattr(torch, "empty", empty)
+        assert start._has_room(torch.device("cuda")) is has_room
+    assert allocated == asked

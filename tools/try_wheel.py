@@ -36,7 +36,7 @@ def reads_bytes(folder: Path) -> None:
     lane = streaming.add_host_device(1)
     file, cut = streaming.add_file(str(path)), 1024 * 1024 + 3
     to = ctypes.addressof(landed)
-    ticket = streaming.submit(lane, [(file, 0, cut, to), (file, cut, len(CONTENT) - cut, to + cut)], 0)
+    ticket = streaming.submit(lane, [(file, 0, cut, to), (file, cut, len(CONTENT) - cut, to + cut)], 0, first=False)
     streaming.wait(ticket, 0)
     streaming.wait(ticket + 1, 0)
     streaming.close()

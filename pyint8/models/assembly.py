@@ -124,6 +124,16 @@ class Assembly:
         self._quantizer.health.watch_cast(name, tensor, dtypes, partial(_find_overflow, sources))
         return tensor
 
+    def merged(self, name: str, sources: Sequence[Entry], stream: TensorStream) -> torch.Tensor:
+        """The parameter whose parts the stream lets `sources` land in."""
+        made = [stream.made(entry.name) for entry in sources]
+        for source, part in zip(sources, made, strict=True):
+            if part is not None and part.marks is not None:
+                self._quantizer.health.watch_marks(name, part.marks, partial(_find_overflow, [source]))
+        whole = made[0]
+        assert whole is not None
+        return whole.tensor
+
     def _becomes(self, name: str, entry: Entry, model_dtype: torch.dtype) -> ToInt8 | ToDtype:
         """What becomes of a weight of which an int8 one is made, now or in the forward pass, on its way."""
         if self._quantizer.reads_bands:

@@ -43,7 +43,7 @@ class Made:
     """What came of one request.
 
     Attributes:
-        tensor: int8 codes [out, in], or the values in their shape; contiguous.
+        tensor: int8 codes [out, in], or the values in their shape, or the whole that they are a part of; contiguous.
         scales: Of codes, fp32 [out].
         marks: uint8 [out], or [1] for values that were cast to fp16: not 0 where something does not fit (see
             `pyint8.quantizer.WeightHealth.watch_marks`). All of a GPU's are in one storage, to be copied at once.
@@ -112,6 +112,7 @@ class Pour:
         self._early = early
         self._early_bytes = sum(tensor.entry.nbytes for tensor in early.values())
         self._made: dict[int, Made] = {}
+        self._wholes: dict[str, torch.Tensor] = {}  # of which entries are parts, by name
         self._made_bytes = 0
         self._budget = sum(request.final_bytes for request in requests)
         self._submitted = self._ready = 0
@@ -122,6 +123,10 @@ class Pour:
         self._consumer = transport.open_consumer(lane, scratch_bytes, transposed, quantizer)
         self._fill(_FIRST_REQUESTS)
         self._fill(len(requests))
+
+    def has_part(self, name: str) -> bool:
+        """Whether the values of an entry are a part of a larger tensor."""
+        return self._requests[self._tickets[name]].part is not None
 
     def entry(self, name: str) -> Entry:
         return self._requests[self._tickets[name]].entry
@@ -162,6 +167,7 @@ class Pour:
     def close(self) -> None:
         """Gives destinations back that nobody took; the transport is closed already. Idempotent."""
         self._made.clear()
+        self._wholes.clear()
         self._early.clear()
 
     def _fill(self, until: int) -> None:
@@ -187,6 +193,9 @@ class Pour:
         request = self._requests[ticket]
         entry, becomes = request.entry, request.becomes
         made = self._made[ticket] = self._allocate(request)
+        for memory in (made.tensor, made.scales):
+            if memory is not None:
+                self._transport.keep(memory)
         self._made_bytes += request.final_bytes
         early = self._early.get(entry.name)
         if early is None:
@@ -201,9 +210,11 @@ class Pour:
             rows, columns = entry.torch_shape
             return source, entry.dtype, rows, columns, to_int8, marks
         assert isinstance(becomes, ToDtype)
+        offset = 0 if request.part is None else request.part.offset
+        address = made.tensor.data_ptr() + offset * becomes.dtype.itemsize
         if becomes.dtype == entry.torch_dtype:
-            return source, "", 1, entry.nbytes, ("", made.tensor.data_ptr()), marks
-        return source, entry.dtype, entry.numel, 1, (_NAMES[becomes.dtype], made.tensor.data_ptr()), marks
+            return source, "", 1, entry.nbytes, ("", address), marks
+        return source, entry.dtype, entry.numel, 1, (_NAMES[becomes.dtype], address), marks
 
     def _allocate(self, request: TensorRequest) -> Made:
         device, shape, becomes = self._lane.device, request.entry.torch_shape, request.becomes
@@ -211,7 +222,13 @@ class Pour:
         marks = self._marks[self._marks_used : self._marks_used + count] if count else None
         self._marks_used += count
         if isinstance(becomes, ToDtype):
-            return Made(torch.empty(shape, dtype=becomes.dtype, device=device), None, marks)
+            whole = None if request.part is None else self._wholes.get(request.part.name)
+            if whole is None:
+                shape = shape if request.part is None else request.part.shape
+                whole = torch.empty(shape, dtype=becomes.dtype, device=device)
+            if request.part is not None:
+                self._wholes[request.part.name] = whole
+            return Made(whole, None, marks)
         assert becomes is not None
         shape = tuple(reversed(shape)) if becomes.transposed else shape
         codes = torch.empty(shape, dtype=torch.int8, device=device)
@@ -271,7 +288,7 @@ def _comes_early(request: TensorRequest, lane: Lane, early: dict[str, EarlyTenso
 def _is_there(request: TensorRequest, lane: Lane, early: dict[str, EarlyTensor]) -> bool:
     """Whether what is on its way is the result itself."""
     same = isinstance(request.becomes, ToDtype) and request.becomes.dtype == request.entry.torch_dtype
-    return same and _comes_early(request, lane, early)
+    return same and request.part is None and _comes_early(request, lane, early)
 
 
 def _is_transposed(request: TensorRequest) -> bool:

@@ -95,6 +95,10 @@ class TensorStream:
         """Whether the GPU's consumer makes what the request's `becomes` asked for."""
         return name in self._pours
 
+    def lands_in_place(self, name: str) -> bool:
+        """Whether an entry lands in its part of a larger tensor."""
+        return self.makes(name) and self._pours[name].has_part(name)
+
     def made(self, name: str) -> Made | None:
         """What the request's `becomes` asked for; None where the GPU's consumer does not make it.
 

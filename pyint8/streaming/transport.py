@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,8 @@ class Transport:
         self._opener = opener
         self._lanes: dict[torch.device, Lane] = {}
         self._opened: list[Lane] = []
-        self._consumers: list[tuple[_core.Consumer, list[torch.Tensor]]] = []  # with the memory that each was given
+        self._consumers: list[_core.Consumer] = []
+        self._in_use: list[torch.Tensor] = []  # memory that consumers were given, until they are closed
         self._files: dict[tuple[str, FileStamp | None], int] = {}
         threads = options.worker_threads(gpus)
         self.engine = _core.Engine(
@@ -116,8 +118,13 @@ class Transport:
             transposed_bytes=half.nbytes,
             quantizer=quantizer,
         )
-        self._consumers.append((consumer, [scratch, half]))
+        self._consumers.append(consumer)
+        self._in_use += [scratch, half]
         return consumer
+
+    def keep(self, memory: torch.Tensor) -> None:
+        """Keeps memory that a consumer writes to until that is closed, whatever becomes of who asked for it."""
+        self._in_use.append(memory)
 
     def require_unchanged(self) -> None:
         """Raises FileChangedError if a file was written to since it was opened."""
@@ -129,14 +136,18 @@ class Transport:
 
     def close(self) -> None:
         """Stops reading, joins the workers, waits for copies under way, gives back pinned memory and scratch."""
-        try:
-            self.engine.close()
-            for consumer, _ in self._consumers:
-                consumer.close()
-        finally:
-            self._consumers.clear()
-        for lane in self._opened:
-            lane.release()
+        with ExitStack() as stack:
+            for lane in self._opened:
+                stack.callback(lane.release)
+            stack.callback(self._in_use.clear)
+            stack.callback(self._consumers.clear)
+            for consumer in self._consumers:
+                stack.callback(consumer.close)
+            stack.callback(self.engine.close)  # the first to go
+
+    def __del__(self) -> None:
+        if hasattr(self, "engine"):
+            self.close()  # nobody did, for whom a load failed halfway; memory must not go before those who write to it
 
     def file(self, path: str, stamp: FileStamp | None) -> int:
         """The engine's number of a file, which it opens.

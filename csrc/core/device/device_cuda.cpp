@@ -312,6 +312,12 @@ void CudaDevice::transpose_to_half(const TransposeJob& job, StreamHandle stream)
   }
 }
 
+void CudaDevice::copy_on_device(Address to, Address from, std::size_t nbytes, StreamHandle stream) {
+  const CudaContext::Scope scope(*context_);
+  const CudaApi& api = context_->api();
+  api.check(api.memcpy_on_device_async(to, from, nbytes, as_stream(stream)), "cuMemcpyDtoDAsync");
+}
+
 void CudaDevice::cast(const CastJob& job, StreamHandle stream) {
   validate(job);
   if (job.elements == 0) return;

@@ -61,6 +61,7 @@ class CudaDevice final : public Device {
   std::unique_ptr<Stream> make_stream() override;
   void prepare_kernels() override;
   void transpose_to_half(const TransposeJob& job, StreamHandle stream) override;
+  void copy_on_device(Address to, Address from, std::size_t nbytes, StreamHandle stream) override;
   void cast(const CastJob& job, StreamHandle stream) override;
   void quantize(Quantizer quantizer, const QuantizeJob& job, StreamHandle stream) override;
 

@@ -24,6 +24,9 @@ class HostDevice : public Device {
   void transpose_to_half(const TransposeJob& job, StreamHandle) override {
     pyint8::transpose_to_half(job, threads_);
   }
+  void copy_on_device(Address to, Address from, std::size_t nbytes, StreamHandle) override {
+    copy(to, reinterpret_cast<const std::byte*>(from), nbytes);
+  }
   void cast(const CastJob& job, StreamHandle) override { pyint8::cast(job); }
   void quantize(Quantizer quantizer, const QuantizeJob& job, StreamHandle stream) override;
 

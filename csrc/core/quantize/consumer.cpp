@@ -53,9 +53,6 @@ void check_for_quantizer(const Request& request) {
 }
 
 void check_values(const ToValues& to, const Request& request) {
-  if (!to.dtype && std::holds_alternative<Landed>(request.from)) {
-    refuse("what has landed as it is stored needs no consumer");
-  }
   if (request.marks != 0 && to.dtype != ElementType::kHalf) refuse("only a cast to fp16 has marks");
 }
 
@@ -207,8 +204,11 @@ bool Consumer::await(const Asked& asked) {
 
 void Consumer::put_work(const Asked& asked) {
   const Task& task = *asked.task;
-  if (stays_as_stored(task.request)) return;
-  if (const auto* to = std::get_if<ToValues>(&task.request.to)) {
+  if (stays_as_stored(task.request)) {
+    const Address values = std::get<ToValues>(task.request.to).values;
+    if (asked.memory == values) return;  // it landed in its place
+    device_.copy_on_device(values, asked.memory, asked.band->nbytes, stream_->handle());
+  } else if (const auto* to = std::get_if<ToValues>(&task.request.to)) {
     cast_band(task, *to, asked);
   } else if (is_transposed(task.request)) {
     transpose_band(task, std::get<ToInt8>(task.request.to), asked);

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers.core_model_loading import (
+    Concatenate,
     ConversionOps,
     MergeModulelist,
     SkipParameters,
@@ -32,6 +33,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 __all__ = [
     "AUTO_QUANTIZER_MAPPING",
     "Bnb8BitHfQuantizer",
+    "Concatenate",
     "ConversionOps",
     "MergeModulelist",
     "QuantizationConfigMixin",

@@ -212,15 +212,15 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
                 config.llm_int8_skip_modules = list(self.int8.skip)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        self.session.finish()
+        set_used_conversions(model, self._planned.plan.used)
+        genuine = Bnb8BitHfQuantizer(self.quantization_config, pre_quantized=self._was_pre_quantized)
+        genuine.modules_to_not_convert = self.int8.skip
+        model.hf_quantizer = genuine
+        report_unquantized(model, self.int8, self.session.recorder.report)
+        warn_of_unfilled_buffers(model, self.session.device_map)
+        self.session.finish()  # the last bytes may have come only now; nothing above looks at values
         with self.session.recorder.phase("finish"):
             self.int8.postprocess_model(model, locate=self._planned.locate)
-            set_used_conversions(model, self._planned.plan.used)
-            genuine = Bnb8BitHfQuantizer(self.quantization_config, pre_quantized=self._was_pre_quantized)
-            genuine.modules_to_not_convert = self.int8.skip
-            model.hf_quantizer = genuine
-            report_unquantized(model, self.int8, self.session.recorder.report)
-            warn_of_unfilled_buffers(model, self.session.device_map)
         if self.session.is_drop_in:
             announce(self.session.recorder.report, model.name_or_path)
         return model

@@ -16,13 +16,14 @@ from pyint8.errors import QuantizationStateError
 from pyint8.models.assembly import Assembly, Destination
 from pyint8.models.transformers.compat import expand_device_map, fixed_dtypes
 from pyint8.models.transformers.device_worker import DeviceWorker
+from pyint8.models.transformers.fusion import find_parts
 from pyint8.models.transformers.plan import LoadPlan, Target
 from pyint8.placement.device_map import landing_device
 from pyint8.quantizer import Int8Quantizer, find_entry_point
 from pyint8.report import Recorder
 from pyint8.streaming.lane import reserve_memory
 from pyint8.streaming.preparation import Preparation
-from pyint8.streaming.requests import TensorRequest
+from pyint8.streaming.requests import Part, TensorRequest, ToDtype
 from pyint8.streaming.stream import TensorStream
 
 
@@ -171,7 +172,23 @@ class ParameterMaker:
         if stored is not None:
             return self._assembly.requests(target.name, stored, self._destinations[target.name])
         device, batch = self._landing_device(target), target.name if target.stacks else None
-        return [TensorRequest(self._checkpoint[name], device, batch=batch) for name in target.source_names()]
+        parts, dtype = self._parts_of(target), self._destinations[target.name].dtype
+        return [
+            TensorRequest(
+                self._checkpoint[name],
+                device,
+                batch=batch,
+                becomes=ToDtype(dtype) if name in parts else None,
+                part=parts.get(name),
+            )
+            for name in target.source_names()
+        ]
+
+    def _parts_of(self, target: Target) -> dict[str, Part]:
+        """Where each source of a plain merge lies in the parameter; empty for what must be converted or quantized."""
+        if self._quantizer.pre_quantized or self._quantizer.check_quantized_param(target.name):
+            return {}
+        return find_parts(target, self._checkpoint, self._destinations[target.name].dtype)
 
     def _landing_device(self, target: Target) -> torch.device:
         """Where a target lands: on the CPU for conversions that transformers does there to save GPU memory."""
@@ -180,6 +197,9 @@ class ParameterMaker:
 
     def _converted(self, target: Target, stream: TensorStream, loading_info: Any) -> dict[str, torch.Tensor]:
         """The results of the model's own converter (an expert merge, a split), quantized where they should be."""
+        if all(stream.lands_in_place(name) for name, _ in target.sources):
+            self._recorder.count("converted")
+            return {target.name: self._assembly.merged(target.name, self._sources(target), stream)}
         converter = deepcopy(target.converter)
         assert converter is not None
         device, dtype = self._landing_device(target), self._destinations[target.name].dtype
@@ -194,8 +214,11 @@ class ParameterMaker:
         made = converter.convert(
             target.name, model=self._model, config=self._model.config, hf_quantizer=None, loading_info=loading_info
         )
-        sources = [self._checkpoint[name] for name, _ in target.sources]
+        sources = self._sources(target)
         return {name: self._finished(name, value, sources) for name, value in made.items()}
+
+    def _sources(self, target: Target) -> list[Entry]:
+        return [self._checkpoint[name] for name, _ in target.sources]
 
     def _read(self, stream: TensorStream, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """A source of a conversion as transformers would pass it: on its device, in the target's dtype."""

@@ -168,6 +168,8 @@ py::dict stats(const Engine& engine) {
 
 }  // namespace
 
+// Without py::mod_gil_not_used, so a free-threaded Python takes its lock again when it imports this: what
+// Python code shares between threads around the engine has not been shown to be safe without the lock.
 PYBIND11_MODULE(_core, module) {
   py::register_exception_translator([](std::exception_ptr pointer) {
     try {

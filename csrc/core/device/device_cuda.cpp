@@ -1,6 +1,7 @@
 #include "device/device_cuda.hpp"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -65,7 +66,10 @@ class PinnedMemory final : public HostMemory {
     const auto address = reinterpret_cast<std::uintptr_t>(map_);
     data_ = reinterpret_cast<std::byte*>((address + kHugePage - 1) / kHugePage * kHugePage);
     ::madvise(data_, nbytes, MADV_HUGEPAGE);
-    const CuResult result = context_->api().host_register(data_, nbytes, kHostRegisterPortable);
+    // The driver wants whole pages, which have 64 KiB on some aarch64.
+    const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+    const std::size_t whole = (nbytes + page - 1) / page * page;
+    const CuResult result = context_->api().host_register(data_, whole, kHostRegisterPortable);
     if (result != 0) {
       ::munmap(map_, mapped_);
       context_->api().check(result, "cuMemHostRegister (is `ulimit -l` too small for the ring?)");

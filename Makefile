@@ -83,17 +83,17 @@ format: $(VENV)/.tools
 # Wheels for each Python that is at hand, or for PYTHONS, and the tests on the one for $(PYTHON), without a compiler.
 wheels: build-wheels $(VENV)-wheel/.made
 	$(VENV)-wheel/bin/pip install -q --force-reinstall --no-deps --no-index --find-links wheelhouse pyint8
-	PATH="$(CURDIR)/$(VENV)-wheel/bin:$$PATH" tools/test_wheel
+	PATH="$(CURDIR)/$(VENV)-wheel/bin:$$PATH" tests/tools/test_wheel
 
 # Zig is a compiler for every Linux, so no container is needed.
 build-wheels: $(VENV)-wheels/.made
 	PATH="$(CURDIR)/$(VENV)-wheels/bin:$$PATH" $(VENV)-wheels/bin/pytest -q --confcutdir=tests/tools tests/tools
-	$(VENV)-wheels/bin/python tools/wheels.py $(PYTHONS)
+	$(VENV)-wheels/bin/python tests/tools/wheels.py $(PYTHONS)
 
 # The C++ tests, compiled for aarch64 and run under emulation. Debian: qemu-user, libc6-arm64-cross, doctest-dev.
 aarch64-test: $(VENV)-wheels/.made
 	PATH="$(CURDIR)/$(VENV)-wheels/bin:$$PATH" PYINT8_TARGET=aarch64 cmake $(CMAKE_TESTS) -B build/aarch64 \
-	  --toolchain tools/aarch64.cmake -DCMAKE_BUILD_TYPE=Release -DPYINT8_KERNELS=OFF \
+	  --toolchain tests/tools/aarch64.cmake -DCMAKE_BUILD_TYPE=Release -DPYINT8_KERNELS=OFF \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(VENV)-wheels/bin/python
 	PATH="$(CURDIR)/$(VENV)-wheels/bin:$$PATH" PYINT8_TARGET=aarch64 cmake --build build/aarch64
 	cd build/aarch64 && $(CURDIR)/$(VENV)-wheels/bin/ctest --no-tests=error --output-on-failure -j2

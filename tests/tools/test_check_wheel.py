@@ -100,7 +100,7 @@ def test_a_stray_file(files: Files, faults: Faults, stray: str) -> None:
         "pyint8/_core.pyi",
         BINARY,
         f"{NAME}.dist-info/METADATA",
-        f"{NAME}.dist-info/licenses/licenses/pybind11.txt",
+        f"{NAME}.dist-info/licenses/csrc/licenses/pybind11.txt",
     ],
 )
 def test_a_missing_file(files: Files, faults: Faults, missing: str) -> None:

@@ -32,11 +32,11 @@ def test_pyenv_is_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_notice_is_pybind11s() -> None:
     (notice,) = (f for f in metadata.files("pybind11") or [] if f.name == "LICENSE")
-    assert (wheels.ROOT / "licenses/pybind11.txt").read_text() == notice.read_text()
+    assert (wheels.ROOT / "csrc/licenses/pybind11.txt").read_text() == notice.read_text()
 
 
 def test_the_notice_is_zigs() -> None:
     import ziglang
 
     notice = Path(ziglang.__file__).with_name("LICENSE")
-    assert (wheels.ROOT / "licenses/zig.txt").read_text() == notice.read_text()
+    assert (wheels.ROOT / "csrc/licenses/zig.txt").read_text() == notice.read_text()

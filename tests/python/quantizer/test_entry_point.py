@@ -19,7 +19,7 @@ SIGNATURE = [ctypes.c_void_p] * 3 + [ctypes.c_float, ctypes.c_int32, ctypes.c_in
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A shared library with a function of that name."""
-    if shutil.which("cc") is None:  # as in tools/test_wheel
+    if shutil.which("cc") is None:  # as in tests/tools/test_wheel
         pytest.skip("needs a C compiler")
     folder = tmp_path_factory.mktemp("stub")
     (folder / "stub.c").write_text("void cint8_vector_quant(void) {}\n")

@@ -1,7 +1,7 @@
 """Whether the installed package works: `python -I try_wheel.py`, with the standard library and `packaging` alone.
 
 Imports it, looks at its facts, moves bytes through the compiled engine and has it fail; without transformers, loading
-must say so. The tests proper need torch: tools/test_wheel.
+must say so. The tests proper need torch: tests/tools/test_wheel.
 """
 
 from __future__ import annotations

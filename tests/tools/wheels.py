@@ -1,8 +1,8 @@
 """Source distribution and wheels, built, checked and tried: `make wheels [PYTHONS="python3.12 /opt/python3.14"]`.
 
 One source distribution, and from it, as an installer would, a manylinux wheel for each Python: those named, or one of
-each release that is at hand. Each wheel is checked (tools/check_wheel.py), installed into an environment of its own,
-with nothing else on PATH, compared with its stub (tools/check_stub.py) and tried (tools/try_wheel.py).
+each release that is at hand. Each wheel is checked (tests/tools/check_wheel.py), installed into an environment of its own,
+with nothing else on PATH, compared with its stub (tests/tools/check_stub.py) and tried (tests/tools/try_wheel.py).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-TOOLS = ROOT / "tools"
+TOOLS = Path(__file__).parent
+ROOT = TOOLS.parents[1]
 RELEASES = ("3.10", "3.11", "3.12", "3.13", "3.14", "3.14t")
 PLATFORM = f"manylinux_2_28_{platform.machine()}"
 

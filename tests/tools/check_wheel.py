@@ -1,7 +1,7 @@
 """What a wheel of pyint8 must be, looked at from outside: `check_wheel.py WHEEL...`; needs auditwheel.
 
 Says each fault on a line of its own and exits with 1 if there is one. That the stub is equal to the binary and that the
-wheel works shows only where it is installed: tools/try_wheel.py.
+wheel works shows only where it is installed: tests/tools/try_wheel.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from packaging.metadata import Metadata
 from packaging.tags import Tag
 from packaging.utils import parse_wheel_filename
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PLATFORM = "manylinux_2_28"
 MOST_BYTES = 1_000_000
 # Parts of the C library, which manylinux counts on.
@@ -68,7 +68,7 @@ def own_files() -> set[str]:
 
 
 def licences() -> set[str]:
-    return {"LICENSE", *(f"licenses/{path.name}" for path in (ROOT / "licenses").iterdir())}
+    return {"LICENSE", *(f"csrc/licenses/{path.name}" for path in (ROOT / "csrc/licenses").iterdir())}
 
 
 def check_contents(wheel: Wheel) -> Iterator[str]:

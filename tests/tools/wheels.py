@@ -1,8 +1,8 @@
 """Source distribution and wheels, built, checked and tried: `make wheels [PYTHONS="python3.12 /opt/python3.14"]`.
 
 One source distribution, and from it, as an installer would, a manylinux wheel for each Python: those named, or one of
-each release that is at hand. Each wheel is checked (tests/tools/check_wheel.py), installed into an environment of its own,
-with nothing else on PATH, compared with its stub (tests/tools/check_stub.py) and tried (tests/tools/try_wheel.py).
+each release that is at hand. Each wheel is checked (check_wheel.py), installed into an environment of its own, with
+nothing else on PATH, compared with its stub (check_stub.py) and tried (try_wheel.py).
 """
 
 from __future__ import annotations

@@ -245,7 +245,7 @@ def open_pours(
 ) -> dict[str, Pour]:
     """Each entry's `Pour`, of its GPU; entries that none can make are left to the caller.
 
-    Where a GPU's kernels do not load, that is all of them, with a warning.
+    Where there are no kernels for a GPU, that is all of them, with a warning.
 
     Args:
         requests: In the order they will be asked for; names are unique.
@@ -257,7 +257,10 @@ def open_pours(
     """
     groups: dict[Lane, list[TensorRequest]] = {}
     others: set[Lane] = set()
-    for request in requests if _core.has_kernels() else ():
+    if not _core.has_kernels():
+        _warn_of_missing_kernels({lane_of(request.device) for request in requests if request.becomes is not None})
+        return {}
+    for request in requests:
         lane = lane_of(request.device)
         if _is_there(request, lane, early):
             continue
@@ -278,6 +281,16 @@ def open_pours(
             del early[name]
         pours |= dict.fromkeys((request.entry.name for request in group), pour)
     return pours
+
+
+def _warn_of_missing_kernels(lanes: set[Lane]) -> None:
+    gpus = sorted(str(lane.device) for lane in lanes if lane.on_gpu)
+    if gpus:
+        logger.warning(
+            "this build of pyint8 has no GPU kernels, so weights on %s are quantized by Python operators, more slowly; "
+            "build it again with PYINT8_KERNELS=ON, which says what is missing",
+            ", ".join(gpus),
+        )
 
 
 def _comes_early(request: TensorRequest, lane: Lane, early: dict[str, EarlyTensor]) -> bool:

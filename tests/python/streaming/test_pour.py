@@ -216,6 +216,21 @@ def test_a_consumer_that_does_not_open_is_one_warning(
     assert "quantized by Python operators, more slowly: cuStreamCreate" in record.getMessage()
 
 
+def test_a_build_without_kernels_says_so_once(
+    driver: FakeDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    entries = checkpoint_of(tmp_path, {f"{n}": random_weight(30, 40, torch.float16) for n in range(3)})
+    monkeypatch.setattr(_core, "has_kernels", lambda: False)
+    for device in (GPU, torch.device("cpu")):
+        with caplog.at_level(logging.WARNING, "pyint8"):
+            made = pour(
+                driver, [TensorRequest(e, device, True, becomes=ToInt8(torch.float16)) for e in entries.values()]
+            )
+        assert made == dict.fromkeys(entries)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("this build of pyint8 has no GPU kernels, so weights on ")
+
+
 def test_a_file_that_is_too_short_names_the_tensor(driver: FakeDriver, tmp_path: Path) -> None:
     weights = {name: random_weight(90, 70, torch.bfloat16) for name in ("first", "second", "third")}
     entries = unstamped(checkpoint_of(tmp_path, weights))

@@ -1,6 +1,5 @@
 #include "quantize/consumer.hpp"
 
-#include <limits>
 #include <string>
 
 #include "error.hpp"
@@ -16,44 +15,12 @@ constexpr std::chrono::milliseconds kInterval{50};
   throw Error(ErrorCode::kInvalidArgument, why);
 }
 
-std::size_t product(std::size_t left, std::size_t right) {
-  std::size_t result = 0;
-  if (__builtin_mul_overflow(left, right, &result)) refuse("a tensor that is too large");
-  return result;
-}
-
 std::size_t band_bytes(const ConsumerOptions& options) {
   const std::size_t bytes = options.scratch_bytes / kParts / kScratchAlignment * kScratchAlignment;
   if (bytes == 0) {
     refuse("scratch of " + std::to_string(options.scratch_bytes) + " bytes cannot be cut into bands");
   }
   return bytes;
-}
-
-bool stays_as_stored(const Request& request) {
-  const auto* to = std::get_if<ToValues>(&request.to);
-  return to != nullptr && !to->dtype;
-}
-
-bool is_transposed(const Request& request) {
-  const auto* to = std::get_if<ToInt8>(&request.to);
-  return to != nullptr && to->transposed;
-}
-
-std::size_t row_bytes(const Request& request) {
-  return stays_as_stored(request) ? request.columns : product(request.columns, size_of(request.stored));
-}
-
-void check_for_quantizer(const Request& request) {
-  constexpr std::size_t kMost = std::numeric_limits<int>::max();
-  if (request.rows > kMost || request.columns > kMost) {
-    refuse("a weight of " + std::to_string(request.rows) + " x " + std::to_string(request.columns) +
-           " has more rows or columns than bitsandbytes counts");
-  }
-}
-
-void check_values(const ToValues& to, const Request& request) {
-  if (request.marks != 0 && to.dtype != ElementType::kHalf) refuse("only a cast to fp16 has marks");
 }
 
 }  // namespace
@@ -82,7 +49,8 @@ Consumer::~Consumer() {
 Ticket Consumer::submit(std::span<const Request> requests, StreamHandle stream) {
   std::vector<Task> tasks;
   tasks.reserve(requests.size());
-  for (const Request& request : requests) tasks.push_back(checked(request));
+  const Room room{band_bytes_, options_.transposed_bytes};
+  for (const Request& request : requests) tasks.push_back({request, bands_of(request, room)});
 
   const std::lock_guard lock(mutex_);
   if (closed_) throw Error(ErrorCode::kCancelled, "the stream was closed");
@@ -93,41 +61,12 @@ Ticket Consumer::submit(std::span<const Request> requests, StreamHandle stream) 
   for (Task& task : tasks) tasks_.push_back(std::move(task));
   try {
     ask();
-  } catch (...) {
-    error_ = std::current_exception();  // what was taken will not come
+  } catch (...) {  // what was taken will not come
+    keep_error();
     throw;
   }
   changed_.notify_all();
   return first;
-}
-
-Consumer::Task Consumer::checked(const Request& request) const {
-  const std::size_t nbytes = product(request.rows, row_bytes(request));
-  if (nbytes == 0) refuse("an empty tensor");
-  const auto* range = std::get_if<Range>(&request.from);
-  if (range != nullptr && range->nbytes != nbytes) {
-    refuse("a range of " + std::to_string(range->nbytes) + " bytes for a tensor of " +
-           std::to_string(nbytes));
-  }
-  if (const auto* to = std::get_if<ToValues>(&request.to)) {
-    check_values(*to, request);
-  } else {
-    check_for_quantizer(request);
-    if (is_transposed(request) && nbytes / size_of(request.stored) * 2 > options_.transposed_bytes) {
-      refuse("a transposed weight that its memory cannot hold");
-    }
-  }
-  return {request, cut(request, nbytes)};
-}
-
-std::vector<Band> Consumer::cut(const Request& request, std::size_t nbytes) const {
-  if (stays_as_stored(request)) return {{0, request.rows, 0, nbytes}};  // straight to its place
-  const std::size_t row = row_bytes(request);
-  if (row > band_bytes_) {
-    refuse("a row of " + std::to_string(row) + " bytes does not fit in a band of " +
-           std::to_string(band_bytes_));
-  }
-  return cut_into_bands(request.rows, row, band_bytes_);
 }
 
 // Asks for all that has room, in order; once a whole band has, so that small tensors are asked for together.
@@ -179,8 +118,8 @@ void Consumer::serve() {
   try {
     for (;;) {
       std::unique_lock lock(mutex_);
-      changed_.wait(lock, [this] { return closed_ || !asked_.empty(); });
-      if (closed_) return;
+      changed_.wait(lock, [this] { return is_over() || !asked_.empty(); });
+      if (is_over()) return;
       const Asked asked = asked_.front();
       lock.unlock();
       if (!await(asked)) return;
@@ -188,16 +127,21 @@ void Consumer::serve() {
       finish(asked);
     }
   } catch (...) {
-    fail();
+    const std::lock_guard lock(mutex_);
+    keep_error();
   }
 }
 
-// Until the band's copies are ordered before this stream; false if it was closed meanwhile.
+bool Consumer::is_over() const {
+  return closed_ || error_ != nullptr;
+}
+
+// Until the band's copies are ordered before this stream; false if it was over meanwhile.
 bool Consumer::await(const Asked& asked) {
   if (!asked.ticket) return true;
   while (!engine_.wait(*asked.ticket, stream_->handle(), kInterval)) {
     const std::lock_guard lock(mutex_);
-    if (closed_) return false;
+    if (is_over()) return false;
   }
   return true;
 }
@@ -290,22 +234,21 @@ void Consumer::finish(const Asked& asked) {
     passing_bytes_ -= asked.band->nbytes;
   }
   if (asked.is_last) ++done_;
-  ask();
+  if (!is_over()) ask();
   changed_.notify_all();
 }
 
-void Consumer::fail() {
-  const std::lock_guard lock(mutex_);
-  error_ = std::current_exception();
+// With the lock held: the exception that is being handled ends everything, if it is the first.
+void Consumer::keep_error() {
+  if (error_ == nullptr) error_ = std::current_exception();
   changed_.notify_all();
 }
 
 std::optional<Ticket> Consumer::wait(Ticket ticket, StreamHandle stream, std::chrono::milliseconds timeout) {
   std::unique_lock lock(mutex_);
   if (ticket >= tasks_.size()) refuse("there is no ticket " + std::to_string(ticket));
-  const bool is_over =
-      changed_.wait_for(lock, timeout, [&] { return done_ > ticket || error_ != nullptr || closed_; });
-  if (!is_over) return std::nullopt;
+  const bool has_come = changed_.wait_for(lock, timeout, [&] { return done_ > ticket || is_over(); });
+  if (!has_come) return std::nullopt;
   if (error_ != nullptr) std::rethrow_exception(error_);
   if (closed_) throw Error(ErrorCode::kCancelled, "the stream was closed");
   device_.record_on(stream_->handle(), *reached_);
@@ -324,8 +267,14 @@ void Consumer::close() {
     closed_ = true;
   }
   changed_.notify_all();
+  const std::lock_guard joining(join_mutex_);  // another thread may be closing too
   if (thread_.joinable()) thread_.join();
-  stream_->synchronize();
+  try {
+    stream_->synchronize();
+  } catch (const Error&) {  // where asking itself failed, kernels may still use the memory that goes next
+    stream_->synchronize();
+    throw;
+  }
 }
 
 }  // namespace pyint8

@@ -20,7 +20,6 @@
 
 #include <chrono>
 #include <condition_variable>
-#include <cstdint>
 #include <deque>
 #include <exception>
 #include <memory>
@@ -28,49 +27,14 @@
 #include <optional>
 #include <span>
 #include <thread>
-#include <variant>
 #include <vector>
 
 #include "device/device.hpp"
-#include "quantize/bands.hpp"
+#include "quantize/request.hpp"
 #include "quantize/scratch.hpp"
 #include "transfer/engine.hpp"
 
 namespace pyint8 {
-
-// Bytes that were asked for before it was known what they are for: a head start's. The memory must stay until
-// the request that names it has been waited for.
-struct Landed {
-  Ticket ticket;  // the engine's
-  Address memory;
-};
-
-// Quantize to int8, in bitsandbytes' row-wise form.
-struct ToInt8 {
-  bool through_bfloat16;  // the model's dtype is bfloat16: round to it before fp16
-  bool transposed;        // stored as [in, out], a Conv1D's weight: transpose it first
-  Address codes;          // int8 [out, in]
-  Address scales;         // fp32 [out]
-};
-
-// Cast to `dtype`, or leave as stored where there is none, whatever the bytes mean.
-struct ToValues {
-  std::optional<ElementType> dtype;
-  Address values;
-};
-
-// One tensor, or a part of one. Destinations are contiguous memory of the consumer's device: where it is a
-// part of a fused parameter, the address of that part's first row.
-struct Request {
-  std::variant<Range, Landed> from;  // contiguous rows
-  ElementType stored;                // of no meaning where values stay as stored
-  std::size_t rows, columns;         // as stored; columns are bytes where values stay as stored
-  std::variant<ToInt8, ToValues> to;
-  // uint8, or 0 for none; 1 is written where something is wrong, nothing elsewhere. For ToInt8 one for
-  // each output row: it has NaN, infinity, or a value beyond fp16's range. For ToValues one for all: fp16 has
-  // infinity where none was stored.
-  Address marks;
-};
 
 struct ConsumerOptions {
   // Memory of the device for what passes through: seven eighths for bands as stored, one for the fp16 form of
@@ -95,9 +59,7 @@ class Consumer {
 
   // Takes requests, to be served in this order; returns the first one's ticket: they count up from 0.
   // Destinations are written only after what the caller has put on `stream` so far. Throws kInvalidArgument,
-  // and takes none, for a row that an eighth of scratch cannot hold (land it whole, and hand it over as
-  // Landed), for a transposed weight that its memory cannot hold, for an empty one, for sizes that do not
-  // agree with the bytes, and for more rows or columns than the quantizer's int counts.
+  // and takes none, where one cannot be served (see `bands_of`); a band is an eighth of scratch.
   Ticket submit(std::span<const Request> requests, StreamHandle stream);
 
   // Waits up to `timeout` until all work for `ticket` is on the consumer's stream, then makes `stream` wait
@@ -126,8 +88,6 @@ class Consumer {
     bool is_last;                           // of its task
   };
 
-  Task checked(const Request& request) const;
-  std::vector<Band> cut(const Request& request, std::size_t nbytes) const;
   void ask();
   std::optional<Asked> place(const Task& task, const Band& band);
   void serve();
@@ -138,7 +98,8 @@ class Consumer {
   void cast_band(const Task& task, const ToValues& to, const Asked& asked);
   void quantize(const ToInt8& to, Address half, std::size_t row, std::size_t rows, std::size_t columns);
   void finish(const Asked& asked);
-  void fail();
+  bool is_over() const;
+  void keep_error();
 
   Engine& engine_;
   const std::uint32_t lane_;
@@ -161,6 +122,7 @@ class Consumer {
   std::exception_ptr error_;
   bool closed_ = false;
 
+  std::mutex join_mutex_;
   std::thread thread_;  // last: it uses all of the above
 };
 

@@ -1,347 +1,281 @@
+// What becomes of tensors, and in what order with the caller's work, over the fake driver: which counts as a
+// violation whatever two streams do to the same memory in no order, scratch included.
 #include <algorithm>
-#include <deque>
+#include <atomic>
+#include <thread>
 
-#include "cuda_support.hpp"
-#include "engine_support.hpp"
+#include "consumer_support.hpp"
+#include "device/device_host.hpp"
 #include "fake_cuda_kernels.hpp"
-#include "quantize/consumer.hpp"
-
-// bitsandbytes' function, as the fake driver has it.
-extern "C" void cint8_vector_quant(const void*, void*, void*, float, int, int, std::uintptr_t);
 
 namespace pyint8::testing {
 namespace {
 
-constexpr std::size_t kScratch = 64 << 10;  // bands of 8 KiB
-constexpr std::size_t kTransposed = 1 << 20;
+constexpr std::size_t kSlot = 8192;
+constexpr std::size_t kLeast = 8 * kScratchAlignment;  // scratch: bands of one alignment each
+constexpr EngineOptions kOptions = {.threads = 2, .slots_per_thread = 2, .slot_bytes = kSlot};
 
-Address address_of(const void* data) {
-  return reinterpret_cast<Address>(data);
+void soon() {
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));
 }
 
-// What becomes of some bytes of a file, by a request and by plain loops.
-struct Wanted {
-  ElementType stored = ElementType::kBFloat16;
-  std::size_t rows = 0, columns = 0;
-  std::uint64_t offset = 0;
-  std::optional<ElementType> dtype = std::nullopt;  // of values; none: to int8, or as stored
-  bool to_int8 = false, transposed = false, through_bfloat16 = false;
+// Submits tensors in many batches and waits in a random order meanwhile; looks at each on its caller's stream
+// once that waits for it.
+class Mix {
+ public:
+  Mix(Tensors& tensors, Gpus& gpus, Random& random)
+      : tensors_(tensors),
+        gpus_(gpus),
+        random_(random),
+        right_(tensors.size()),
+        submitted_(gpus.callers.size()) {}
 
-  Bytes codes = {}, scales = {}, values = {}, marks = {};  // by the consumer
-  Bytes expected_codes = {}, expected_scales = {}, expected_values = {}, expected_marks = {};  // by the loops
-
-  std::size_t nbytes() const { return rows * columns * size_of(stored); }
-  std::size_t out_rows() const { return transposed ? columns : rows; }
-
-  Request request(std::uint32_t file = 0) {
-    Request made{Range{file, offset, nbytes()}, stored, rows, columns, {}, address_of(marks.data())};
-    if (to_int8) {
-      made.to = ToInt8{through_bfloat16, transposed, address_of(codes.data()), address_of(scales.data())};
-    } else if (dtype) {
-      made.to = ToValues{dtype, address_of(values.data())};
-      if (dtype != ElementType::kHalf) made.marks = 0;
-    } else {
-      made.to = ToValues{std::nullopt, address_of(values.data())};
-      made.rows = 1;
-      made.columns = nbytes();
-      made.marks = 0;
+  bool run() {
+    while (next_ < tensors_.size() || !waiting_.empty()) {
+      if (next_ < tensors_.size() && (waiting_.empty() || pick(random_, 0, 2) == 0)) {
+        submit();
+      } else {
+        wait();
+      }
     }
-    return made;
+    gpus_.synchronize();
+    return std::ranges::all_of(right_, [](std::uint8_t right) { return right == 1; });
   }
 
-  void allocate() {
-    codes.resize(to_int8 ? rows * columns : 0);
-    scales.resize(to_int8 ? out_rows() * sizeof(float) : 0);
-    values.resize(to_int8 ? 0 : rows * columns * size_of(dtype.value_or(stored)));
-    marks.resize(to_int8 ? out_rows() : 1);
-    expected_codes = codes, expected_scales = scales, expected_values = values, expected_marks = marks;
-  }
-
-  void expect(const Bytes& file) {
-    const auto begin = file.begin() + static_cast<std::ptrdiff_t>(offset);
-    const Bytes bytes(begin, begin + static_cast<std::ptrdiff_t>(nbytes()));
-    if (to_int8) {
-      expect_int8(bytes);
-    } else if (dtype) {
-      const Address at = *dtype == ElementType::kHalf ? address_of(expected_marks.data()) : 0;
-      cast({address_of(bytes.data()), stored, false, rows * columns, address_of(expected_values.data()),
-            *dtype, at, rows * columns, Marks::kOverflow});
-    } else {
-      expected_values = bytes;
+  bool all_done() {
+    for (std::size_t lane = 0; lane < submitted_.size(); ++lane) {
+      if (gpus_.consumers[lane].done() != submitted_[lane]) return false;
     }
+    return true;
   }
 
-  void expect_int8(const Bytes& bytes) {
-    std::vector<std::uint16_t> half(rows * columns);
-    if (transposed) {
-      transpose_to_half(
-          {address_of(bytes.data()), stored, through_bfloat16, rows, columns, address_of(half.data()), rows},
-          1);
-    } else {
-      const bool through = through_bfloat16 && stored != ElementType::kBFloat16;
-      cast({address_of(bytes.data()), stored, through, half.size(), address_of(half.data()),
-            ElementType::kHalf});
-    }
-    const std::size_t out_columns = transposed ? rows : columns;
-    cast({address_of(half.data()), ElementType::kHalf, false, half.size(), address_of(half.data()),
-          ElementType::kHalf, address_of(expected_marks.data()), out_columns});
-    fake_cuda::quantize_rows(half.data(), expected_codes.data(), expected_scales.data(),
-                             static_cast<int>(out_rows()), static_cast<int>(out_columns));
+ private:
+  struct Taken {
+    std::size_t tensor;
+    std::uint32_t lane;
+    Ticket ticket;
+  };
+
+  void submit() {
+    const auto lane = static_cast<std::uint32_t>(pick(random_, 0, submitted_.size() - 1));
+    const std::size_t count = std::min(pick(random_, 0, 12), tensors_.size() - next_);
+    std::vector<Tensor*> batch;
+    for (std::size_t i = 0; i < count; ++i) batch.push_back(&tensors_[next_ + i]);
+    const Ticket first = gpus_.submit(lane, batch);
+    REQUIRE(first == submitted_[lane]);
+    for (std::size_t i = 0; i < count; ++i) waiting_.push_back({next_ + i, lane, first + i});
+    next_ += count;
+    submitted_[lane] += count;
   }
 
-  bool is_as_expected() const {
-    return codes == expected_codes && scales == expected_scales && values == expected_values &&
-           marks == expected_marks;
+  void wait() {
+    std::swap(waiting_[pick(random_, 0, waiting_.size() - 1)], waiting_.back());
+    const auto [tensor, lane, ticket] = waiting_.back();
+    waiting_.pop_back();
+    REQUIRE(gpus_.wait(lane, ticket) > ticket);
+    gpus_.callers[lane].then([this, tensor] { right_[tensor] = tensors_[tensor].came() ? 1 : 0; });
   }
+
+  Tensors& tensors_;
+  Gpus& gpus_;
+  Random& random_;
+  std::vector<std::uint8_t> right_;  // by tensor
+  std::vector<Ticket> submitted_;    // by lane: how many
+  std::vector<Taken> waiting_;
+  std::size_t next_ = 0;
 };
 
-Wanted any(Random& random, const Bytes& file) {
-  constexpr std::array kTypes = {ElementType::kHalf, ElementType::kBFloat16, ElementType::kFloat};
-  Wanted made{};
-  made.stored = kTypes[pick(random, 0, 2)];
-  made.columns = pick(random, 1, 500);
-  made.rows = pick(random, 1, 60);
-  made.to_int8 = pick(random, 0, 1) == 1;
-  made.transposed = made.to_int8 && pick(random, 0, 1) == 1;
-  made.through_bfloat16 = made.to_int8 && pick(random, 0, 1) == 1;
-  const ElementType dtype = kTypes[pick(random, 0, 2)];
-  if (!made.to_int8 && dtype != made.stored) made.dtype = dtype;
-  made.offset = pick(random, 0, file.size() - made.nbytes());
-  made.allocate();
-  made.expect(file);
-  return made;
+// A quantizer that holds its stream up first, so that bands are long in scratch and copies come before them.
+void slowly(const void* half, void* codes, void* scales, float threshold, int rows, int columns,
+            StreamHandle stream) {
+  const auto pause = [](void*) { std::this_thread::sleep_for(std::chrono::microseconds(300)); };
+  cuLaunchHostFunc(reinterpret_cast<CUstream_st*>(stream), pause, nullptr);
+  cint8_vector_quant(half, codes, scales, threshold, rows, columns, stream);
 }
 
-// A consumer with memory, an engine and a caller of its own on one lane.
-struct Lane {
-  Lane(Engine& engine, std::uint32_t number, std::size_t scratch_bytes = kScratch)
-      : scratch(scratch_bytes), transposed(kTransposed), caller(static_cast<int>(number)) {
-    engine.add_device(std::make_unique<CudaDevice>(fake_driver(), static_cast<int>(number)));
-    consumer.emplace(engine, number,
-                     ConsumerOptions{address_of(scratch.data()), scratch.size(),
-                                     address_of(transposed.data()), transposed.size(), cint8_vector_quant});
-  }
-  std::optional<Ticket> wait(Ticket ticket) { return consumer->wait(ticket, caller.stream(), kPatience); }
-
-  Bytes scratch, transposed;
-  Caller caller;
-  std::optional<Consumer> consumer;
-};
-
-// An engine on one file, with lanes.
-struct Setup {
-  explicit Setup(std::uint32_t lane_count = 1, std::size_t file_bytes = 400000)
-      : checkpoint({file_bytes}), engine({.threads = 3, .slots_per_thread = 2, .slot_bytes = 8192}) {
-    checkpoint.open(engine);
-    for (std::uint32_t number = 0; number < lane_count; ++number) lanes.emplace_back(engine, number);
-  }
-  ~Setup() {
-    engine.close();
-    for (Lane& lane : lanes) lane.consumer->close();
-  }
-  const Bytes& file() const { return checkpoint.contents[0]; }
-
-  Checkpoint checkpoint;
-  Engine engine;
-  std::deque<Lane> lanes;
-};
-
-Wanted weight(std::size_t rows, std::size_t columns, bool transposed = false) {
-  Wanted made{.stored = ElementType::kBFloat16,
-              .rows = rows,
-              .columns = columns,
-              .to_int8 = true,
-              .transposed = transposed};
-  made.allocate();
-  return made;
-}
-
-ErrorCode refusal_of(Lane& lane, const Request& request) {
-  return error_of([&] { lane.consumer->submit({&request, 1}, lane.caller.stream()); }).code();
+void at_once(const void* half, void* codes, void* scales, float, int rows, int columns, StreamHandle) {
+  fake_cuda::quantize_rows(half, codes, scales, rows, columns);
 }
 
 }  // namespace
 
-TEST_CASE("whatever is asked for, on however many lanes, is made byte for byte") {
+TEST_CASE("every kind of request, every dtype, in one band and in many") {
+  Random random(1);
+  for (const auto& [rows, columns] : {std::pair{1, 1}, {1, 64}, {611, 3}, {33, 61}}) {
+    CAPTURE(rows);
+    CAPTURE(columns);
+    const Accounts accounts;
+    Tensors tensors(every_wish(rows, columns), random);
+    Gpus gpus(tensors, 1, kLeast, kOptions);
+    const Ticket first = gpus.submit(0, tensors);
+    CHECK(gpus.wait(0, first + tensors.size() - 1) == tensors.size());
+    gpus.synchronize();
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      CAPTURE(i);
+      CHECK(tensors[i].came());
+    }
+  }
+}
+
+TEST_CASE("any mix of requests is byte-exact, whatever the GPUs, scratch, threads and slots") {
+  Random random(2);
+  for (const std::size_t gpu_count : {1, 3}) {
+    for (const std::size_t scratch_bytes : {kLeast, 3 * kLeast + 1000, std::size_t{1} << 17}) {
+      for (const std::size_t threads : {1, 3}) {
+        for (const std::size_t slots_per_thread : {1, 3}) {
+          CAPTURE(gpu_count);
+          CAPTURE(scratch_bytes);
+          CAPTURE(threads);
+          CAPTURE(slots_per_thread);
+          const Accounts accounts;
+          Tensors tensors(random_wishes(random, 100, scratch_bytes / kLeast * kScratchAlignment), random);
+          Gpus gpus(tensors, gpu_count, scratch_bytes, {threads, slots_per_thread, kSlot});
+          Mix mix(tensors, gpus, random);
+          CHECK(mix.run());
+          CHECK(mix.all_done());
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("scratch is not written while a kernel that comes late still reads it") {
   Random random(3);
-  for (const std::uint32_t lanes : {1u, 3u}) {
+  for (const bool landed : {false, true}) {
     const Accounts accounts;
-    std::deque<Wanted> wanted;
-    Setup setup(lanes);
-    std::vector<std::pair<Lane*, Ticket>> tickets;
-    for (int batch = 0; batch < 20; ++batch) {
-      Lane& lane = setup.lanes[pick(random, 0, lanes - 1)];
-      std::vector<Request> requests;
-      for (std::size_t i = pick(random, 1, 12); i > 0; --i) {
-        requests.push_back(wanted.emplace_back(any(random, setup.file())).request());
-      }
-      const Ticket first = lane.consumer->submit(requests, lane.caller.stream());
-      for (std::size_t i = 0; i < requests.size(); ++i) tickets.emplace_back(&lane, first + i);
-    }
-    std::shuffle(tickets.begin(), tickets.end(), random);
-    for (const auto& [lane, ticket] : tickets) {
-      const std::optional<Ticket> ready = lane->wait(ticket);
-      REQUIRE(ready.has_value());
-      REQUIRE(*ready > ticket);
-      REQUIRE(lane->consumer->done() >= *ready);
-    }
-    for (Lane& lane : setup.lanes) lane.caller.synchronize();
-    for (const Wanted& each : wanted) {
-      CAPTURE(static_cast<int>(each.stored));
-      CAPTURE(each.rows);
-      CAPTURE(each.columns);
-      CAPTURE(each.to_int8);
-      CAPTURE(each.transposed);
-      CAPTURE(each.through_bfloat16);
-      REQUIRE(each.is_as_expected());
-    }
+    Wish wish{Kind::kInt8, ElementType::kBFloat16, ElementType::kBFloat16, 300, 60, landed};
+    Tensors tensors(std::vector<Wish>(6, wish), random);
+    Gpus gpus(tensors, 1, kLeast, kOptions, slowly);
+    gpus.submit(0, tensors);
+    gpus.wait(0, tensors.size() - 1);
+    gpus.synchronize();
+    CHECK(tensors.came());
+    CHECK(fake_cuda_calls("cint8_vector_quant") == 6 * 150);  // two rows a band
   }
 }
 
-TEST_CASE(
-    "the caller's stream is ordered behind what it waited for, and nothing is written before it allows") {
+TEST_CASE("destinations are not written before what the caller's stream still does with them") {
   const Accounts accounts;
-  Wanted wanted = weight(100, 200);  // fits the slots, which copies that are held up fill
-  Setup setup;
-  wanted.expect(setup.file());
-  Lane& lane = setup.lanes[0];
-  bool written = false, whole = false;
-  Gate gate(lane.caller);
-  lane.caller.then([&] { written = wanted.codes != Bytes(wanted.codes.size()); });
-  const Request request = wanted.request();
-  const Ticket ticket = lane.consumer->submit({&request, 1}, lane.caller.stream());
-  REQUIRE(lane.wait(ticket).has_value());  // which does not mean that it has happened
-  lane.caller.then([&] { whole = wanted.is_as_expected(); });
-  gate.open();
-  lane.caller.synchronize();
-  CHECK(!written);
-  CHECK(whole);
+  Random random(4);
+  Tensors tensors(every_wish(20, 30), random);
+  std::atomic<bool> untouched = false;
+  Gpus gpus(tensors, 1, kLeast, kOptions);
+  gpus.callers[0].then([&] {
+    soon();
+    untouched = tensors.are_untouched();
+  });
+  gpus.submit(0, tensors);
+  gpus.wait(0, tensors.size() - 1);
+  gpus.synchronize();
+  CHECK(untouched);
+  CHECK(tensors.came());
 }
 
-TEST_CASE("bytes that landed before are made of where they are") {
+TEST_CASE("a later submission waits for its own caller's stream too") {
   const Accounts accounts;
-  std::deque<Wanted> wanted = {weight(300, 200), weight(70, 90, true)};
-  wanted.push_back({.stored = ElementType::kFloat, .rows = 50, .columns = 60, .dtype = ElementType::kHalf});
-  wanted.push_back({.stored = ElementType::kHalf, .rows = 50, .columns = 60});
-  std::deque<Bytes> landed;
-  Setup setup;
-  Lane& lane = setup.lanes[0];
+  Random random(5);
+  Tensors tensors(every_wish(5, 7), random);
+  bool untouched = false;
+  Gpus gpus(tensors, 1, kLeast, kOptions);
+  gpus.wait(0, gpus.submit(0, tensors[0]));
+  Caller other(0);
+  other.then([&] {
+    soon();
+    untouched = tensors[1].is_untouched();
+  });
+  const Request request = tensors[1].request(gpus.engine, 0, other.stream());
+  gpus.wait(0, gpus.consumers[0].submit({&request, 1}, other.stream()));
+  gpus.synchronize();
+  CHECK(untouched);
+  CHECK(tensors[1].came());
+}
+
+TEST_CASE("after a wait the caller's stream, and it alone, waits for the result") {
+  const Accounts accounts;
+  Random random(6);
+  for (const Kind kind : {Kind::kInt8, Kind::kTransposed, Kind::kCast, Kind::kAsStored}) {
+    Tensors tensors({{kind, ElementType::kFloat, ElementType::kHalf, 6, 40}}, random);
+    std::atomic<bool> has_read = false, right = false;
+    Gpus gpus(tensors, 1, kLeast, kOptions);
+    Caller reader(0), bystander(0);
+    Gate gate(gpus.callers[0]);  // keeps the copies from starting
+    const Ticket ticket = gpus.submit(0, tensors);
+    REQUIRE(gpus.consumers[0].wait(ticket, reader.stream(), kPatience) == 1);  // the host does not wait
+    reader.then([&] {
+      right = tensors.came();
+      has_read = true;
+    });
+    bystander.synchronize();
+    soon();
+    CHECK_FALSE(has_read);
+    gate.open();
+    reader.synchronize();
+    CHECK(right);
+  }
+}
+
+TEST_CASE("a wait brings all that is done, and is over in time if nothing is") {
+  const Accounts accounts;
+  Random random(7);
+  std::vector<Wish> wishes(5, Wish{Kind::kCast, ElementType::kFloat, ElementType::kHalf, 4, 16});
+  wishes.push_back({Kind::kAsStored, {}, {}, 1, 40 * kSlot});
+  Tensors tensors(wishes, random);
+  Gpus gpus(tensors, 1, kLeast, kOptions);
+  CHECK(gpus.consumers[0].done() == 0);
+  Gate gate(gpus.callers[0]);  // the last has more bytes than slots hold
+  gpus.submit(0, tensors);
+  CHECK(gpus.wait(0, 4) == 5);
+  CHECK(gpus.wait(0, 0) == 5);  // again, and earlier
+  CHECK(gpus.consumers[0].done() == 5);
+  CHECK_FALSE(gpus.consumers[0].wait(5, gpus.callers[0].stream(), std::chrono::milliseconds(30)).has_value());
+  gate.open();
+  CHECK(gpus.wait(0, 5) == 6);
+  gpus.synchronize();
+  CHECK(tensors.came());
+}
+
+TEST_CASE("nothing at all may be submitted") {
+  const Accounts accounts;
+  Random random(8);
+  Tensors tensors(every_wish(2, 2), random);
+  Gpus gpus(tensors, 1, kLeast, kOptions);
+  CHECK(gpus.submit(0, std::span<Tensor* const>()) == 0);
+  CHECK(gpus.submit(0, tensors[0]) == 0);
+  CHECK(gpus.submit(0, std::span<Tensor* const>()) == 1);
+  CHECK(gpus.wait(0, 0) == 1);
+}
+
+TEST_CASE("many small tensors are asked for together") {
+  const Accounts accounts;
+  Random random(9);
+  Tensors tensors(std::vector<Wish>(64, {Kind::kCast, ElementType::kFloat, ElementType::kHalf, 2, 2}),
+                  random);
+  Gpus gpus(tensors, 1, std::size_t{1} << 17, kOptions);
+  gpus.submit(0, tensors);
+  gpus.wait(0, 63);
+  gpus.synchronize();
+  CHECK(tensors.came());
+  CHECK(gpus.engine.stats().pieces == 1);
+}
+
+TEST_CASE("the host's memory has a consumer as well") {
+  Random random(10);
+  Tensors tensors(every_wish(33, 16), random);
+  Bytes scratch(kLeast), transposed(33 * 16 * 2);
+  Engine engine(kOptions);
+  engine.add_file(tensors.path());
+  engine.add_device(std::make_unique<HostDevice>(1));
+  Consumer consumer(engine, 0,
+                    {reinterpret_cast<Address>(scratch.data()), scratch.size(),
+                     reinterpret_cast<Address>(transposed.data()), transposed.size(), at_once});
   std::vector<Request> requests;
-  for (Wanted& each : wanted) {
-    each.allocate();
-    each.expect(setup.file());
-    Bytes& memory = landed.emplace_back(each.nbytes());
-    const Read read{{0, each.offset, each.nbytes()}, address_of(memory.data())};
-    Request request = each.request();
-    request.from = Landed{setup.engine.submit(0, {&read, 1}, lane.caller.stream(), false), read.to};
-    requests.push_back(request);
+  for (Tensor& tensor : tensors) requests.push_back(tensor.request(engine, 0, 0));
+  const Ticket first = consumer.submit(requests, 0);
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    CAPTURE(i);
+    REQUIRE(consumer.wait(first + i, 0, kPatience).has_value());
+    CHECK(tensors[i].came());
   }
-  lane.consumer->submit(requests, lane.caller.stream());
-  REQUIRE(lane.wait(wanted.size() - 1) == wanted.size());
-  lane.caller.synchronize();
-  for (const Wanted& each : wanted) CHECK(each.is_as_expected());
-}
-
-TEST_CASE("what cannot be served is refused, and none of its batch is taken") {
-  const Accounts accounts;
-  std::deque<Wanted> wanted = {weight(2, 5000), weight(2000, 4000, true), weight(0, 5), weight(5, 5)};
-  Setup setup;
-  Lane& lane = setup.lanes[0];
-  for (int i = 0; i < 3; ++i) CHECK(refusal_of(lane, wanted[i].request()) == ErrorCode::kInvalidArgument);
-  Request request = wanted[3].request();
-  request.from = Range{0, 0, 49};
-  CHECK(refusal_of(lane, request) == ErrorCode::kInvalidArgument);
-  request = wanted[3].request();
-  request.to = ToValues{ElementType::kFloat, address_of(wanted[3].codes.data())};
-  CHECK(refusal_of(lane, request) == ErrorCode::kInvalidArgument);  // marks
-  request = wanted[3].request(7);
-  CHECK(refusal_of(lane, request) == ErrorCode::kInvalidArgument);  // there is no such file
-}
-
-TEST_CASE("a ticket that there is not, and a wait that takes too long") {
-  const Accounts accounts;
-  Wanted wanted = weight(300, 200);
-  Setup setup;
-  Lane& lane = setup.lanes[0];
-  CHECK(error_of([&] { lane.wait(0); }).code() == ErrorCode::kInvalidArgument);
-  Gate gate(lane.caller);
-  const Request request = wanted.request();
-  lane.consumer->submit({&request, 1}, lane.caller.stream());
-  gate.open();
-  REQUIRE(lane.wait(0) == 1);
-  lane.caller.synchronize();
-}
-
-TEST_CASE("a file that is too short is the error of every wait, with its offset") {
-  const Accounts accounts;
-  Wanted wanted = weight(300, 200);
-  Setup setup(1, 50000);
-  Lane& lane = setup.lanes[0];
-  const Request request = wanted.request();
-  lane.consumer->submit({&request, 1}, lane.caller.stream());
-  for (int i = 0; i < 2; ++i) {
-    const Error error = error_of([&] { lane.wait(0); });
-    CHECK(error.code() == ErrorCode::kTruncated);
-    CHECK(error.path() == setup.checkpoint.files[0].path());
-  }
-}
-
-TEST_CASE("each call of the driver that fails is an error, and nothing is left behind") {
-  for (const char* entry_point : {"cuLaunchKernel", "cuModuleGetFunction", "cuStreamWaitEvent",
-                                  "cuEventRecord", "cuMemcpyHtoDAsync_v2", "cuEventCreate"}) {
-    for (const int nth : {1, 3}) {
-      CAPTURE(entry_point);
-      CAPTURE(nth);
-      const Accounts accounts;
-      std::deque<Wanted> wanted = {weight(300, 200), weight(90, 80, true), weight(10, 10)};
-      Setup setup;
-      Lane& lane = setup.lanes[0];
-      std::vector<Request> requests;
-      for (Wanted& each : wanted) requests.push_back(each.request());
-      fake_cuda_fail_after(entry_point, nth, 719);
-      try {
-        lane.consumer->submit(requests, lane.caller.stream());
-        for (Ticket ticket = 0; ticket < 3; ++ticket) lane.wait(ticket);
-      } catch (const Error& error) {
-        CHECK(error.code() == ErrorCode::kDriver);
-      }
-      fake_cuda_fail_after(entry_point, 0, 0);
-    }
-  }
-}
-
-TEST_CASE("what is closed while work is under way writes no more, and waits say so") {
-  const std::size_t threads = running_threads();
-  for (int round = 0; round < 10; ++round) {
-    const Accounts accounts;
-    std::deque<Wanted> wanted;
-    for (int i = 0; i < 30; ++i) wanted.push_back(weight(300, 200));
-    Setup setup;
-    Lane& lane = setup.lanes[0];
-    std::vector<Request> requests;
-    for (Wanted& each : wanted) requests.push_back(each.request());
-    lane.consumer->submit(requests, lane.caller.stream());
-    if (round % 2 == 0) setup.engine.close();
-    lane.consumer->close();
-    lane.consumer->close();
-    CHECK(error_of([&] { lane.wait(29); }).code() == ErrorCode::kCancelled);
-    CHECK(error_of([&] { lane.consumer->submit(requests, lane.caller.stream()); }).code() ==
-          ErrorCode::kCancelled);
-  }
-  CHECK(threads_become(threads));
-}
-
-TEST_CASE("scratch that cannot be cut, and a device without kernels, open no consumer") {
-  const Accounts accounts;
-  Setup setup;
-  const auto open = [&](std::size_t scratch_bytes) {
-    const Consumer made(setup.engine, 0, {0, scratch_bytes, 0, 0, cint8_vector_quant});
-  };
-  CHECK(error_of([&] { open(2047); }).code() == ErrorCode::kInvalidArgument);
-  setup.engine.add_device(std::make_unique<CudaDevice>(fake_driver(), 1));
-  const OnlyKernelImages none({});
-  const auto second = [&] { const Consumer made(setup.engine, 1, {0, kScratch, 0, 0, cint8_vector_quant}); };
-  CHECK(error_of(second).code() == ErrorCode::kDriver);
 }
 
 }  // namespace pyint8::testing

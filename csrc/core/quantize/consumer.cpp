@@ -203,12 +203,13 @@ void Consumer::cast_band(const Task& task, const ToValues& to, const Asked& aske
   const Request& request = task.request;
   const Band& band = *asked.band;
   const std::size_t elements = band.rows * request.columns;
+  const ElementType dtype = to.dtype.value_or(request.stored);
   device_.cast({.from = asked.memory,
                 .type = request.stored,
                 .through_bfloat16 = false,
                 .elements = elements,
-                .to = to.values + band.row * request.columns * size_of(*to.dtype),
-                .to_type = *to.dtype,
+                .to = to.values + band.row * request.columns * size_of(dtype),
+                .to_type = dtype,
                 .marks_at = request.marks,
                 .elements_per_mark = elements,
                 .marks = Marks::kOverflow},

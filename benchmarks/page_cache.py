@@ -49,7 +49,7 @@ def fill(files: Iterable[Path], part: float = 1.0) -> None:
 
 
 def evict(files: Iterable[Path]) -> None:
-    """Writes back and drops the files' pages; those that somebody maps or that the kernel keeps stay."""
+    """Writes back and drops the files' pages; pages that are mapped, or that the kernel keeps, stay."""
     for path in files:
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -1,8 +1,8 @@
 """One contender in a process of its own: `python -m benchmarks.process NAME FOLDER` prints a line of JSON.
 
 `--mode loads`: imports and the GPU's context come first, then the clock; the loads follow each other, so the second
-shows what a warm process takes. `--mode start`: nothing is imported before, as in a script of two lines, and the moment
-when the model is ready is told, for the parent to compare with the moment it started the process.
+shows what a warm process takes. `--mode start`: nothing is imported before, as in a script of two lines, and the time
+when the model is ready is reported, for the parent to compare with the time when it started the process.
 """
 
 from __future__ import annotations

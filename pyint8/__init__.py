@@ -40,9 +40,9 @@ def takeover() -> AbstractContextManager[list[LoadReport]]:
     load_in_8bit=True))`, and checkpoints that are int8 already. (transformers 5 has no `load_in_8bit` argument of
     from_pretrained any more; where its error leaves the block, it is an OptionError that says so.) The models are the
     same, byte for byte, and keep nothing of pyint8; bad values are warned of, not refused (`strict=False`); tensors
-    that are in memory (`state_dict=`) are left to transformers; `PYINT8_*` environment variables are the options.
-    transformers' registry of quantizers has another entry until the block (of several that overlap, the last) is left,
-    for all threads, but not for processes that this one starts. `python -m pyint8.run` runs a whole program like this.
+    that are in memory (`state_dict=`) are left to transformers; `PYINT8_*` environment variables are the options. The
+    block changes transformers' registry of quantizers, until it ends (or the last of several that overlap): for all
+    threads, but not for processes that this one starts. `python -m pyint8.run` runs a whole program like this.
     """
     require_transformers()
     with importing:

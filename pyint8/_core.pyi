@@ -56,7 +56,7 @@ class Engine:
             DeviceError: Memory cannot be pinned.
         """
 
-    def submit(self, lane: int, reads: list[tuple[int, int, int, int]], stream: int, first: bool) -> int:
+    def submit(self, lane: int, reads: list[tuple[int, int, int, int]], stream: int, *, first: bool) -> int:
         """Asks for ranges of files, in order.
 
         Args:

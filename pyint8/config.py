@@ -25,6 +25,9 @@ _register: Callable[[], None] | None = None
 _MIB = 1 << 20
 # See docs/performance.md, "Threads on 16 CPUs".
 _THREADS_FOR_A_GPU = 14
+# More for each further GPU, with whose load Python must keep up on the CPUs that are left. See docs/performance.md,
+# "Threads for several GPUs".
+_THREADS_FOR_ANOTHER = 4
 # However many GPUs, in all processes of a host: more threads copy no faster out of the page cache, and their slots
 # would not stay in the last-level cache. See docs/performance.md, "Threads for several GPUs".
 _MOST_THREADS = 32
@@ -86,18 +89,18 @@ class Int8Config:
 
     @property
     def quant_method(self) -> str:
-        """What transformers asks a `quantization_config` for; with it, pyint8's quantizer is registered there."""
+        """The method by which transformers chooses a quantizer; asking for it registers pyint8's there."""
         if _register is not None:
             _register()
         return METHOD
 
-    if not TYPE_CHECKING:  # which knows the fields there are
+    if not TYPE_CHECKING:  # type checkers know the fields
 
         def __getattr__(self, name: str) -> Any:
             return bitsandbytes_field(self, name)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that bitsandbytes' configuration has for these, as transformers writes them down."""
+        """The corresponding fields of `BitsAndBytesConfig`, as transformers writes them."""
         skip = self.skip_modules
         return {
             "quant_method": "bitsandbytes",
@@ -111,16 +114,16 @@ class Int8Config:
 
 
 def set_registration(register: Callable[[], None]) -> None:
-    """Says what registers pyint8's quantizer with transformers, before that is asked for; idempotent itself.
+    """Sets the function that registers pyint8's quantizer with transformers; it must be idempotent.
 
-    It lies above this module, and importing it imports transformers: so `pyint8/__init__` wires it.
+    That function lies above this module and imports transformers, so `pyint8/__init__` sets it.
     """
     global _register
     _register = register
 
 
 def int8_config_of(theirs: Any) -> Int8Config:
-    """What a `BitsAndBytesConfig` of 8 bit says."""
+    """The `Int8Config` for a `BitsAndBytesConfig` of 8 bit."""
     return Int8Config(
         threshold=theirs.llm_int8_threshold,
         skip_modules=theirs.llm_int8_skip_modules,
@@ -144,7 +147,7 @@ def bitsandbytes_field(config: Any, name: str) -> Any:
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """How bytes travel from the files to their device. What the defaults rest on is in docs/performance.md.
+    """How bytes travel from the files to their device. docs/performance.md has the experiments behind the defaults.
 
     Args:
         threads: Workers that read, 1 to 1024. None means all CPUs this process may use (affinity and cgroup) but two,
@@ -157,8 +160,8 @@ class StreamOptions:
         device_scratch: GPU memory, in bytes, for weights on their way to int8; a larger weight is quantized in bands
             of rows. 1 MiB to 2^40; default 256 MiB.
         host_scratch: The same for weights that are quantized on the CPU; default 32 MiB.
-        direct_io: Read what is not in the page cache past it (O_DIRECT), where the file system can: for a cold
-            checkpoint that shall not take its place there. Default False.
+        direct_io: Read what is not in the page cache with O_DIRECT, where the file system can: for a cold checkpoint
+            that should not displace other files there. Default False.
         libcuda: The driver library to open, by name or path. Default "libcuda.so.1".
 
     Raises:
@@ -188,7 +191,7 @@ class StreamOptions:
 
     @property
     def device_bytes(self) -> int:
-        """What a load takes on a GPU beside the model: scratch, and what the allocator and the kernels add to it."""
+        """What a load takes on a GPU beside the model: scratch, plus the needs of the allocator and the kernels."""
         return self.device_scratch + _DEVICE_EXTRA
 
     def worker_threads(self, gpus: int = 1) -> int:
@@ -198,7 +201,8 @@ class StreamOptions:
         sharing = processes().on_host
         cpus = max(1, usable_cpus() // sharing)
         most = max(1, _MOST_THREADS // sharing)
-        return min(_THREADS_FOR_A_GPU * max(1, gpus), most, max(min(4, cpus), cpus - 2))
+        wanted = _THREADS_FOR_A_GPU + _THREADS_FOR_ANOTHER * max(0, gpus - 1)
+        return min(wanted, most, max(min(4, cpus), cpus - 2))
 
     def slot_size(self, threads: int) -> int:
         """`slot_bytes`, or its default for so many workers."""
@@ -230,7 +234,7 @@ class StreamOptions:
 
 
 def _warn_of_unknown(environment: Mapping[str, str], known: Iterable[str]) -> None:
-    """One warning for each `PYINT8_*` variable that means nothing, with the nearest that does."""
+    """One warning for each unknown `PYINT8_*` variable, with the nearest known one."""
     for variable in sorted(environment.keys() - set(known)):
         if variable.startswith(_ENVIRONMENT_PREFIX) and not variable.startswith(_FOR_TESTS):
             near = difflib.get_close_matches(variable, known, n=1)

@@ -13,7 +13,7 @@ from typing import Any
 
 
 def first_names(names: Sequence[str], at_most: int = 3) -> str:
-    """Of many names the first, and how many more there are, as messages say it: "a, b and 7 more"."""
+    """The first names, and how many more there are, for messages: "a, b and 7 more"."""
     more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
     return ", ".join(names[:at_most]) + more
 
@@ -83,7 +83,7 @@ class ModelNotSupportedError(Pyint8Error, ValueError):
 
 
 class PlacementError(Pyint8Error, ValueError):
-    """A device map that cannot be honoured."""
+    """A device map that cannot be followed."""
 
 
 class CheckpointError(Pyint8Error, ValueError):
@@ -109,7 +109,7 @@ class FileChangedError(CheckpointError):
 
 
 class ShapeMismatchError(CheckpointError):
-    """A tensor whose shape is not the one of the parameter it is meant for."""
+    """A tensor whose shape is not that of its parameter."""
 
 
 class QuantizationStateError(CheckpointError):
@@ -153,7 +153,7 @@ class DeviceError(Pyint8Error, RuntimeError):
 
 
 class CancelledError(Pyint8Error, RuntimeError):
-    """The stream was closed while somebody waited for a tensor."""
+    """The stream was closed while a tensor was waited for."""
 
 
 _FROM_CORE: dict[str, type[Pyint8Error]] = {

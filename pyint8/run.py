@@ -1,4 +1,4 @@
-"""Run a Python program whose int8 loads by transformers shall go through pyint8: `python -m pyint8.run PROGRAM ...`.
+"""Run a Python program with its int8 loads by transformers going through pyint8: `python -m pyint8.run PROGRAM ...`.
 
     python -m pyint8.run script.py --its --arguments
     python -m pyint8.run -m lm_eval --model hf ...
@@ -18,7 +18,7 @@ _USAGE = "usage: python -m pyint8.run (SCRIPT | -m MODULE) [ARGUMENT ...]"
 
 
 def main(arguments: list[str]) -> None:
-    """Runs the program that `arguments` name, with the rest of them as its own."""
+    """Runs the program that `arguments` begin with; the rest are its own."""
     is_module = arguments[:1] == ["-m"]
     program = arguments[1:] if is_module else arguments
     if not program or program[0].startswith("-"):

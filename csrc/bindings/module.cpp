@@ -168,6 +168,8 @@ py::dict stats(const Engine& engine) {
 
 }  // namespace
 
+// Without py::mod_gil_not_used, so a free-threaded Python takes its lock again when it imports this: what
+// Python code shares between threads around the engine has not been shown to be safe without the lock.
 PYBIND11_MODULE(_core, module) {
   py::register_exception_translator([](std::exception_ptr pointer) {
     try {
@@ -194,7 +196,7 @@ PYBIND11_MODULE(_core, module) {
            [](Engine& engine) { return engine.add_device(std::make_unique<DiscardingDevice>()); })
       .def("add_cuda_device", &add_cuda_device, "ordinal"_a, "library"_a)
       .def("prepare", &Engine::prepare, "lane"_a, py::call_guard<py::gil_scoped_release>())
-      .def("submit", &submit, "lane"_a, "reads"_a, "stream"_a, "first"_a)
+      .def("submit", &submit, "lane"_a, "reads"_a, "stream"_a, py::kw_only(), "first"_a)
       .def("wait", &wait, "ticket"_a, "stream"_a)
       .def("transpose_to_half", &transpose, "lane"_a, "source"_a, "dtype"_a, "through_bfloat16"_a, "rows"_a,
            "columns"_a, "destination"_a, "destination_stride"_a, "stream"_a)

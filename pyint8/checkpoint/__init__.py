@@ -1,6 +1,6 @@
 """Where every tensor's bytes lie: the headers of safetensors files, the pickles of PyTorch's, and indexes of shards.
 
-Nothing here reads a byte of a tensor (but of formats that cannot be read by offset), and importing it imports no torch.
+Nothing here reads a byte of a tensor (except in formats that cannot be read by offset). Importing it imports no torch.
 
     checkpoint = open_checkpoint("path/to/model")
     entry = checkpoint["model.embed_tokens.weight"]

@@ -39,7 +39,7 @@ _ABBREVIATION.maxstring = 200
 
 @contextmanager
 def os_errors(path: str) -> Iterator[None]:
-    """Turn what the operating system says about `path` into `CheckpointNotFoundError` or `ReadError` with its errno."""
+    """Turn the operating system's errors about `path` into `CheckpointNotFoundError` or `ReadError` with its errno."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -50,7 +50,7 @@ def os_errors(path: str) -> Iterator[None]:
 
 
 class JsonError(ValueError):
-    """What is wrong with a JSON text, and at which of its bytes (None if unknown)."""
+    """What is wrong with a JSON text, and at which byte (None if unknown)."""
 
     def __init__(self, problem: str, position: int | None = None) -> None:
         super().__init__(problem)
@@ -88,7 +88,7 @@ def parse_json(raw: bytes) -> object:
 
 
 def abbreviated(value: object) -> str:
-    """A value of a hostile file as it may stand in a message: never more than a line."""
+    """A value from a hostile file, for a message: never longer than a line."""
     return _ABBREVIATION.repr(value)
 
 

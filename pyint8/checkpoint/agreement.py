@@ -55,7 +55,7 @@ class Disagreement:
     is_settled: bool = False
 
     def error(self, way_out: str = "") -> CheckpointError:
-        """Says it, with what to do; `way_out` is what else there is to do."""
+        """The error, with advice; `way_out` is a further way out of it."""
         problem = f"{self.problem}; {_ADVICE}{way_out}"
         return CheckpointError(problem, path=self.path, tensor=self.name, offset=self.offset)
 
@@ -90,11 +90,11 @@ def weight_map_of(path: str, raw: bytes) -> dict[str, str]:
 
 
 def choose(files: Sequence[Holder], indexes: Sequence[Index]) -> tuple[dict[str, Entry], list[Disagreement]]:
-    """The tensors of files together: of several copies the one that an index names, else the last.
+    """The tensors of files together: of several copies the one that an index names, or else the last.
 
     Returns:
-        The tensors by name, in order of file and offset; and what is not as an index says, or not said by any, of each
-        tensor once.
+        The tensors by name, in order of file and offset; and the disagreements with the indexes, one for a tensor,
+        tensors that no index names included.
     """
     chosen: dict[str, Entry] = {}
     copies: dict[str, list[Entry]] = {}
@@ -105,7 +105,7 @@ def choose(files: Sequence[Holder], indexes: Sequence[Index]) -> tuple[dict[str,
     for index in indexes:
         for name, entries in copies.items():
             chosen[name] = next((entry for entry in entries if entry.path == index.files.get(name)), chosen[name])
-    if copies:  # back in order
+    if copies:  # restore the order
         chosen = {name: entry for file in files for name, entry in file.entries.items() if chosen[name] is entry}
     found: dict[str, Disagreement] = {}
     for index in indexes:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 AGAIN = "download it again, or convert it to safetensors where it was made"
 
 _LOCAL_HEADER_BYTES = 30
-# Flags of what is encrypted, or a patch of something else.
+# Flags of records that are encrypted, or patches.
 _NOT_PLAIN = 0x61
 
 
@@ -41,7 +41,7 @@ class TorchArchive:
         file: Open; used until `unpickle` is over.
 
     Attributes:
-        is_plain: Whether the storages lie in the file as in memory, so far as `unpickle` has seen: not compressed, and
+        is_plain: Whether the storages lie in the file as in memory, as far as `unpickle` has seen: not compressed, and
             of this machine's byte order. Else only torch.load can read them.
 
     Raises:
@@ -58,16 +58,16 @@ class TorchArchive:
         file.seek(0)
         self._reader: Any = torch._C.PyTorchFileReader(file)
         self._stand_ins: dict[str, torch.storage.TypedStorage] = {}
-        self._places: dict[int, tuple[int, int]] = {}  # by the address of what stands in for a storage
+        self._places: dict[int, tuple[int, int]] = {}  # by the address of the stand-in for a storage
         self.is_plain = self._byte_order() == sys.byteorder.encode() and not self._is_torchscript()
 
     def unpickle(self) -> Any:
         """What the pickle holds, its tensors on meta.
 
         Raises:
-            pickle.UnpicklingError: It wants to run code, or is damaged.
+            pickle.UnpicklingError: It would run code, or is damaged.
             CheckpointError: The record of a storage is missing, or not as long as the storage.
-            Exception: Whatever else damaged data leads torch's unpickler to.
+            Exception: Anything else that torch's unpickler raises for damaged data.
         """
         from torch._weights_only_unpickler import Unpickler
 
@@ -80,7 +80,7 @@ class TorchArchive:
         return self._places.get(tensor.untyped_storage()._cdata)
 
     def _stand_in(self, saved_id: Any) -> torch.storage.TypedStorage:
-        """What torch.load would have read for ("storage", its type, key, device, elements), without values."""
+        """The storage that torch.load would read for ("storage", type, key, device, elements), without values."""
         import torch
 
         _, kind, key, _, numel = saved_id

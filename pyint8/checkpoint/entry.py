@@ -1,4 +1,4 @@
-"""Where one tensor's bytes lie, and what they are."""
+"""Where one tensor's bytes lie, and what they mean."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Entry:
         nbytes: How many bytes it has there: little-endian, contiguous and row-major unless `stride` says otherwise.
         stride: Steps between elements, as torch has them, of a tensor that is not contiguous; `nbytes` then reaches
             from its first element to its last.
-        stamp: The state of the file that this was said of; None if nobody minds another.
+        stamp: The state of the file when its header was read; None if any state will do.
     """
 
     name: str

@@ -28,7 +28,7 @@ def check_path(path: str, kwargs: Mapping[str, Any], *, is_plain: bool) -> None:
     """Refuses what is neither a folder nor can be a hub id; a single file is enough for a module of one's own.
 
     A name such as "models/llama" could be both. Where there is a folder "models" here, and neither a "llama" in it nor
-    such a repository in the local cache, it is taken for a folder's name, mistyped: the hub would be asked for long.
+    such a repository in the local cache, it is taken for a mistyped folder: asking the hub would take long.
     """
     try:
         path.encode()
@@ -102,7 +102,7 @@ def base_of_adapter(path: str, kwargs: Mapping[str, Any]) -> str | None:
 def _adapter_config(path: str, kwargs: Mapping[str, Any]) -> str | None:
     """The adapter_config.json of a folder without a config.json, or of a hub id, by transformers' rule.
 
-    The hub is asked only for what the local cache knows nothing of.
+    The hub is asked only for repositories that are not in the local cache.
     """
     given = {**kwargs, **(kwargs.get("adapter_kwargs") or {})}
     where = {name: given[name] for name in HUB_ARGUMENTS if given.get(name) is not None}
@@ -124,7 +124,7 @@ def _adapter_config(path: str, kwargs: Mapping[str, Any]) -> str | None:
 def _downloaded(hub_id: str, file: str, where: Mapping[str, Any]) -> str | None:
     """The path of a repository's file once it is in the local cache; None where the hub has none, or gives none.
 
-    Whoever asks for the configuration later will say what is wrong.
+    Asking for the configuration later reports what is wrong.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
@@ -158,7 +158,7 @@ def find_checkpoint(path: str, kwargs: Mapping[str, Any]) -> Checkpoint | None:
     try:
         config = cached_file(path, "config.json", kwargs)
         return None if config is None else open_checkpoint(os.path.dirname(config), **where)
-    except (Pyint8Error, ValueError):  # whoever needs it will say what is wrong
+    except (Pyint8Error, ValueError):  # the load itself reports it
         return None
 
 

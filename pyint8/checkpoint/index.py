@@ -30,15 +30,16 @@ class Checkpoint(Mapping[str, Entry]):
     """Every tensor of one or more files, by name, in order of file and offset.
 
     Args:
-        files: What each of them holds. Of several copies of a tensor the one counts that an index names, else the last.
+        files: What each of them holds. Of several copies of a tensor the one that an index names counts, or else the
+            last.
         indexes: Those of the files, if there are any.
 
     Attributes:
         entries: The tensors by name.
-        disagreements: What is not as an index says. Whether that matters is known once it is known what is wanted.
+        disagreements: Tensors that are not as an index says. Whether that matters depends on what a load needs.
         files: The paths of the files, in order.
         stamps: By path, the state that each of them had when its header was read.
-        metadata: The `__metadata__` of the files together; of two values for a key, the earlier file's.
+        metadata: The `__metadata__` of the files together; for a key with two values, the earlier file's.
         nbytes: The bytes of all tensors together.
     """
 
@@ -60,16 +61,16 @@ class Checkpoint(Mapping[str, Entry]):
 
     @property
     def most_bytes_loaded(self) -> int:
-        """What a model made of it takes at most: 16 bit loaded as 32."""
+        """The most memory that a model made of it can take: 16 bit loaded as 32."""
         return 2 * self.nbytes
 
     @property
     def has_changed(self) -> bool:
-        """Whether any of the paths is not that of the file any more whose header was read, in the state it had."""
+        """Whether any path no longer leads to the file whose header was read, in the state it had."""
         return any(has_changed(path, stamp) for path, stamp in self.stamps.items())
 
     def require_unchanged(self, paths: Iterable[str]) -> None:
-        """Raises FileChangedError if one of these of `files` was replaced, removed or written to since."""
+        """Raises FileChangedError if one of these `files` was replaced, removed or written to since."""
         for path in paths:
             if has_changed(path, self.stamps[path]):
                 raise changed(path)
@@ -145,13 +146,13 @@ def open_checkpoint(
 
 
 def checkpoint_of_files(files: Sequence[str]) -> Checkpoint:
-    """Read the headers of files that somebody else (transformers, the hub) has already resolved.
+    """Read the headers of files that transformers, or the hub, has already resolved.
 
     Where a folder holds an index (`*.index.json`, or `*.index.<variant>.json`) that names exactly the given files of
     that folder, it is theirs.
 
     Args:
-        files: The files, in the order the checkpoint shall have.
+        files: The files, in the order of the checkpoint.
 
     Raises:
         CheckpointNotFoundError: A file is missing, or none was given.
@@ -190,7 +191,7 @@ def _is_file(path: str) -> bool:
 
 
 def _read_file(path: str) -> CheckpointFile:
-    """By the name where it says the format, else by the bytes."""
+    """In the format that the name says, or else the bytes."""
     if path.endswith(EXTENSIONS) or (not path.endswith(".safetensors") and is_pickled(path)):
         return read_pickled(path)
     with os_errors(path):

@@ -49,7 +49,7 @@ class PickledFile:
 
 
 def is_pickled(path: str) -> bool:
-    """Whether a file begins as torch.save lets it begin, whatever its name.
+    """Whether a file begins as torch.save's files do, whatever its name.
 
     Raises:
         CheckpointNotFoundError: There is no such file.
@@ -63,7 +63,7 @@ def read_pickled(path: str | os.PathLike[str]) -> PickledFile:
     """Read what a file that torch.save wrote says of its tensors; imports torch.
 
     Raises:
-        CheckpointError: It is damaged, wants to run code, or holds something else than tensors by name.
+        CheckpointError: It is damaged, would run code, or holds something other than tensors by name.
         CheckpointNotFoundError: There is no such file.
         FileChangedError: The file was written to meanwhile.
         ReadError: The operating system refused to open or read it; `errno` says why.
@@ -98,7 +98,7 @@ def _entries_in_archive(path: str, file: BinaryIO) -> list[Entry] | None:
 
 
 def _load(path: str, file: BinaryIO) -> Any:
-    """What torch.load makes of it, in memory."""
+    """The result of torch.load, in memory."""
     import torch
 
     file.seek(0)
@@ -153,7 +153,7 @@ def _tensors_in(state: Mapping[Any, Any]) -> dict[Any, torch.Tensor]:
 
 
 def _refuse_nested(path: str, state: Mapping[Any, Any], tensors: int) -> None:
-    """Refuses what has more tensors one level down, as training checkpoints do, than the `tensors` that it has here."""
+    """Refuses files with more tensors one level down, as training checkpoints have, than the `tensors` at the top."""
     nested = {name: len(_tensors_in(value)) for name, value in state.items() if isinstance(value, Mapping)}
     most = max(nested, key=nested.__getitem__, default=None)
     if most is not None and nested[most] > tensors:
@@ -165,7 +165,7 @@ def _refuse_nested(path: str, state: Mapping[Any, Any], tensors: int) -> None:
 
 
 def _require_ordinary(path: str, name: str, tensor: torch.Tensor) -> None:
-    """Refuses what is more, or less, than numbers in memory."""
+    """Refuses tensors that are not plain numbers in memory."""
     import torch
 
     kind = None
@@ -209,7 +209,7 @@ def _entry(path: str, name: str, tensor: torch.Tensor, archive: TorchArchive) ->
         return _in_memory(path, name, tensor)
     start, nbytes = place
     size, first, span = tensor.element_size(), 0, 0
-    if tensor.numel():  # else it may begin anywhere
+    if tensor.numel():  # an empty one may begin anywhere
         first = int(tensor.storage_offset()) * size
         span = (1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))) * size
     if first < 0 or first + span > nbytes:

@@ -1,4 +1,4 @@
-"""Telling whether a file is still the one whose header was read: it may be replaced, or written to, meanwhile."""
+"""Whether a file is still the one whose header was read: it may be replaced, or written to, during a load."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pyint8.errors import FileChangedError
 
 
 class FileStamp(NamedTuple):
-    """What tells one state of a file from another; the extension compares it too.
+    """What distinguishes one state of a file from another; the extension compares it too.
 
-    It does not tell states within one tick of the file system's clock (milliseconds, on some network file systems a
-    second). File systems in user space may give a file another inode number when memory is short: such a load is
-    refused for nothing, once.
+    It cannot distinguish states within one tick of the file system's clock (milliseconds; a second on some network file
+    systems). File systems in user space may change a file's inode number when memory is short: such a load is refused
+    once, without need.
     """
 
     device: int
@@ -47,15 +47,13 @@ def changed(path: str) -> FileChangedError:
 
 
 @contextmanager
-def reading(path: str, file: BinaryIO, expected: FileStamp | None = None) -> Iterator[FileStamp]:
-    """Reads from an open file, whose state must be the expected one, and the same at the end.
+def reading(path: str, file: BinaryIO) -> Iterator[FileStamp]:
+    """Reads from an open file, whose state must be the same at the end.
 
     Raises:
         FileChangedError: It is not.
     """
     stamp = stamp_of(file.fileno())
-    if expected is not None and stamp != expected:
-        raise changed(path)
     yield stamp
     if stamp_of(file.fileno()) != stamp:
         raise changed(path)

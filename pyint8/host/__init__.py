@@ -1,1 +1,1 @@
-"""This machine and this process: what a load asks of them, and what it holds back while it lasts."""
+"""This machine and its processes: what a load asks of them, and what it pauses."""

@@ -11,11 +11,11 @@ from pyint8.host.imports import imported
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Collects nothing while it lasts, in any thread, and afterwards as before.
+    """Pauses the collector in all threads while the block lasts.
 
-    A load makes many objects at once, all of which stay; for each part of them Python would traverse everything that
-    lives, and find nothing (docs/performance.md, "The garbage collector"). What has come meanwhile goes to the oldest
-    generation, as if it had been traversed.
+    A load makes many objects, all of which stay; Python would traverse everything alive again and again, and free
+    nothing (docs/performance.md, "The garbage collector"). Objects made in the block go to the oldest generation, as if
+    they had been traversed.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -25,7 +25,7 @@ def paused() -> Iterator[None]:
         if was_on:
             if not gc.get_freeze_count():  # unfreeze() would also release objects frozen by others
                 gc.freeze()
-                gc.unfreeze()  # to the oldest generation
+                gc.unfreeze()  # moves all to the oldest generation
             gc.enable()
 
 

@@ -1,4 +1,4 @@
-"""Heavy imports from several threads: torch and transformers are not made for two that begin at once."""
+"""Heavy imports from several threads: torch and transformers cannot be imported by two at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ imports at the same time can find modules half initialized."""
 
 
 def imported(name: str) -> ModuleType | None:
-    """A module that is imported wholly; None if it is not, or if a thread is importing it at this moment."""
+    """A module that is completely imported; None if it is not, or if a thread is importing it right now."""
     module = sys.modules.get(name)
     is_half_there = getattr(getattr(module, "__spec__", None), "_initializing", False)
     return None if is_half_there else module

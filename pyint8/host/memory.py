@@ -12,7 +12,7 @@ def peak_resident_bytes() -> int:
 
 
 def available_memory() -> int:
-    """Bytes that can be had without swapping, the page cache included; 0 where the system does not say."""
+    """Bytes that can be allocated without swapping, the page cache included; 0 where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

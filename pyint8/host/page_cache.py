@@ -1,4 +1,4 @@
-"""What of a file is in the page cache, found out without filling it."""
+"""Which parts of a file are in the page cache, determined without filling it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""From a checkpoint's entry to requests, and from what the stream delivers to the parameter: for every road.
+"""From a checkpoint's entries to requests, and from the stream's tensors to parameters, for all kinds of models.
 
-A road finds out what the checkpoint has for a parameter (`Stored`) and where it goes (`Destination`); what is asked of
-the stream for it, and what is made of that, is the same for all.
+The callers determine what the checkpoint has for a parameter (`Stored`) and where it goes (`Destination`); requesting
+it from the stream, and making the parameter, is the same for all.
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ import torch
 
 from pyint8.checkpoint import Entry
 from pyint8.models import checks
-from pyint8.quantizer import BadWeight, Int8Quantizer, TensorSource, first_overflow
+from pyint8.quantizer import ENTRY_POINT, OPERATOR, BadWeight, Int8Quantizer, TensorSource, first_overflow
 from pyint8.report import Recorder
+from pyint8.streaming.reading import read_tensor
 from pyint8.streaming.requests import TensorRequest, ToDtype, ToInt8
-from pyint8.streaming.stream import StreamSource, TensorStream, read_tensor
+from pyint8.streaming.source import StreamSource
+from pyint8.streaming.stream import TensorStream
 
-# Below this a tensor is cast at once: it takes no memory worth speaking of.
+# Smaller tensors are cast whole: they take little memory.
 _BAND_WORTHY_BYTES = 1 << 20
 _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Stored:
-    """What a checkpoint has for one parameter or buffer that is used as it is.
+    """What a checkpoint has for one parameter or buffer that needs no conversion.
 
     Attributes:
         entry: Its values, or its int8 codes.
@@ -41,12 +43,12 @@ class Stored:
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a parameter goes, and as what.
+    """Where a parameter goes, and in which dtype.
 
     Attributes:
         device: Where it lands: the CPU for what goes to the disk.
-        dtype: Of its values, unquantized, and what they are rounded to on the way to int8.
-        on_disk: Whether accelerate will keep it on the disk.
+        dtype: Of its unquantized values, which are rounded to it on the way to int8 too.
+        on_disk: Whether accelerate keeps it on the disk.
     """
 
     device: torch.device
@@ -55,11 +57,11 @@ class Destination:
 
 
 class Assembly:
-    """What one load makes of entries; thread-safe.
+    """Makes the parameters of one load; thread-safe.
 
     Args:
-        quantizer: Knows what becomes int8, and makes it.
-        recorder: Told of every parameter.
+        quantizer: Decides what becomes int8, and makes it.
+        recorder: Counts parameters.
     """
 
     def __init__(self, quantizer: Int8Quantizer, recorder: Recorder) -> None:
@@ -72,7 +74,7 @@ class Assembly:
         return destination.on_disk and in_safetensors and not self._takes_codes(name, stored)
 
     def requests(self, name: str, stored: Stored, destination: Destination) -> list[TensorRequest]:
-        """What to ask the stream for, in the order in which `make` takes it."""
+        """The requests for the stream, in the order in which `make` takes them."""
         entry, device = stored.entry, destination.device
         if self._takes_codes(name, stored):
             in_bands, becomes = self._quantizer.reads_bands, self._becomes(name, entry, destination.dtype)
@@ -83,7 +85,7 @@ class Assembly:
             as_stored = ToDtype(stored.scales.torch_dtype)
             requests.insert(0, TensorRequest(stored.scales, device, becomes=as_stored))
         if stored.layout is not None:
-            requests.insert(0, TensorRequest(stored.layout, _CPU))  # one byte to look at
+            requests.insert(0, TensorRequest(stored.layout, _CPU))  # one byte, examined on the host
         return requests
 
     def make(self, name: str, stored: Stored, destination: Destination, stream: TensorStream) -> torch.Tensor:
@@ -95,6 +97,8 @@ class Assembly:
         if not self._takes_codes(name, stored):
             return self._cast(name, stored.entry, destination, stream)
         self._recorder.count(self._quantizer.kind_of(name))
+        if self._quantizer.reads_bands:
+            self._recorder.count_quantizer(ENTRY_POINT if stream.makes(stored.entry.name) else OPERATOR)
         if stored.layout is not None:
             checks.require_row_major(int(stream.whole(stored.layout.name)), stored.entry)
         return self._quantizer.create_quantized_param(
@@ -108,8 +112,10 @@ class Assembly:
     def finish(
         self, name: str, converted: torch.Tensor, destination: Destination, sources: Sequence[Entry]
     ) -> torch.Tensor:
-        """The parameter made of what a conversion (a merge, a split) gave, which was made of `sources`."""
+        """The parameter for the result of a conversion (a merge, a split) of `sources`."""
         if self._quantizer.check_quantized_param(name):
+            if self._quantizer.reads_bands:
+                self._recorder.count_quantizer(OPERATOR)
             return self._quantizer.create_quantized_param(
                 name, TensorSource(converted), model_dtype=destination.dtype, device=destination.device
             )
@@ -117,6 +123,16 @@ class Assembly:
         dtypes = {entry.torch_dtype for entry in sources}
         self._quantizer.health.watch_cast(name, tensor, dtypes, partial(_find_overflow, sources))
         return tensor
+
+    def merged(self, name: str, sources: Sequence[Entry], stream: TensorStream) -> torch.Tensor:
+        """The parameter whose parts the stream lets `sources` land in."""
+        made = [stream.made(entry.name) for entry in sources]
+        for source, part in zip(sources, made, strict=True):
+            if part is not None and part.marks is not None:
+                self._quantizer.health.watch_marks(name, part.marks, partial(_find_overflow, [source]))
+        whole = made[0]
+        assert whole is not None
+        return whole.tensor
 
     def _becomes(self, name: str, entry: Entry, model_dtype: torch.dtype) -> ToInt8 | ToDtype:
         """What becomes of a weight of which an int8 one is made, now or in the forward pass, on its way."""
@@ -150,11 +166,11 @@ class Assembly:
 
 
 def _is_cast_in_bands(entry: Entry, dtype: torch.dtype) -> bool:
-    """Whether a tensor that becomes `dtype` should pass through scratch instead of landing whole."""
+    """Whether a tensor that is cast to `dtype` should pass through scratch instead of landing whole."""
     return entry.torch_dtype != dtype and entry.nbytes > _BAND_WORTHY_BYTES and len(entry.torch_shape) > 0
 
 
 def _find_overflow(entries: Sequence[Entry]) -> BadWeight | None:
-    """The first value in any of the stored tensors that is finite, and too large for fp16."""
+    """The first value in the stored tensors that is finite, but too large for fp16."""
     found = (first_overflow(entry.name, read_tensor(entry)) for entry in entries if entry.is_floating)
     return next((bad for bad in found if bad is not None), None)

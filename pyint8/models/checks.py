@@ -1,4 +1,4 @@
-"""What a checkpoint's tensors must be to become a model's parameters, before a byte of them is read."""
+"""What a checkpoint's tensors must be like to become parameters, checked before a byte of them is read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pyint8.errors import CheckpointError, QuantizationStateError, ShapeMismatch
 
 logger = logging.getLogger(__name__)
 
-# What bitsandbytes saves beside an int8 weight.
+# The tensors that bitsandbytes saves beside an int8 weight.
 SCALES = "SCB"
 FORMAT = "weight_format"
 _ROW_MAJOR = 0
@@ -24,7 +24,7 @@ _TAKE_IT_ALL_THE_SAME = (
 
 
 class Need(Enum):
-    """Whether a load wants a tensor."""
+    """Whether a load needs a tensor."""
 
     NONE = auto()
     WANTED = auto()
@@ -32,17 +32,17 @@ class Need(Enum):
 
 
 def check_disagreements(checkpoint: Checkpoint, want: Callable[[str], Need], *, strict: bool) -> None:
-    """Logs one warning for all that an index and its shards do not agree about and that does not matter.
+    """Refuses disagreements between an index and its shards that matter; logs one warning for the others.
 
     Args:
-        checkpoint: Knows of what they do not agree about.
-        want: Whether the load wants a tensor of this name.
-        strict: Refuse what matters; else only what the load cannot do without.
+        checkpoint: Has the disagreements.
+        want: Whether the load needs the tensor of this name.
+        strict: Refuse disagreements about wanted tensors too, not only about required ones.
 
     Raises:
-        CheckpointError: The load wants a tensor that no shard has, or that is not where the index says.
+        CheckpointError: The load needs a tensor that no shard has, or that is not where the index says.
     """
-    told = []
+    harmless = []
     for disagreement in checkpoint.disagreements:
         wanted = Need.NONE if disagreement.is_settled else want(disagreement.name)
         is_absent = disagreement.name not in checkpoint
@@ -50,10 +50,10 @@ def check_disagreements(checkpoint: Checkpoint, want: Callable[[str], Need], *, 
             raise disagreement.error()
         if strict and wanted is not Need.NONE:
             raise disagreement.error(_GO_ON_WITHOUT if is_absent else _TAKE_IT_ALL_THE_SAME)
-        told.append(disagreement)
-    if told:
-        others = f" The same is true of {len(told) - 1} others, such as {told[1].name}." if len(told) > 1 else ""
-        logger.warning("%s; it is loaded all the same.%s", told[0], others)
+        harmless.append(disagreement)
+    if harmless:
+        others = f" The same is true of {len(harmless) - 1} others, such as {harmless[1].name}." if harmless[1:] else ""
+        logger.warning("%s; it is loaded all the same.%s", harmless[0], others)
 
 
 def require_shape(entry: Entry, name: str, expected: tuple[int, ...]) -> None:
@@ -119,7 +119,7 @@ def require_scales(scales: Entry | None, weight: Entry) -> None:
 
 
 def require_row_major(layout: int, entry: Entry) -> None:
-    """Raises unless an int8 weight's `weight_format` is the one that bitsandbytes still has."""
+    """Raises unless an int8 weight's `weight_format` is the one that bitsandbytes still supports."""
     if layout != _ROW_MAJOR:
         raise QuantizationStateError(
             f"its weight_format is {layout}; only weights of format {_ROW_MAJOR} (row-major) can be loaded: save the "
@@ -145,7 +145,7 @@ def refuse_unrelated(checkpoint: Checkpoint, wanted: Collection[str]) -> None:
 
 
 def wrapper_prefix(names: Iterable[str], bare: Container[str]) -> str | None:
-    """What stands before names of `bare` in most of `names`, such as "_orig_mod."; None if nothing does."""
+    """The prefix of names of `bare` in most of `names`, such as "_orig_mod."; None if there is none."""
     found: Counter[str] = Counter()
     for name in names:
         parts = name.split(".")

@@ -10,7 +10,7 @@ from typing import Any
 from pyint8.config import Int8Config, StreamOptions, int8_config_of
 from pyint8.errors import OptionError
 
-# Said in `config`, or by the return value.
+# Arguments of from_pretrained and others that pyint8.load has by another name, or not at all.
 _REPLACED = {
     "load_in_8bit": "pyint8.load always loads in 8 bit",
     "load_in_4bit": "pyint8.load loads in 8 bit",
@@ -44,7 +44,7 @@ def refuse_misplaced(keywords: Iterable[str]) -> None:
             raise OptionError(f"{name} is not an argument of pyint8.load: {_REPLACED[name]}")
 
 
-def unknown(name: str, taker: str) -> OptionError:
+def unknown_keyword(name: str, taker: str) -> OptionError:
     """The error for a keyword that neither `pyint8.load` nor `taker`, the model's class, has."""
     known = [*_OWN, "options", "return_report", *_OF_FROM_PRETRAINED, *_REPLACED]
     near = difflib.get_close_matches(name, known, n=1)
@@ -55,7 +55,7 @@ def unknown(name: str, taker: str) -> OptionError:
 
 
 def int8_config(value: Any) -> Int8Config | None:
-    """What is given as `config`: an Int8Config or None, or one made of a BitsAndBytesConfig of 8 bit.
+    """The `config` argument: an Int8Config or None as given, or one made from a BitsAndBytesConfig of 8 bit.
 
     Raises:
         OptionError: It is anything else.

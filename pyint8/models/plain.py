@@ -1,4 +1,4 @@
-"""Any torch.nn.Module whose state dict has the checkpoint's names: replaced, filled and placed without transformers."""
+"""Fills any torch.nn.Module whose state dict has the checkpoint's names, without transformers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pyint8.placement.planner import ModelSizes, plan_device_map
 from pyint8.quantizer import Int8Quantizer, find_entry_point, first_overflow, modules_to_keep, tensor_bytes, tied_names
 from pyint8.report import Recorder
 from pyint8.streaming.preparation import Preparation
-from pyint8.streaming.stream import open_stream
+from pyint8.streaming.reading import open_stream
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def fill_module(module: nn.Module, request: LoadRequest, preparation: Preparatio
             preparation.stop_prefetch()
             filler.fill(request.options)
         with recorder.phase("finish"):
-            # accelerate opens these by their paths.
+            # accelerate opens these files by their paths.
             checkpoint.require_unchanged({left["safetensors_file"] for left in filler.left_in_files.values()})
             filler.move_remaining()
             quantizer.postprocess_model(module, locate=filler.locate)
@@ -86,7 +86,7 @@ def _warn_of_own_saving(module: nn.Module) -> None:
 
 @contextmanager
 def _undone_on_failure(module: nn.Module, quantizer: Int8Quantizer) -> Iterator[None]:
-    """A load that fails puts the module's own layers back; what was filled until then keeps its new values."""
+    """Puts the module's own layers back if the load fails; parameters that were filled keep their new values."""
     try:
         yield
     except BaseException:
@@ -118,7 +118,7 @@ class _Filler:
         self._loaded: set[str] = set()
 
     def replace_modules(self, device_map: Any, budget: MemoryBudget) -> None:
-        """Puts int8 layers in place, refuses what cannot be filled, and decides where everything goes."""
+        """Replaces layers by int8 ones, refuses what cannot be filled, and decides where everything goes."""
         config = self._quantizer.config
         skip = modules_to_keep(self._module) if config.skip_modules is None else list(config.skip_modules)
         training = self._module.training
@@ -151,8 +151,8 @@ class _Filler:
         )
 
     def _reconcile_modules(self) -> None:
-        """Linear modules stay ordinary whose weight is not in the checkpoint, or not int8 there, and those that go by
-        several names, of which one was replaced."""
+        """Puts linear modules back whose weight is not in the checkpoint, or not int8 there, and those with several
+        names, of which only one was replaced."""
         replaced = dict(self._quantizer.converted)
         still_there = {id(module) for module in self._module.modules()}
 
@@ -173,7 +173,7 @@ class _Filler:
                 checks.refuse_orphan(companion, weight)
 
     def _stored(self, name: str) -> Stored:
-        """What the checkpoint has for a parameter or buffer; codes have companions by bitsandbytes' names."""
+        """What the checkpoint has for a parameter or buffer; codes with what bitsandbytes saves beside them."""
         scales, layout = (self._companion(name, leaf) for leaf in (checks.SCALES, checks.FORMAT))
         return Stored(self._checkpoint[name], scales, layout)
 
@@ -207,7 +207,7 @@ class _Filler:
             logger.warning("the checkpoint's %s have no place in the module", ", ".join(unexpected[:10]))
 
     def _want(self, own: Mapping[str, torch.Tensor], name: str) -> checks.Need:
-        """Whether the module, whose state dict is `own`, wants a tensor that its checkpoint or an index names."""
+        """Whether the module, whose state dict is `own`, needs a tensor that its checkpoint or an index names."""
         module, _, leaf = name.rpartition(".")
         if leaf == checks.SCALES and self._quantizer.pre_quantized and module in self._quantizer.converted:
             return checks.Need.REQUIRED
@@ -216,7 +216,7 @@ class _Filler:
         return checks.Need.REQUIRED if own[name].is_meta else checks.Need.WANTED
 
     def fill(self, options: StreamOptions) -> None:
-        """Reads all but what stays on the disk, by file and offset: from front to back."""
+        """Reads everything that does not stay on the disk, in order of file and offset."""
         own = self._module.state_dict()
         parameters = {name for name, _ in self._module.named_parameters()}
         wanted = {name: (self._stored(name), self._destination(name)) for name in self._checkpoint if name in own}
@@ -241,7 +241,7 @@ class _Filler:
         }
 
     def move_remaining(self) -> None:
-        """Moves what the checkpoint did not hold (fresh heads, buffers) and ties again what was tied."""
+        """Moves what is not in the checkpoint (fresh heads, buffers) to its device, and restores ties."""
         for group in self._ties:
             source = next((name for name in group if name in self._loaded), None)
             if source is not None:
@@ -251,7 +251,9 @@ class _Filler:
         for name, tensor in rest:
             if name in self._loaded or tensor.is_meta:
                 continue
-            is_buffer = not isinstance(tensor, nn.Parameter)  # its values were computed, in a dtype of their choice
+            is_buffer = not isinstance(
+                tensor, nn.Parameter
+            )  # its values were computed, in a dtype that the module chose
             dtype = tensor.dtype if is_buffer else self._target_dtype(tensor.dtype)
             moved = tensor.data.to(landing_device(device_of(name, self.device_map)), dtype)
             self._quantizer.health.watch_cast(name, moved, [tensor.dtype], partial(first_overflow, name, tensor.data))
@@ -278,7 +280,7 @@ class _Filler:
 
     @cached_property
     def _stored_dtype(self) -> torch.dtype:
-        """That of what the checkpoint has beside int8 weights and their scales."""
+        """The dtype of the checkpoint's other tensors, beside int8 weights and their scales."""
         rest = (entry for entry in self._checkpoint.entries.values() if not entry.name.endswith(f".{checks.SCALES}"))
         return next((entry.torch_dtype for entry in rest if entry.is_floating), torch.float16)
 

@@ -1,4 +1,4 @@
-"""Making a model's modules agree with what the checkpoint has for them, before a byte of a tensor is read."""
+"""Makes a model's modules agree with what the checkpoint has for them, before a byte of a tensor is read."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ TIED = "its weight is tied to another"
 ABSENT = "its weight is not in the checkpoint"
 
 Found = Stored | str | None
-"""What there is for a weight: what is stored, the reason why its module stays ordinary, or None for one that a
-conversion will make."""
+"""What the checkpoint has for a weight: a `Stored`, the reason why its module stays ordinary, or None if a conversion
+makes it."""
 
 
 def reconcile_modules(
@@ -29,9 +29,9 @@ def reconcile_modules(
 
     Args:
         model: Changed in place.
-        quantizer: Told of what is put back.
-        find: Says what there is for a weight, by its name in the model.
-        shapes: By name in the model, if a wrong shape is a reason to put a module back.
+        quantizer: Puts modules back, and keeps the reasons.
+        find: What the checkpoint has for a weight, by its name in the model.
+        shapes: The parameters' shapes by name, if a wrong shape is a reason to put a module back.
 
     Returns:
         The modules whose weight is absent.
@@ -62,13 +62,13 @@ def _why_ordinary(
 def check_absent(
     checkpoint: Checkpoint, quantizer: Int8Quantizer, body: Collection[str], absent: list[str], wanted: Collection[str]
 ) -> None:
-    """Tells of modules that stay ordinary because their weight is absent, or refuses if that are all of the body's.
+    """Warns of modules that stay ordinary because their weight is absent; refuses if all of the body's are.
 
     Args:
         checkpoint: For the error.
-        quantizer: Says it in one warning.
-        body: The modules that were replaced, of the model without its head.
-        absent: Those of all replaced ones whose weight is absent.
+        quantizer: Logs the warning.
+        body: The replaced modules, without those of the head.
+        absent: All replaced modules whose weight is absent.
         wanted: Names of the model's parameters, for the error.
 
     Raises:
@@ -90,7 +90,7 @@ def check_stored(
     """Refuses what cannot become a parameter or buffer, of `shape` in the model.
 
     Raises:
-        ShapeMismatchError: Its shape is another (left to transformers if that is allowed).
+        ShapeMismatchError: Its shape is not `shape` (left to transformers if that is allowed).
         QuantizationStateError: int8 codes for a module that is not quantized here, or without sound scales.
         CheckpointError: A weight to be quantized is not of a floating dtype.
     """

@@ -1,4 +1,4 @@
-"""What a load was asked for: one value that both roads take."""
+"""What a load was asked for: one value for transformers models and plain modules alike."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class LoadRequest:
 
     Attributes:
         path: The folder, file or hub id that was named: of a model, or of an adapter.
-        base: That of the model: the same, or what the adapter was made for.
+        base: The model itself: the same, or the one that the adapter was made for.
         device_map: Where modules go.
         dtype: Of what is not quantized, and on the way to int8; "auto" for the checkpoint's own, None for float16.
         budget: Memory for planned device maps.
-        config: What to quantize; None for the defaults, or for what an int8 checkpoint brings.
+        config: What to quantize; None for the defaults, or for the configuration of an int8 checkpoint.
         offload_folder: For modules that the device map puts on "disk".
         strict: Whether values that cannot be quantized soundly, and contradictions in a checkpoint, are refused.
         options: How to move bytes.
@@ -51,7 +51,7 @@ class LoadRequest:
 
 
 def check_dtype(dtype: Any) -> Any:
-    """A torch.dtype, "auto" or None, from one of these or a dtype's name, or a dict of parts of a model to such.
+    """The `dtype` argument with names replaced by dtypes: a torch.dtype, "auto", None, or a dict of such by parts.
 
     Raises:
         OptionError: It is anything else.
@@ -68,7 +68,7 @@ def check_dtype(dtype: Any) -> Any:
 
 
 def check_model(model: Any) -> None:
-    """Raises OptionError unless it is a module of one's own, a class that has from_pretrained, or None."""
+    """Raises OptionError unless it is a plain torch.nn.Module, a class that has from_pretrained, or None."""
     transformers = imported("transformers.modeling_utils")
     if transformers is not None and isinstance(model, transformers.PreTrainedModel):
         name = type(model).__name__

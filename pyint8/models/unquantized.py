@@ -16,22 +16,22 @@ logger = logging.getLogger(__name__)
 
 _EMBEDDING = "an embedding"
 _EXPERTS = "fused experts: one parameter holds the weights of all"
-# Elements from which a parameter is listed even where every quantized weight is larger.
+# A parameter with so many elements is listed even if every quantized weight is larger.
 _LARGE = 1 << 16
-# The part of a model's bytes that may stay unquantized without a warning.
+# The fraction of a model's bytes that may stay unquantized without a warning.
 _TOLERATED = 0.1
 
 
 @dataclass(frozen=True)
 class _Parameter:
-    """One that is not int8.
+    """A parameter that is not int8.
 
     Attributes:
         name: The module's, if it is its `weight`, else the parameter's own.
         reason: Why it is not.
         elements: How many it has; 0 if it is no matrix (or more), so no weight.
         nbytes: What it takes.
-        expected: Whether nobody would look for it in int8 (an embedding, the output head), or somebody knows of it.
+        expected: Whether it is usually not int8 (an embedding, the output head), or was left out knowingly.
     """
 
     name: str
@@ -56,7 +56,7 @@ def report_unquantized(model: nn.Module, quantizer: Int8Quantizer, report: LoadR
         if other.name in report.skipped or other.elements >= worth_listing:
             report.skipped.setdefault(other.name, other.reason)
             report.skipped_bytes[other.name] = other.nbytes
-    if quantized:  # else that was said already
+    if quantized:  # otherwise a warning was logged already
         _warn_if_much(type(model).__name__, sum(parameter.nbytes for parameter in quantized), others)
 
 

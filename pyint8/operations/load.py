@@ -1,4 +1,4 @@
-"""The one road from a path to a model."""
+"""From a path to a model: `pyint8.load`."""
 
 from __future__ import annotations
 
@@ -125,27 +125,26 @@ def load(
 
     Args:
         path: A folder with a checkpoint (safetensors, or PyTorch's .bin), a hub id, or a folder with a PEFT adapter,
-            which is attached to its base model; of the hub too.
+            which is attached to its base model; or the hub id of an adapter.
         device_map: Where modules go, as transformers and accelerate have it: "auto", "balanced", "balanced_low_0",
             "sequential", a device, a dict of modules to devices, or None for the current device.
-        dtype: Of what is not quantized, and on the way to int8: "auto" for the checkpoint's own, as transformers 5 has
-            it, a torch.dtype or its name, None for float16, what bitsandbytes computes in, or a dict of such for the
-            parts of a model, as transformers has it: {"": ..., "vision_config": ...}.
+        dtype: Of everything that is not quantized, and on the way to int8: "auto" for the checkpoint's own, as in
+            transformers 5, a torch.dtype or its name, None for float16, in which bitsandbytes computes, or a dict of
+            such for the parts of a model, as in transformers: {"": ..., "vision_config": ...}.
         max_memory: Memory to use on each device, for the planned device maps.
-        headroom: Plan as tightly as that: leave so much of every GPU free (bytes, or a size such as "2GiB"), at least
-            what the load needs itself. None plans as transformers does, with 0.81 of one GPU's free memory, 0.9 of
-            several's.
+        headroom: Use all memory of every GPU but this much (bytes, or a size such as "2GiB"), and at least what the
+            load needs itself. None plans as transformers does, with 0.81 of one GPU's free memory, 0.9 of several's.
         config: What to quantize; None for LLM.int8()'s defaults. A transformers BitsAndBytesConfig(load_in_8bit=True)
-            means the same and is taken too.
+            is accepted too.
         model: A transformers class (Auto classes included) instead of the one that the configuration names, or any
             torch.nn.Module but a transformers model, on meta or not, whose state dict has the checkpoint's names, to be
             filled in place.
         offload_folder: For modules that the device map puts on "disk".
         strict: Raise if a weight cannot be quantized soundly (NaN, infinity, values beyond float16), and if shards do
-            not agree with their index about a tensor that the model wants. False, here or in `config`, logs one warning
+            not agree with their index about a tensor that the model needs. False, here or in `config`, logs one warning
             and does what bitsandbytes and transformers do.
-        progress: Show a bar in bytes; None shows it on a terminal and in notebooks, as transformers' switches for bars
-            have it.
+        progress: Show a bar in bytes; None shows it on a terminal and in notebooks, unless transformers' bars are
+            switched off.
         options: How to move bytes; None for the defaults and the `PYINT8_*` environment variables.
         return_report: Return (model, LoadReport).
         hub_and_model_kwargs: For `from_pretrained`: revision, subfolder, token, attn_implementation and so on.
@@ -170,12 +169,12 @@ def load(
     options = StreamOptions.from_environment() if options is None else options
     with ExitStack() as stack:
         recorder = stack.enter_context(Recorder(progress))
-        # Before anything heavy is imported: a folder is checked, and the disk has something to do.
+        # Before anything heavy is imported: bad folders fail at once, and the disk has something to do.
         with garbage.paused(), recorder.phase("read headers"):
             checkpoint = find_checkpoint(base or path, hub_and_model_kwargs)
         if checkpoint is not None:
             garbage.collect_if_short(checkpoint.most_bytes_loaded)
-            stack.enter_context(garbage.paused())  # not for as long as a download takes
+            stack.enter_context(garbage.paused())  # not while files are downloaded
         preparation = stack.enter_context(_preparation(checkpoint, options))
         _import_libraries(is_plain=is_plain)
         request = _request(
@@ -198,13 +197,13 @@ def load(
 
 
 def _preparation(checkpoint: Checkpoint | None, options: StreamOptions) -> Preparation:
-    from pyint8.streaming.preparation import Preparation  # the extension: `import pyint8` does without
+    from pyint8.streaming.preparation import Preparation  # here, since `import pyint8` does not load the extension
 
     return Preparation(checkpoint, options)
 
 
 def _import_libraries(*, is_plain: bool) -> None:
-    """Imports all that a load needs."""
+    """Imports everything that a load needs."""
     with importing:
         if is_plain:
             import pyint8.models.plain
@@ -215,7 +214,7 @@ def _import_libraries(*, is_plain: bool) -> None:
 def _request(
     *, device_map: Any, dtype: Any, max_memory: Any, headroom: Any, options: StreamOptions, **checked: Any
 ) -> LoadRequest:
-    """The arguments that need torch to be checked, checked."""
+    """The request, with those arguments checked that need torch for it."""
     from pyint8.models.request import LoadRequest, check_dtype
     from pyint8.placement.budget import memory_budget
     from pyint8.placement.device_map import check_device_map, is_planned
@@ -262,11 +261,11 @@ def _check_options(options: object) -> None:
 
 @contextmanager
 def _measured_memory(report: LoadReport) -> Iterator[None]:
-    """Fills the report's peaks."""
+    """Fills in the report's peaks."""
     import torch
 
     before = peak_resident_bytes()
-    if torch.cuda.is_initialized():  # in a process that did not use a device yet, its peak is zero anyway
+    if torch.cuda.is_initialized():  # otherwise its peak is zero anyway
         for index in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(index)
     yield

@@ -27,16 +27,16 @@ class MemoryBudget:
 
 
 def memory_budget(max_memory: Any, headroom: Any, device_map: Any, load_bytes: int) -> MemoryBudget:
-    """What `pyint8.load` was asked for.
+    """The budget for the arguments of `pyint8.load`.
 
     Args:
-        max_memory: At most so much on each device, and no other devices; None for what is free on all.
+        max_memory: The most to use on each device, and no other devices; None for what is free on all.
         headroom: Bytes, or a size, to leave free on every GPU; None plans as transformers does.
-        device_map: What the budget is for.
-        load_bytes: What the load itself takes on a GPU while it lasts; at least that is left free.
+        device_map: The map that is to be planned.
+        load_bytes: Bytes of a GPU that the load itself needs; at least that much is left free.
 
     Raises:
-        OptionError: What is given is no size, or the device map is not planned.
+        OptionError: A value is no size, or the device map is not planned.
     """
     check_max_memory(max_memory)
     headroom_bytes = check_headroom(headroom, device_map)
@@ -54,7 +54,7 @@ def exact_bytes(max_memory: Mapping[Any, Any] | None, headroom_bytes: int) -> di
         if isinstance(device, int):
             free: float | None = _free_bytes(device)
             if free is None and max_memory is None:
-                free = limit  # as accelerate found it
+                free = limit  # accelerate's figure
             if free is not None:
                 left = free - headroom_bytes
                 limit = left if max_memory is None else min(limit, left)
@@ -71,7 +71,7 @@ def _asked_bytes(max_memory: Mapping[Any, Any] | None) -> dict[Any, float]:
 
 
 def _free_bytes(gpu: int) -> int | None:
-    """With what torch's allocator holds and nobody uses; None where there is no such GPU."""
+    """Free bytes, unused ones of torch's allocator included; None if there is no such GPU."""
     for backend in (torch.cuda, torch.xpu):
         if backend.is_available() and gpu < backend.device_count():
             unused = backend.memory_reserved(gpu) - backend.memory_allocated(gpu)

@@ -62,7 +62,7 @@ def _accelerator() -> str:
 
 
 def _device_count(kind: str) -> int:
-    """How many devices of a kind there are; 0 for one that torch was not built for, or that does not answer."""
+    """How many devices of a kind there are; 0 for a kind that torch was not built for, or whose driver fails."""
     if kind == "cuda":
         return torch.cuda.device_count() if torch.cuda.is_available() else 0
     return torch.accelerator.device_count() if torch.accelerator.is_available() and kind == _accelerator() else 0
@@ -81,7 +81,7 @@ def device_name(device: Any) -> str:
 
 
 def off_device(device_map: Any) -> list[str]:
-    """The names of what a map has on the CPU or the disk; none where it is no map yet."""
+    """The names that a map puts on the CPU or the disk; none for a map that is still to be planned."""
     named = device_map.items() if isinstance(device_map, Mapping) else ()
     return [name for name, device in named if device_name(device) in OFF_DEVICE]
 

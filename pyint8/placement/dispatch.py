@@ -45,7 +45,7 @@ def dispatch(
 
 
 def _without_nesting(model: nn.Module, device_map: dict[str, Any]) -> dict[str, Any]:
-    """The same map by entries that lie in no others: accelerate's hook of a module places all that is in it."""
+    """An equivalent map without nested entries: accelerate's hook of a module places everything inside it."""
     modules = dict(model.named_modules())
     flat: dict[str, Any] = {}
 

@@ -17,11 +17,11 @@ from pyint8.placement.tight import tight_memory
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What a planner has to know of a model's tensors.
+    """What a planner has to know about a model's tensors.
 
     Attributes:
-        dtypes: What they take in memory, where that is not the dtype they have on meta.
-        exact_dtypes: The same for a budget that is exact: of every tensor.
+        dtypes: Their dtypes once loaded, where these differ from those on meta.
+        exact_dtypes: The same of every tensor, for an exact budget.
         nbytes: Bytes of each, scales included, tied ones once.
         no_split: Classes of modules that are placed as one.
     """
@@ -39,14 +39,14 @@ def plan_device_map(
     sizes: ModelSizes,
     keep_free: Callable[[Mapping[Any, Any]], Mapping[Any, Any]],
 ) -> dict[str, Any]:
-    """A dict of modules to devices for what the user asked.
+    """A dict of modules to devices, for the device map that the user gave.
 
     Args:
         model: On meta, with its quantized modules in place.
         device_map: One of accelerate's words for a plan, a device, or a dict, which is checked for gaps.
         budget: Memory to use on each device, for a plan.
         sizes: Of the model's tensors.
-        keep_free: Takes what the load itself needs from each device's memory, where the budget is not exact.
+        keep_free: Subtracts what the load itself needs from each device's memory, unless the budget is exact.
 
     Raises:
         PlacementError: A dict that leaves parameters out.

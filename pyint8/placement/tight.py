@@ -1,4 +1,4 @@
-"""Planned device maps that use a GPU's memory to the last: what fits on the GPUs is not offloaded."""
+"""Planned device maps that use all of the GPUs' memory: a model that fits on the GPUs is not offloaded."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import nn
 
 from pyint8.placement.device_map import device_of
 
-# How much of what the planner calls an even share a GPU is offered, up to all that it has; and how much more the first
-# one, for the room that the planner keeps free on it.
+# The multiples of the planner's even share that a GPU is offered, up to all that it has; and the parts of the largest
+# layer, which the planner keeps free on the first GPU, that this one is offered on top.
 _SHARES = (1.0, 1.25, 1.5, 2.0, 4.0, 1e9)
 _KEPT_FREE = (0.0, 0.5, 1.0)
-_EVEN = 1.1  # of an even share: no need to look further
-_ROUNDING = 4096  # bytes: the planner adds up floats
+_EVEN = 1.1  # of an even share: good enough to stop searching
+_ROUNDING = 4096  # bytes: the planner adds floats
 
 
 def tight_memory(
@@ -32,14 +32,14 @@ def tight_memory(
 ) -> dict[Any, float]:
     """Per-device limits under which accelerate's planner keeps a model that fits on the GPUs there.
 
-    Left to itself it keeps room on the first GPU for the largest layer, which nothing needs unless layers are
-    offloaded, and does not come back to a GPU that was too small for one layer. So it is asked several times, and the
-    most even of its plans that need nothing but the GPUs is taken.
+    Left alone it reserves memory on the first GPU for the largest layer, which is needed only if layers are offloaded,
+    and does not return to a GPU that was too small for one layer. So it is asked several times, and the most even of
+    the plans that use GPUs only is taken.
 
     Args:
         model: On meta, with its quantized modules in place.
         budgets: Bytes that may be used on each device.
-        spread: The planner's own, for an even spread.
+        spread: The planner's own limits, for an even spread.
         sizes: Bytes of the model's tensors, tied ones once.
         no_split: Classes of modules that are placed as one.
         plan: The planner: from bytes for each device to a device map.

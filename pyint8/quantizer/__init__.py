@@ -1,6 +1,6 @@
 """The int8 lifecycle: the only importer of bitsandbytes."""
 
-from pyint8.quantizer.entry_point import find_entry_point
+from pyint8.quantizer.entry_point import ENTRY_POINT, OPERATOR, find_entry_point
 from pyint8.quantizer.health import BadWeight, WeightHealth, first_overflow
 from pyint8.quantizer.lifecycle import Int8Quantizer
 from pyint8.quantizer.modules import modules_to_keep, tied_names
@@ -8,6 +8,8 @@ from pyint8.quantizer.sizes import tensor_bytes
 from pyint8.quantizer.weights import TensorSource, WeightSource
 
 __all__ = [
+    "ENTRY_POINT",
+    "OPERATOR",
     "BadWeight",
     "Int8Quantizer",
     "TensorSource",

@@ -1,8 +1,8 @@
-"""bitsandbytes, or an error that says how to get it; imported without the compiler it may never need.
+"""bitsandbytes, or an error that says how to get it; imported without the compiler that it may never need.
 
-Decorating a few functions with `torch.compile`, bitsandbytes imports torch's inductor, for code that an int8 load does
-not run. While it is imported here, they are decorated to be compiled in their first call instead. See
-docs/performance.md, "Importing bitsandbytes".
+bitsandbytes decorates a few functions with `torch.compile`, which imports torch's inductor, though an int8 load never
+runs them. While it is imported here, compiling them is deferred to their first call. See docs/performance.md,
+"Importing bitsandbytes".
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PACKAGE = "bitsandbytes"
 
 
 def _compiled_at_first_call(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
-    """What `torch.compile(function, **options)` gives, made when it is needed."""
+    """`torch.compile(function, **options)`, evaluated at the first call."""
 
     @functools.cache
     def compiled() -> Callable[..., Any]:
@@ -31,7 +31,7 @@ def _compiled_at_first_call(function: Callable[..., Any], options: dict[str, Any
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # a caller is: it compiles this along
+        if torch.compiler.is_compiling():  # the caller is being compiled, and this with it
             return function(*args, **kwargs)
         return compiled()(*args, **kwargs)
 
@@ -40,7 +40,7 @@ def _compiled_at_first_call(function: Callable[..., Any], options: dict[str, Any
 
 @contextmanager
 def deferred_compile() -> Iterator[None]:
-    """While it lasts, bitsandbytes' functions are compiled at their first call; everybody else's are at once."""
+    """While it lasts, compiling bitsandbytes' functions is deferred; all other functions are compiled as usual."""
     compile_now = torch.compile
 
     def compile_later(model: Any = None, **options: Any) -> Any:
@@ -69,7 +69,7 @@ __all__ = ["bitsandbytes", "deferred_compile", "require_device"]
 
 
 def require_device() -> None:
-    """Raises EnvironmentNotSupportedError where bitsandbytes has a backend for none of this machine's devices."""
+    """Raises EnvironmentNotSupportedError if bitsandbytes has no backend for any device of this machine."""
     available = {"cpu"}
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is not None:

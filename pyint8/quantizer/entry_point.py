@@ -13,7 +13,8 @@ from pyint8.quantizer.requirements import installed_version
 
 # (fp16 [rows, columns], int8 codes [rows, columns], fp32 scales [rows], threshold, rows, columns, stream). Source:
 # bitsandbytes.backends.cuda.ops, whose int8_vectorwise_quant is this call alone at threshold 0.
-NAME = "cint8_vector_quant"
+ENTRY_POINT = "cint8_vector_quant"
+OPERATOR = "int8_vectorwise_quant"
 _SIGNATURE = [ctypes.c_void_p] * 3 + [ctypes.c_float, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p]
 # bitsandbytes declares its functions' arguments since 0.50. Before, from 0.46 on, they were these.
 _UNDECLARED = (Version("0.46"), Version("0.50"))
@@ -29,7 +30,7 @@ def find_entry_point(library: Any = None) -> int | None:
         if torch.version.cuda is None:
             return None
         library = getattr(getattr(bitsandbytes, "cextension", None), "lib", None)
-    function: Any = getattr(library, NAME, None)
+    function: Any = getattr(library, ENTRY_POINT, None)
     # What stands in for a function that is missing is Python's, which would say so when it is called.
     if not hasattr(function, "argtypes") or not _takes_our_arguments(function):
         return None

@@ -1,4 +1,4 @@
-"""Finding NaN, infinity and overflow in weights without ever waiting for the device before the end."""
+"""Finding NaN, infinity and overflow in weights, without waiting for the device until the end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class BadWeight:
 
 @dataclass(frozen=True)
 class _Watched:
-    """Values that are finite if what they stand for is: one for each row, or some for a whole tensor."""
+    """Values that are finite exactly if the rows, or the tensor, that they sum up are finite."""
 
     name: str
     row: int  # of the first value
@@ -56,7 +56,7 @@ class _Marked:
 
 @dataclass(frozen=True)
 class _Cast:
-    """A tensor that was narrowed to fp16, to be looked at once all of them are there."""
+    """A tensor that was narrowed to fp16, to be checked once all of them are loaded."""
 
     name: str
     tensor: torch.Tensor
@@ -74,7 +74,7 @@ class _Values:
         self.count = 0
 
     def next(self, count: int) -> torch.Tensor:
-        """Room for `count` of them."""
+        """Space for the next `count` values."""
         if self._used + count > len(self._buffer):
             self._full.append(self._buffer[: self._used])
             self._buffer = torch.empty(max(count, _VALUES_IN_BUFFER), dtype=torch.float32, device=self._device)
@@ -88,16 +88,16 @@ class _Values:
 
 
 class WeightHealth:
-    """Collects, on the devices, what shows which rows are bad; says so once at the end.
+    """Collects on each device what shows which rows are bad, and reports it once at the end.
 
-    bitsandbytes says nothing: its GPU kernel swallows NaN, and makes a row of zeros of one with infinity, or with a
-    value beyond fp16's 65504. A weight costs one kernel here, or none; and as every kind of kernel costs a process
-    time and memory when it first uses one (docs/performance.md, "First kernels of a process"), what they find is looked
-    at on the host.
+    bitsandbytes reports nothing: its GPU kernel drops NaN, and turns a row with infinity, or with a value beyond
+    fp16's 65504, into zeros. The check costs one kernel for a weight, or none. Its results are evaluated on the host,
+    because each kind of kernel costs a process time and memory at its first use (docs/performance.md, "First kernels
+    of a process").
     """
 
     def __init__(self) -> None:
-        self._adding = threading.Lock()  # parameters of several GPUs are made side by side
+        self._adding = threading.Lock()  # parameters for several GPUs are made in parallel
         self._values: dict[torch.device, _Values] = {}
         self._watched: dict[torch.device, list[_Watched]] = {}
         self._casts: list[_Cast] = []
@@ -105,14 +105,14 @@ class WeightHealth:
         self._marked: list[_Marked] = []
 
     def watch(self, name: str, row: int, half: torch.Tensor, scales: torch.Tensor) -> None:
-        """Looks at the rows of a band: `half` fp16 [rows, in], and the scales [rows] bitsandbytes found for them."""
+        """Checks the rows of a band: `half` fp16 [rows, in], and the scales [rows] bitsandbytes found for them."""
         if half.is_cuda:  # elsewhere NaN shows in the scales
-            _sum_rows(half, self._room(name, row, half.device, len(half)))
+            _sum_rows(half, self._reserve(name, row, half.device, len(half)))
         else:
-            self._room(name, row, scales.device, len(scales)).copy_(scales)
+            self._reserve(name, row, scales.device, len(scales)).copy_(scales)
 
     def watch_scales(self, name: str, scales: torch.Tensor) -> None:
-        """Looks, at the end, at the scales [rows] of a pre-quantized weight: an infinite one is an overflow of long ago."""
+        """Looks, at the end, at the scales [rows] of a pre-quantized weight: infinity is an overflow of long ago."""
         self._scales.append((name, scales))
 
     def watch_marks(
@@ -122,8 +122,8 @@ class WeightHealth:
         self._marked.append(_Marked(name, marks, find_overflow))
 
     def watch_rows(self, name: str, weight: torch.Tensor) -> None:
-        """Looks at a weight [rows, in] that is quantized later, in fp16."""
-        _sum_rows(weight.to(torch.float16), self._room(name, 0, weight.device, len(weight)))
+        """Checks a weight [rows, in] that is quantized later, in fp16."""
+        _sum_rows(weight.to(torch.float16), self._reserve(name, 0, weight.device, len(weight)))
 
     def watch_cast(
         self,
@@ -132,23 +132,23 @@ class WeightHealth:
         stored: Iterable[torch.dtype],
         find_overflow: Callable[[], BadWeight | None],
     ) -> None:
-        """Looks, at the end, at an unquantized tensor: infinity where none was stored is an overflow.
+        """Checks an unquantized tensor at the end: infinity where none was stored is an overflow.
 
         Args:
             name: For errors.
             tensor: As it will be in the model.
-            stored: The dtypes of what it was made of.
-            find_overflow: Looks at what it was made of (see `first_overflow`); called if the tensor is not finite.
+            stored: The dtypes of the tensors it was made from.
+            find_overflow: Searches the tensors it was made from (see `first_overflow`); called if it is not finite.
         """
         narrowed = any(dtype.is_floating_point and dtype != torch.float16 for dtype in stored)
         if tensor.dtype == torch.float16 and narrowed and tensor.numel():
             self._casts.append(_Cast(name, tensor.detach(), find_overflow))
 
     def bad_weights(self) -> list[BadWeight]:
-        """The bad ones so far, each once; waits for the devices."""
+        """The bad weights so far, each once; waits for the devices."""
         self._look_at_casts()
         for name, scales in self._scales:
-            self._room(name, 0, scales.device, len(scales)).copy_(scales)
+            self._reserve(name, 0, scales.device, len(scales)).copy_(scales)
         self._scales.clear()
         found: dict[str, BadWeight] = {}
         for device, group in self._watched.items():
@@ -183,13 +183,13 @@ class WeightHealth:
         for cast in self._casts:
             tensor = cast.tensor
             if tensor.is_cuda:
-                _sum_rows(tensor.reshape(1, -1), self._room(cast.name, 0, tensor.device, 1, cast.find_overflow))
-            else:  # many times faster there than a sum
-                room = self._room(cast.name, 0, tensor.device, 2, cast.find_overflow)
+                _sum_rows(tensor.reshape(1, -1), self._reserve(cast.name, 0, tensor.device, 1, cast.find_overflow))
+            else:  # much faster there than a sum
+                room = self._reserve(cast.name, 0, tensor.device, 2, cast.find_overflow)
                 room[0], room[1] = tensor.aminmax()  # not stacked, which autocast may refuse
         self._casts.clear()
 
-    def _room(
+    def _reserve(
         self,
         name: str,
         row: int,
@@ -197,7 +197,7 @@ class WeightHealth:
         count: int,
         find_overflow: Callable[[], BadWeight | None] | None = None,
     ) -> torch.Tensor:
-        """Where to write the values of something that is watched from now on."""
+        """Where to write the values of a tensor that is watched from now on."""
         with self._adding:
             if device not in self._values:
                 self._values[device] = _Values(device)
@@ -206,10 +206,10 @@ class WeightHealth:
             return values.next(count)
 
     def raise_or_warn(self, *, strict: bool, locate: Callable[[str], dict[str, Any]] | None = None) -> None:
-        """Raises NonFiniteWeightError for the first bad weight, or with `strict` off logs one warning for all.
+        """Raises NonFiniteWeightError for the first bad weight, or without `strict` logs one warning for all.
 
         Args:
-            strict: Which of the two.
+            strict: Whether to raise.
             locate: Where a parameter's tensor lies: "tensor", "path" and "offset".
         """
         bad = self.bad_weights()
@@ -240,5 +240,5 @@ def first_overflow(name: str, stored: torch.Tensor) -> BadWeight | None:
 
 
 def _sum_rows(half: torch.Tensor, out: torch.Tensor) -> None:
-    """fp32 holds any sum of fp16 values, but of none with infinity or NaN among them."""
+    """The sum of each row in fp32, which holds any sum of finite fp16 values; infinity and NaN survive it."""
     torch.sum(half, dim=1, dtype=torch.float32, out=out)

@@ -35,16 +35,16 @@ class Int8Quantizer:
     Args:
         config: What to quantize.
         pre_quantized: The checkpoint holds int8 weights already.
-        strict: Raise for weights that cannot be quantized soundly; else warn once and do as bitsandbytes does.
+        strict: Raise for weights that cannot be quantized soundly; otherwise warn once and do what bitsandbytes does.
 
     Attributes:
         converted: Modules that were replaced by `Linear8bitLt`, by name, as they were before.
         skipped: Linear modules that were not, by name, with the reason.
-        read: Of these, those whose weight the model reads without calling them, by name.
-        acknowledged: Of these, the names of those that were left out on request, or that a warning has named.
-        skip: The modules not to convert, as given, and those that turned out so.
+        read: Of these, the modules whose weight the model reads without calling them, by name.
+        acknowledged: Of `skipped`, the names that were left out on request, or that a warning has named.
+        skip: The modules not to convert: those given, and those found while the model was prepared.
         found: Of these, the latter.
-        health: What is known of the weights' values.
+        health: Collects bad values of weights.
     """
 
     def __init__(self, config: Int8Config, *, pre_quantized: bool = False, strict: bool = True) -> None:
@@ -70,7 +70,7 @@ class Int8Quantizer:
             OptionError: `from_tf` or `from_flax`.
             EnvironmentNotSupportedError: bitsandbytes has no backend for this machine.
             PlacementError: The device map puts modules that are to be quantized on the CPU or the disk beside a GPU
-                (known once the modules are: `preprocess_model` checks a map that came earlier).
+                (checked here once the modules are known; `preprocess_model` checks a map that was given earlier).
         """
         requirements.require_packages()
         requirements.refuse_other_frameworks(arguments)
@@ -79,7 +79,7 @@ class Int8Quantizer:
             self._check_placement(device_map)
 
     def adjust_max_memory(self, max_memory: Mapping[Any, Any]) -> dict[Any, float]:
-        """Leaves a tenth of every device for the buffers of quantization."""
+        """Keeps a tenth of every device free for the buffers of quantization."""
         return {device: memory * 0.90 for device, memory in max_memory.items()}
 
     def update_dtype(self, dtype: _Dtype | None) -> _Dtype | torch.dtype:
@@ -107,7 +107,7 @@ class Int8Quantizer:
         return {"": device}
 
     def adjust_target_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """What a quantized weight takes when memory is planned: int8, whatever `dtype` it is stored in."""
+        """The dtype of a quantized weight when memory is planned: int8, whatever `dtype` it is stored in."""
         if dtype != torch.int8:
             logger.debug("memory is planned with int8 weights instead of %s", dtype)
         return torch.int8
@@ -129,18 +129,18 @@ class Int8Quantizer:
 
         Args:
             model: Changed in place.
-            skip: Modules not to convert: what was asked for or found, and those kept in fp32.
-            device_map: Where modules go, if known by now; under `fp32_cpu_offload` what it puts on the CPU or the
+            skip: Modules not to convert: those given or found, and those kept in fp32.
+            device_map: Where modules go, if known yet; under `fp32_cpu_offload` what it puts on the CPU or the
                 disk is not converted.
             matches: Whether a module's name is in such a list.
             warn_of_dead: Warn of entries of the configuration's `skip_modules` that match nothing: only if they were
                 written for this load, and did not come with the checkpoint.
-            facts: Attributes that modules or configurations will have once the model is loaded, and code may ask for.
-            training: Whether what modules do in training mode only counts too.
+            facts: Attributes that modules or configurations will have once the model is loaded.
+            training: Whether code that runs in training mode only counts too.
 
         Raises:
             OptionError: An entry of `skip_modules` that is no regular expression.
-            PlacementError: As `validate_environment` has it.
+            PlacementError: See `validate_environment`.
         """
         asked = list(self.config.skip_modules or ())
         check_entries(asked)
@@ -162,20 +162,20 @@ class Int8Quantizer:
             self._check_placement(device_map)
 
     def _leave_out_read(self, model: nn.Module, facts: Mapping[str, Any], *, training: bool) -> None:
-        """Modules whose weight the model reads itself stay ordinary: codes would be taken for weights."""
+        """Keeps modules ordinary whose weight the model reads itself: it would take codes for weights."""
         reasons = why_read(model, self.converted, {"is_loaded_in_8bit": True, **facts}, training=training)
         self.read = {name: self.converted.pop(name) for name in reasons}
         self.skipped |= reasons
         self._say_unquantized(reasons)
 
     def put_back(self, model: nn.Module, name: str, reason: str) -> None:
-        """Puts the ordinary module back that `preprocess_model` replaced: its weight will not come as expected."""
+        """Puts an ordinary module back that `preprocess_model` replaced, because its weight is absent or unsuitable."""
         model.set_submodule(name, self.converted.pop(name))
         self.skipped[name] = reason
         self._say_unquantized([name])
 
     def _say_unquantized(self, names: Iterable[str]) -> None:
-        """A saved model must say which modules turned out unquantized, or their floats would be taken for int8."""
+        """A saved model must list modules that are not int8, or their floats would be read as codes."""
         found = [entry_for(name, self.converted) for name in names]
         self.found += found
         self.skip += found
@@ -210,16 +210,16 @@ class Int8Quantizer:
         return leaf == "weight" and module_name in self.converted
 
     def takes_codes(self, parameter_name: str, has_scales: bool) -> bool:
-        """Whether a parameter becomes an int8 weight, or is made of one: of codes whose scales the checkpoint has."""
+        """Whether a parameter becomes an int8 weight, or is dequantized from codes whose scales the checkpoint has."""
         return self.check_quantized_param(parameter_name) or (has_scales and self.dequantizes(parameter_name))
 
     def dequantizes(self, parameter_name: str) -> bool:
-        """Whether this is the weight of a module that stays ordinary as it is read, and codes may come for it."""
+        """Whether this is the weight of a module that stays ordinary because it is read, in an int8 checkpoint."""
         module_name, _, leaf = parameter_name.rpartition(".")
         return self.pre_quantized and leaf == "weight" and module_name in self.read
 
     def kind_of(self, parameter_name: str) -> str:
-        """What is done to a weight that `create_quantized_param` makes, for reports."""
+        """The report's kind of a weight that `create_quantized_param` makes."""
         if self.dequantizes(parameter_name):
             return "dequantized"
         return "pre-quantized" if self.pre_quantized else "int8"
@@ -233,17 +233,17 @@ class Int8Quantizer:
         model_dtype: torch.dtype,
         device: torch.device,
     ) -> torch.Tensor:
-        """The parameter for a converted module's weight, or one that is dequantized, on `device`.
+        """The weight of a converted module, or a dequantized weight, on `device`.
 
         Args:
             parameter_name: Its name in the model.
             source: Its value; [out, in], or [in, out] for a Conv1D's weight that is not pre-quantized.
             scales: The `SCB` of a pre-quantized weight, fp32 [out].
             model_dtype: The dtype the weight would have unquantized.
-            device: Where it goes and is quantized.
+            device: Where it is quantized and stays.
 
         Returns:
-            An `Int8Params`; with `has_fp16_weight` what that is on this device; dequantized, of `model_dtype`.
+            An `Int8Params`; with `has_fp16_weight` what bitsandbytes has on this device; dequantized, `model_dtype`.
 
         Raises:
             QuantizationStateError: A pre-quantized weight without scales, or not int8.
@@ -283,14 +283,14 @@ class Int8Quantizer:
     # --- After loading --------------------------------------------------------------------------------------------
 
     def postprocess_model(self, model: nn.Module, *, locate: Callable[[str], dict[str, Any]] | None = None) -> None:
-        """Marks the model as bitsandbytes' users expect it, and settles what was seen of the weights.
+        """Marks the model as users of bitsandbytes expect it, and reports bad values.
 
         Args:
             model: Changed in place.
-            locate: Where a parameter's tensor lies, for errors: "tensor", "path" and "offset".
+            locate: The location of a parameter's tensor, for errors: "tensor", "path" and "offset".
 
         Raises:
-            NonFiniteWeightError: `strict`, and a weight has NaN, infinity, or a value beyond fp16.
+            NonFiniteWeightError: A weight has NaN, infinity, or a value beyond fp16 (`strict` only).
         """
         self.health.raise_or_warn(strict=self.strict, locate=locate)
         model.is_loaded_in_8bit = True  # type: ignore[assignment]
@@ -305,7 +305,7 @@ class Int8Quantizer:
         return requirements.is_trainable()
 
     def is_stored_transposed(self, parameter_name: str) -> bool:
-        """Whether this weight is stored as [in, out]: a Conv1D's, unless it was transposed when it was quantized."""
+        """Whether this weight is stored as [in, out]: a Conv1D's, unless the checkpoint is int8 already."""
         module = self.converted.get(parameter_name.rpartition(".")[0])
         return module is not None and not self.pre_quantized and is_conv1d(type(module))
 

@@ -18,7 +18,7 @@ _UNCALLED = "its weight is used without calling the module"
 
 
 def conv1d_class() -> type[nn.Module] | None:
-    """transformers' Conv1D; None while transformers was never imported, when no module can be one."""
+    """transformers' Conv1D; None if transformers is not imported, when no module can be one."""
     return getattr(imported("transformers.pytorch_utils"), "Conv1D", None)
 
 
@@ -34,7 +34,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def why_not_linear(module: nn.Module) -> str | None:
-    """None for a module that computes x @ W.T + b and nothing else; else what speaks against it."""
+    """None for a module that computes x @ W.T + b and nothing else; otherwise the reason."""
     if type(module) is nn.Linear or is_conv1d(type(module)):
         return None
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):  # of nn.MultiheadAttention
@@ -45,13 +45,13 @@ def why_not_linear(module: nn.Module) -> str | None:
 
 
 def _used_by_fast_paths(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Linears in torch's own encoder layers, whose fast path in evaluation takes their weights only."""
+    """Linears in torch's own encoder layers, whose fast path in evaluation mode reads their weights directly."""
     layers = [module for module in modules if isinstance(module, nn.TransformerEncoderLayer)]
     return [linear for layer in layers for linear in (layer.linear1, layer.linear2)]
 
 
 def _is_linear_in_disguise(module: nn.Linear) -> bool:
-    """Whether a subclass of Linear (Falcon's, say) only spells the same product in another way: tried on numbers."""
+    """Whether a subclass of Linear (Falcon's, for instance) computes what Linear does: tried on random numbers."""
     state = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     if not state <= {"weight", "bias"} or any(True for _ in module.buffers()) or any(True for _ in module.children()):
         return False
@@ -71,13 +71,13 @@ def _is_linear_in_disguise(module: nn.Linear) -> bool:
     try:
         with torch.no_grad(), torch.device("cpu"):
             result = probe(inputs)
-    except Exception:  # whatever it wants, it is not what a Linear wants
+    except Exception:  # it cannot be called as a Linear is
         return False
     return isinstance(result, torch.Tensor) and result.shape == expected.shape and torch.allclose(result, expected)
 
 
 def tied_names(model: nn.Module) -> list[set[str]]:
-    """The names of parameters that are one, for each that has several."""
+    """The names of each parameter that has several."""
     names: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), set()).add(name)
@@ -92,7 +92,7 @@ def modules_to_keep(model: nn.Module) -> list[str]:
 
 
 def choose_modules(model: nn.Module, wanted: Callable[[str], bool]) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The linear modules that can be converted and are wanted, by name, and for the others, why not."""
+    """The linear modules to convert, by name, and the reasons why the others are not."""
     linear = {name: module for name, module in model.named_modules() if is_linear(module) and name != ""}
     skipped = {name: "in the list of modules to skip" for name in linear if not wanted(name)}
     reasons = {name: why_not_linear(module) for name, module in linear.items() if name not in skipped}
@@ -103,13 +103,13 @@ def choose_modules(model: nn.Module, wanted: Callable[[str], bool]) -> tuple[dic
 def why_read(
     model: nn.Module, chosen: Mapping[str, nn.Module], facts: Mapping[str, Any], *, training: bool
 ) -> dict[str, str]:
-    """Which of the chosen modules are not called, but their weight is read, and where; by name, as a reason.
+    """The chosen modules whose weight is read without calling them: by name, a reason that names the reader.
 
     Args:
         model: Nothing in it is replaced yet.
         chosen: Modules that are to become int8.
         facts: Attributes that modules or their configurations will have once the model is loaded.
-        training: Whether what they do in training mode only counts too.
+        training: Whether code that runs in training mode only counts too.
     """
     modules = dict(model.named_modules())
     readers = dict.fromkeys(_used_by_fast_paths(modules.values()), "nn.TransformerEncoderLayer.forward")
@@ -120,7 +120,7 @@ def why_read(
 def replace_with_int8(
     model: nn.Module, chosen: Mapping[str, nn.Module], config: Int8Config, *, pre_quantized: bool
 ) -> None:
-    """Puts a `Linear8bitLt` on meta in the place of every module that was chosen, by name."""
+    """Replaces every chosen module by a `Linear8bitLt` on meta."""
     modules = dict(model.named_modules())
     templates: dict[tuple[Any, ...], nn.Module] = {}  # docs/performance.md, "Building int8 modules"
     for name, module in chosen.items():
@@ -153,7 +153,7 @@ def _int8_module(module: nn.Module, config: Int8Config, pre_quantized: bool) -> 
 
 
 def _copy(module: Any) -> nn.Module:
-    """A copy of a `Linear8bitLt` on meta that shares nothing with it that anybody changes."""
+    """A copy of a `Linear8bitLt` on meta that shares no mutable state with it."""
     other: Any = copy.copy(module)
     own = {name: value.copy() for name, value in vars(module).items() if isinstance(value, (dict, set))}
     vars(other).update(own, state=copy.copy(module.state))

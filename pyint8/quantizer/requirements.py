@@ -25,20 +25,20 @@ def installed_version(package: str) -> Version | None:
         return None
 
 
-@cache  # of what is there: a load asks five times, and each time a file would be parsed
+@cache  # a load asks five times, and each time would parse a file
 def _version(package: str) -> Version:
     return Version(metadata.version(package))
 
 
 def require_packages() -> None:
-    """Raises MissingDependencyError or DependencyVersionError, naming the command that mends it."""
+    """Raises MissingDependencyError or DependencyVersionError, naming the command that fixes it."""
     if installed_version("accelerate") is None:
         raise MissingDependencyError("loading in int8 needs accelerate: `pip install accelerate`")
     version = installed_version("bitsandbytes")
     if version is None:
         raise MissingDependencyError("loading in int8 needs bitsandbytes: `pip install -U bitsandbytes`")
     if version < Version(MINIMUM_BITSANDBYTES):
-        _version.cache_clear()  # for who follows the advice, and tries again
+        _version.cache_clear()  # for a caller who follows the advice and tries again
         raise DependencyVersionError(
             f"bitsandbytes {version} is too old for int8 weights: at least {MINIMUM_BITSANDBYTES} is needed; "
             "`pip install -U bitsandbytes`"

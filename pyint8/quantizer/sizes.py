@@ -1,4 +1,4 @@
-"""What a model's tensors will take in memory, quantized ones with their scales."""
+"""How much memory a model's tensors will take, quantized ones with their scales."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def tensor_bytes(
     dtypes: Mapping[str, torch.dtype],
     tied: Container[str] = (),
 ) -> dict[str, int]:
-    """What each parameter and buffer will take, tied ones once: int8 weights with their scales.
+    """The bytes of each parameter and buffer, tied ones once, int8 weights with their scales.
 
     Args:
         model: On meta, with its quantized modules in place.
-        quantizer: Knows what will be int8.
-        dtypes: What parameters will be, unless they are quantized; those that it lacks stay as they are.
+        quantizer: Decides what will be int8.
+        dtypes: The dtypes of parameters that are not quantized; others keep the dtype they have.
         tied: Parameters that share the memory of others, unless they are quantized.
     """
     sizes = {}

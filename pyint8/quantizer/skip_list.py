@@ -1,4 +1,4 @@
-"""Lists of modules to leave unquantized: how an entry matches, which entries do nothing, and what was meant by them."""
+"""Lists of modules to leave unquantized: how entries match, which match nothing, and what those may have meant."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def name_matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def entry_for(name: str, others: Iterable[str]) -> str:
-    """The entry that matches the module of this name, and none of the other linear modules."""
+    """An entry that matches the module of this name, and none of the other linear modules."""
     return rf"^{re.escape(name)}$" if any(other.endswith(name) for other in others) else name
 
 
 def check_entries(entries: Iterable[str]) -> None:
-    """Raises OptionError for an entry that is no regular expression, which every name is."""
+    """Raises OptionError for an entry that is no regular expression (every name is one)."""
     for entry in entries:
         _check_entry(entry)
 
@@ -56,8 +56,8 @@ def warn_of_dead_entries(model: nn.Module, entries: Sequence[str], matches: Matc
 
     Args:
         model: Before anything in it is replaced.
-        entries: What somebody asked to leave out.
-        matches: The rule.
+        entries: The entries that were given.
+        matches: How an entry matches.
     """
     linear = {name: None for name, module in model.named_modules() if is_linear(module)}
     dead = dead_entries(model, entries, linear, matches)
@@ -73,7 +73,7 @@ def warn_of_dead_entries(model: nn.Module, entries: Sequence[str], matches: Matc
 
 
 def dead_entries(model: nn.Module, entries: Sequence[str], linear: Collection[str], matches: Matches) -> list[str]:
-    """Entries that leave nothing unquantized: that match nothing, or not the linear modules in what they match."""
+    """Entries without effect: they match nothing, or no linear module inside what they match."""
     others = [name for name, _ in model.named_modules() if name not in linear]
     others += [name for name, _ in model.named_parameters()]
     left = {name for name in linear if not matches(name, list(entries))}
@@ -111,7 +111,7 @@ def _without_numbers(name: str) -> str:
 
 
 def _parts(name: str) -> Iterator[tuple[str, str]]:
-    """Every run of a name's parts, with the entry that matches by it: the run itself at the end, else all up to it."""
+    """Every run of a name's parts, with an entry that matches it: the run itself if at the end, else all up to it."""
     parts = name.split(".")
     for end in range(1, len(parts) + 1):
         for start in range(end):

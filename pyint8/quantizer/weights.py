@@ -11,8 +11,8 @@ import torch
 from pyint8.quantizer.backend import bitsandbytes
 from pyint8.quantizer.health import WeightHealth
 
-# What is quantized at once on the CPU, where bitsandbytes' operator goes over its rows six times: what the cache holds.
-# See docs/performance.md, "Quantizing on the CPU in pieces".
+# How much is quantized at once on the CPU, where bitsandbytes' operator passes over the rows six times: as much as fits
+# in the cache. See docs/performance.md, "Quantizing on the CPU in pieces".
 _CPU_PIECE_ELEMENTS = 1 << 19
 
 
@@ -29,7 +29,7 @@ class Quantized(Protocol):
 
 
 class WeightSource(Protocol):
-    """Where a weight comes from."""
+    """A weight to quantize, from a stream or from memory."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -53,7 +53,7 @@ class WeightSource(Protocol):
 
 @dataclass(frozen=True)
 class TensorSource:
-    """A weight that is a tensor already: what a conversion (a split, a fusion) of checkpoint tensors gave."""
+    """A weight that is a tensor already: the result of a conversion (a split, a fusion) of checkpoint tensors."""
 
     tensor: torch.Tensor
 
@@ -86,17 +86,17 @@ def quantize(
     name: str,
     health: WeightHealth,
 ) -> torch.Tensor:
-    """The parameter that `Int8Params(weight).to(device)` gives, without the weight's way through the CPU.
+    """The parameter that `Int8Params(weight).to(device)` gives, without moving the weight through the CPU.
 
-    Rows are independent of each other in LLM.int8(), so some of them at a time give the same bytes as the whole.
+    Rows are independent in LLM.int8(), so quantizing some of them at a time gives the same bytes.
 
     Args:
         source: The weight, [out, in] (or [in, out] if `transposed`).
-        transposed: Transpose it first: a Conv1D's weight.
+        transposed: Whether it is stored transposed, as a Conv1D's weight is.
         model_dtype: Rounded to before fp16, as transformers casts before it quantizes.
-        device: Where to quantize; results differ between devices by bitsandbytes' own arithmetic.
+        device: Where to quantize; bitsandbytes' results differ between kinds of devices.
         name: For errors.
-        health: Is shown all rows.
+        health: Checks all rows.
 
     Returns:
         `data` and its alias `CB` int8 [out, in], `SCB` fp32 [out].
@@ -127,7 +127,7 @@ def quantize(
 def _half_rows(
     source: WeightSource, transposed: bool, model_dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first row, fp16 rows) of the weight as it is quantized, in order."""
+    """(first row, fp16 rows) of the weight, in order, as the operator takes them."""
     if transposed:
         half = source.transposed_half(model_dtype).to(device)
         yield from _pieces(0, half)
@@ -138,7 +138,7 @@ def _half_rows(
 
 
 def _pieces(first: int, band: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """A band as it is on a GPU; on the CPU in pieces that stay in the cache."""
+    """On a GPU the whole band; on the CPU pieces that fit in the cache."""
     if band.device.type != "cpu" or not band.numel():
         yield first, band
         return
@@ -172,8 +172,8 @@ def sixteen_bit(
 ) -> torch.Tensor:
     """The weight of a layer that quantizes in every forward pass (`has_fp16_weight`).
 
-    On the CPU it is an `Int8Params` that was never quantized, elsewhere a plain tensor: what moving such an
-    `Int8Params` there gives (bitsandbytes' `Int8Params.to`).
+    On the CPU it is an `Int8Params` that was never quantized, elsewhere a plain tensor, as bitsandbytes'
+    `Int8Params.to` gives.
     """
     value = source.whole().to(device).to(model_dtype)
     value = value.T if transposed else value

@@ -1,4 +1,4 @@
-"""What a load tells: its report, the recorder that fills it, and a bar in bytes."""
+"""What a load reports: its figures, the recorder that collects them, and a bar in bytes."""
 
 from pyint8.report.load_report import LoadReport, Tally, readable_size
 from pyint8.report.recorder import Recorder, announce, collected

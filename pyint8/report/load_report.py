@@ -1,4 +1,4 @@
-"""What a load did: bytes, seconds, memory, and what was left unquantized and why."""
+"""What a load did: bytes, seconds, memory, and what stayed unquantized and why."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _PHASES = ("read headers", "build", "stream", "finish")
 
 
 class Tally(dict[str, int]):
-    """Numbers by kind; 0 for a kind that is not there. (A Counter does not survive `dataclasses.asdict`.)"""
+    """Numbers by kind; 0 for an absent kind. (A Counter does not survive `dataclasses.asdict`.)"""
 
     def __missing__(self, kind: str) -> int:
         return 0
 
     def most_common(self) -> list[tuple[str, int]]:
-        """Largest first; in the order they came where they are equal."""
+        """Largest first; equal ones in the order they came."""
         return sorted(self.items(), key=lambda item: -item[1])
 
 
@@ -36,11 +36,14 @@ class LoadReport:
         seconds: Wall seconds by phase: "read headers", "build" (the model on meta, and the plan), "stream" (from
             the plan to the last parameter set; the first bytes may have been asked for before) and "finish".
         tensors: Number of parameters and buffers by what became of them: "int8" (quantized here), "pre-quantized",
-            "dequantized" (int8 codes of a module that stays ordinary),
-            "cast" (to another dtype), "as stored", "converted" (renamed is not converted; split or fused is), "left on
-            disk" (read by accelerate whenever a forward pass needs them).
-        skipped: What is not int8 though of a weight's size, with the reason: linear modules by their name, and other
-            parameters (embeddings, convolutions, fused experts) by the module's, or their own if it is not `weight`.
+            "dequantized" (int8 codes of a module that stays ordinary), "cast" (to another dtype), "as stored",
+            "converted" (split or fused; renaming alone does not count), "left on disk" (read by accelerate whenever a
+            forward pass needs them).
+        quantized_by: Number of weights by what quantized them: "cint8_vector_quant", bitsandbytes' C function, called
+            as the bytes of a band arrive on their GPU; or its Python operator "int8_vectorwise_quant", elsewhere.
+        skipped: Everything of a weight's size that is not int8, with the reason: linear modules by name, and other
+            parameters (embeddings, convolutions, fused experts) by their module's name, or their own if that is not
+            `weight`.
         skipped_bytes: What each of these takes; 0 for one that shares the memory of another (a tied head).
         device_peak_bytes: For each CUDA device, the most memory that torch had allocated during the load.
         host_peak_bytes: Growth of this process's peak resident memory during the load, and of its pinned memory.
@@ -51,6 +54,7 @@ class LoadReport:
     checkpoint_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_PHASES, 0.0))
     tensors: Tally = field(default_factory=Tally)
+    quantized_by: Tally = field(default_factory=Tally)
     skipped: dict[str, str] = field(default_factory=dict)
     skipped_bytes: dict[str, int] = field(default_factory=dict)
     device_peak_bytes: dict[str, int] = field(default_factory=dict)
@@ -69,7 +73,7 @@ class LoadReport:
         return self.checkpoint_bytes / _GB / seconds if seconds else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON has it: dicts, lists (sets are sorted), strings and numbers; the two properties too."""
+        """Everything, the two properties included, as JSON has it: dicts, lists (sets are sorted), strings, numbers."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         values |= {"total_seconds": self.total_seconds, "gigabytes_per_second": self.gigabytes_per_second}
         plain: dict[str, Any] = _as_json(values)

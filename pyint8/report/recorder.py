@@ -1,4 +1,4 @@
-"""Who is told what a load does, from whatever thread; it fills the report and moves the bar."""
+"""Collects what a load does, from any thread, for the report and the bar."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ logger = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Thread-safe; as a context manager it closes its bar.
+    """Fills a report and moves a bar; thread-safe. As a context manager it closes the bar.
 
     Args:
         progress: Whether to show a bar in bytes (see `ByteProgress`).
 
     Attributes:
-        report: What it fills.
+        report: The report that it fills.
     """
 
     def __init__(self, progress: bool | None = False) -> None:
@@ -40,7 +40,7 @@ class Recorder:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the time of the block to a phase; time in a phase inside it counts for that one only."""
+        """Adds the time of the block to a phase, less the time of phases inside it."""
         start = time.perf_counter()
         before = self.report.total_seconds
         try:
@@ -54,22 +54,27 @@ class Recorder:
             self.report.seconds[phase] += seconds
 
     def expect(self, nbytes: int) -> None:
-        """So many bytes of the checkpoint will land."""
+        """Announces how many bytes of the checkpoint will land."""
         self._bar.start(nbytes)
 
     def landed(self, nbytes: int) -> None:
-        """So many more bytes of the checkpoint are on their device."""
+        """Adds bytes of the checkpoint that have arrived on their device."""
         with self._lock:
             self.report.checkpoint_bytes += nbytes
             self._bar.advance(nbytes)
 
     def count(self, kind: str) -> None:
-        """One more parameter or buffer of a kind (see `LoadReport.tensors`)."""
+        """Counts a parameter or buffer of a kind (see `LoadReport.tensors`)."""
         with self._lock:
             self.report.tensors[kind] += 1
 
+    def count_quantizer(self, name: str) -> None:
+        """Counts a weight by what quantized it (see `LoadReport.quantized_by`)."""
+        with self._lock:
+            self.report.quantized_by[name] += 1
+
     def set_engine(self, stats: Mapping[str, float]) -> None:
-        """What the extension's workers did (see `LoadReport.engine`)."""
+        """Takes the extension's statistics (see `LoadReport.engine`)."""
         self.report.engine = dict(stats)
 
 
@@ -79,7 +84,7 @@ _listeners: list[list[LoadReport]] = []
 
 @contextmanager
 def collected() -> Iterator[list[LoadReport]]:
-    """Collects the reports of all loads that end while it lasts, in any thread."""
+    """Collects the reports of all loads that end while the block lasts, in any thread."""
     reports: list[LoadReport] = []
     with _listening:
         _listeners.append(reports)
@@ -91,7 +96,7 @@ def collected() -> Iterator[list[LoadReport]]:
 
 
 def announce(report: LoadReport, what: str) -> None:
-    """Says in one line that a load has ended, and hands its report to whoever collects them."""
+    """Logs one line for a load that has ended, and passes its report to all collectors."""
     logger.info("loaded %s: %s", what, report.summary())
     with _listening:
         for reports in _listeners:

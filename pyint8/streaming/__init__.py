@@ -1,1 +1,1 @@
-"""Getting the bytes there: requests to tensors on their device. The only importer of the compiled extension."""
+"""From requests to tensors on their device. The only importer of the compiled extension."""

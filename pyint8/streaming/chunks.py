@@ -1,4 +1,4 @@
-"""What lands at once: entries cut into bands of rows, or gathered into batches; pure arithmetic on what headers say."""
+"""Units that arrive together: bands of rows cut from entries, or batches of entries; pure arithmetic on headers."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False, slots=True)
 class Chunk:
-    """What lands at once: a whole tensor, a band of its rows, or a batch of tensors."""
+    """What arrives together: a whole tensor, a band of its rows, or a batch of tensors."""
 
     request: TensorRequest
     lane: Lane
     row: int
     rows: int
-    start: int  # of what lands, in bytes from the start of the entry
+    start: int  # in bytes from the start of the entry
     nbytes: int
     through_scratch: bool = False
-    early: bool = False  # there, or asked for, before the stream was, so in no budget
+    early: bool = False  # requested before the stream was made, so not in its budget
     memory: torch.Tensor | None = None  # uint8
     region: Region | None = None
     ticket: int | None = None  # of the first entry; the others follow
     entries: list[Entry] = field(default_factory=list)  # more than one in a batch
-    landed: dict[str, torch.Tensor] = field(default_factory=dict)  # those of a batch, until they are taken
+    landed: dict[str, torch.Tensor] = field(default_factory=dict)  # tensors of a batch, until they are taken
 
     def __post_init__(self) -> None:
         self.entries.append(self.request.entry)
@@ -64,7 +64,7 @@ def cut(request: TensorRequest, lane: Lane) -> list[Chunk]:
 
 
 def gather_batches(chunks_of: dict[str, list[Chunk]]) -> list[Chunk]:
-    """All chunks in order; those of a batch become one, of no more than a band's bytes, for all of its entries."""
+    """All chunks in order; neighbours of a batch are merged into one, up to the bytes of a band."""
     gathered: list[Chunk] = []
     for name, chunks in chunks_of.items():
         if gathered and _go_together(gathered[-1], chunks[0]):
@@ -77,7 +77,7 @@ def gather_batches(chunks_of: dict[str, list[Chunk]]) -> list[Chunk]:
 
 
 def _go_together(batch: Chunk, chunk: Chunk) -> bool:
-    """Whether `chunk` may land behind what lands in `batch` already."""
+    """Whether `chunk` may be appended to `batch`."""
     first, entry = batch.request.entry, chunk.request.entry
     return (
         chunk.request.batch is not None
@@ -91,7 +91,7 @@ def _go_together(batch: Chunk, chunk: Chunk) -> bool:
 
 
 def bands_of(chunk: Chunk, memory: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """A chunk that came through scratch is one band; one that landed whole, early, is cut into bands here."""
+    """A chunk that came through scratch is one band; an early one, which landed whole, is cut into bands here."""
     entry = chunk.request.entry
     if not entry.torch_shape:
         yield chunk.row, typed(memory, entry, ())

@@ -1,35 +1,44 @@
-"""Which tensors a load can begin with, before anything is known but the checkpoint and where the model shall go."""
+"""Which tensors a load can begin with, when only the checkpoint and the device map are known."""
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pyint8.host.processes import processes
 from pyint8.placement.device_map import is_planned
-from pyint8.streaming.head_start import HeadStart
+from pyint8.streaming.head_start import FirstTensors, HeadStart
 
 if TYPE_CHECKING:
-    from pyint8.checkpoint import Checkpoint
+    from pyint8.checkpoint import Checkpoint, Entry
     from pyint8.config import StreamOptions
 
-# How much of the model's own memory the first tensors may take before it is there: what arrives while a model of 8
-# billion parameters is built. All of it is used again for the model; the rest is for the weight being quantized.
+# The part of the model's own memory that the first tensors may take: as much as arrives while a model of 8 billion
+# parameters is built. The model uses all of it later; the rest is for the weight being quantized.
 _EARLY_PART = 0.95
-# A planned map uses at least so much of a GPU's free memory (transformers' 0.9 of it, and 0.9 of that for quantizing).
+# The part of a GPU's free memory that a planned map uses at least (transformers' 0.9, times 0.9 for quantizing).
 _PLANNED_PART = 0.8
+# Maps that give every GPU about as much.
+_EVEN_MAPS = frozenset({"auto", "balanced"})
+# What a GPU is likely to get begins so much of a GPU's part after the even border, as earlier GPUs get a bit more.
+_BORDER = 0.2
+# How much of a GPU's part of the model's memory its first tensors may take, of several.
+_SPREAD_PART = 0.8
 
 
 def start_head_start(
     checkpoint: Checkpoint, device_map: Any, max_memory: Mapping[Any, Any] | None, options: StreamOptions
 ) -> HeadStart | None:
-    """A head start for a load of `checkpoint`; None where no GPU will be used, or it is not known which.
+    """A head start for a load of `checkpoint`; None if no GPU will be used, or if it is not known which.
 
-    Tensors are read only if all of them go to one GPU. A planned map ("auto") depends on the memory that is free:
-    there, only if the GPU is the only one, and so large that the plan will be the same with what landed before.
+    Tensors are read only if all of them go to one GPU, or a map will be planned ("auto") that spreads them evenly over
+    all there are; of several GPUs, each begins with what it is likely to get, and what another one gets is read again.
+    A planned map depends on the memory that is free: GPUs must be so large that it will be the same with what landed
+    before.
     """
     found = first_gpu(device_map)
     if found is None:
@@ -37,21 +46,50 @@ def start_head_start(
     gpu, takes_all = found
     entries = sorted(checkpoint.values(), key=lambda entry: _natural_key(entry.name))
     least = sum(entry.numel if entry.is_floating else entry.nbytes for entry in entries)  # that the model takes
-    early = int(least * _EARLY_PART)
+    early = _most_early(entries, least)
     if takes_all:
-        return HeadStart(gpu, entries, early, options, reserved=least)
-    if torch.cuda.device_count() == 1 and max_memory is None and is_planned(device_map):
-        most = checkpoint.most_bytes_loaded + early
-        return HeadStart(gpu, entries, early, options, reserved=least, if_free=int(most / _PLANNED_PART))
-    return HeadStart(gpu, (), 0, options, gpus=torch.cuda.device_count())
+        return HeadStart([FirstTensors(gpu, entries, early, least)], options)
+    gpus = torch.cuda.device_count()
+    if max_memory is None and is_planned(device_map) and (gpus == 1 or device_map in _EVEN_MAPS):
+        if_free = int((checkpoint.most_bytes_loaded + early) / _PLANNED_PART)
+        if gpus == 1:
+            return HeadStart([FirstTensors(gpu, entries, early, least, if_free)], options)
+        return HeadStart(_spread(entries, gpus, least, if_free), options, gpus=gpus)
+    return HeadStart([FirstTensors(gpu)], options, gpus=gpus)
+
+
+def _most_early(entries: Sequence[Entry], least: int) -> int:
+    """What the first tensors may take: the largest weight must have room beside them, as int8."""
+    largest = max((entry.numel for entry in entries if entry.is_floating), default=0)
+    return max(0, min(int(least * _EARLY_PART), least - largest))
+
+
+def _spread(entries: Sequence[Entry], gpus: int, least: int, if_free: int) -> list[FirstTensors]:
+    """What each of several GPUs begins with under an even map, whose borders are not known yet."""
+    ordered = sorted(entries, key=lambda entry: (not _comes_first(entry.name), _natural_key(entry.name)))
+    total = sum(entry.nbytes for entry in ordered)
+    parts = []
+    for gpu in range(gpus):
+        begin = 0 if gpu == 0 else int(total * (gpu + _BORDER) / gpus)
+        after = itertools.accumulate((entry.nbytes for entry in ordered), initial=0)
+        mine = [entry for entry, start in zip(ordered, after, strict=False) if start >= begin]
+        share = least // gpus
+        early = _most_early(entries, int(share * _SPREAD_PART))
+        parts.append(FirstTensors(torch.device("cuda", gpu), mine, early, share, if_free // gpus))
+    return parts
+
+
+def _comes_first(name: str) -> bool:
+    """Of names, embeddings and layers come before norms and heads that are outside of layers."""
+    return bool(re.search(r"\d|emb|wte|wpe", name))
 
 
 def first_gpu(device_map: Any) -> tuple[torch.device, bool] | None:
-    """A CUDA device that tensors will land on under this map, and whether all of them will; None if none is certain."""
+    """A CUDA device that tensors certainly go to under this map, and whether all of them do; None if there is none."""
     if not torch.cuda.is_available():
         return None
     current = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
-    if device_map is None:  # where torch makes tensors if that is a GPU (source: transformers, as the next rule)
+    if device_map is None:  # torch's default device if that is a GPU (source: transformers, as for the next rule)
         default = torch.get_default_device()
         return (default if default.type == "cuda" and default.index is not None else current), True
     if is_planned(device_map):

@@ -1,12 +1,12 @@
-"""A head start: what a stream needs, and its first tensors, while the model is still being built."""
+"""A head start: the engine is opened and the first tensors are read while the model is still being built."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,7 +24,7 @@ _WORTHWHILE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class EarlyTensor:
-    """A tensor that was asked for before anybody knew what it is for."""
+    """A tensor that was requested before its parameter was known."""
 
     entry: Entry
     lane: Lane
@@ -37,50 +37,61 @@ class EarlyTensor:
         return torch.empty(0, dtype=torch.uint8, device=self.lane.device).set_(self.storage)
 
 
-class HeadStart:
-    """Opens an engine, pins its memory and asks for the first tensors, in a thread.
+@dataclass(frozen=True)
+class FirstTensors:
+    """What one device begins with.
 
-    Args:
+    Attributes:
         device: A CUDA device that tensors will land on.
-        entries: In the order they will be asked for, if they all go to `device`; else none.
+        entries: Those that will go there, or are likely to, in the order they will be asked for.
         nbytes: How much memory of the device they may take.
         reserved: How much memory the load will need at least: torch's allocator is given that much at once, for the
             first tensors and what is made of them.
         if_free: Asks for tensors only if so much memory of the device is free.
+    """
+
+    device: torch.device
+    entries: Sequence[Entry] = ()
+    nbytes: int = 0
+    reserved: int = 0
+    if_free: int = 0
+
+
+class HeadStart:
+    """Opens an engine, pins its memory and asks for the first tensors, in a thread.
+
+    Args:
+        parts: What each device begins with.
         options: How to move bytes.
         gpus: How many GPUs tensors may land on.
         opener: Makes the lane of a device (another one for tests).
 
     Attributes:
-        reserves: Whether it saw to the device's memory; known once it is taken.
+        reserves: Whether it reserved the device's memory; known once its transport is taken.
     """
 
     def __init__(
         self,
-        device: torch.device,
-        entries: Sequence[Entry],
-        nbytes: int,
+        parts: Sequence[FirstTensors],
         options: StreamOptions,
         *,
-        reserved: int = 0,
-        if_free: int = 0,
         gpus: int = 1,
         opener: LaneOpener = open_lane,
     ) -> None:
-        self._device = device
+        self._parts = parts
         self._error: BaseException | None = None
         self._early: dict[str, EarlyTensor] = {}
         self._transport = Transport(options, opener, gpus)
         self._taken = False
         self.reserves = False
-        self._reserved, self._if_free = reserved, if_free
-        # A thread begins on the default stream; the caller may be on another.
-        self._stream = torch.cuda.current_stream(device) if torch.cuda.is_initialized() else None
-        self._thread = threading.Thread(target=self._run, args=(entries, nbytes), name="pyint8 head start")
+        # A thread begins on the default streams; the caller may be on others.
+        devices = [part.device for part in parts] if torch.cuda.is_initialized() else []
+        self._streams = [torch.cuda.current_stream(device) for device in devices]
+        self._thread = threading.Thread(target=self._run, name="pyint8 head start")
         self._thread.start()
 
     def take(self) -> tuple[Transport, dict[str, EarlyTensor]]:
-        """The transport, now the caller's to close, and by name what is on its way.
+        """The transport, now the caller's to close, and by name the tensors that are under way.
 
         Raises:
             FileChangedError: A file is not the one whose header was read.
@@ -96,29 +107,35 @@ class HeadStart:
         return self._transport, early
 
     def close(self) -> None:
-        """Drops everything, for a load that failed before it took it; nothing if it did. Idempotent."""
+        """Discards everything, unless a load has taken it. Idempotent."""
         self._thread.join()
-        self._error = None  # it knows this object
+        self._error = None  # breaks a reference cycle
         if self._taken:
             return
         self._transport.close()
         self._early.clear()
 
-    def _run(self, entries: Sequence[Entry], nbytes: int) -> None:
+    def _run(self) -> None:
         try:
-            where: Any = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-            with where:
-                lane = self._transport.lane(self._device)
-                if lane.device == self._device:
-                    self._transport.engine.prepare(lane.index)
-                    if entries and self._has_room(lane.device):
-                        self.reserves = self._reserved > 0
-                        self._ask(lane, entries, nbytes)
+            with ExitStack() as streams:
+                for stream in self._streams:
+                    streams.enter_context(torch.cuda.stream(stream))
+                for part in self._parts:
+                    self._begin(part)
         except BaseException as error:  # for whoever takes it
             self._error = error
 
+    def _begin(self, part: FirstTensors) -> None:
+        lane = self._transport.lane(part.device)
+        if lane.device != part.device:
+            return
+        self._transport.engine.prepare(lane.index)
+        if part.entries and _has_room(part):
+            self.reserves = part.reserved > 0
+            self._ask(lane, part.entries, part.nbytes)
+
     def _ask(self, lane: Lane, entries: Sequence[Entry], nbytes: int) -> None:
-        """Asks for all at once, by storages: allocating a tensor releases the interpreter's lock, and the thread that
+        """Requests all at once, as storages: allocating a tensor releases the interpreter's lock, and the thread that
         builds the model would take it each time (docs/performance.md, "The interpreter's lock")."""
         wanted: list[tuple[Entry, torch.UntypedStorage]] = []
         for entry in entries:
@@ -129,7 +146,7 @@ class HeadStart:
                 break
             try:
                 wanted.append((entry, torch.UntypedStorage(entry.nbytes, device=lane.device)))
-            except torch.OutOfMemoryError:  # the load itself may need less at a time
+            except torch.OutOfMemoryError:  # the load itself may get by with less at a time
                 break
         reads = [
             ReadRequest(entry.path, entry.offset, entry.nbytes, storage, stamp=entry.stamp) for entry, storage in wanted
@@ -138,11 +155,12 @@ class HeadStart:
         for ticket, (entry, storage) in enumerate(wanted, first):
             self._early[entry.name] = EarlyTensor(entry, lane, storage, ticket)
 
-    def _has_room(self, device: torch.device) -> bool:
-        """Whether the device's memory is enough, and torch's allocator has, or was given, what is to be reserved."""
-        if device.type != "cuda":
-            return True
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        if torch.cuda.mem_get_info(device)[0] + held < self._if_free:
-            return False
-        return reserve_memory(device, self._reserved)
+
+def _has_room(part: FirstTensors) -> bool:
+    """Whether the device's memory is enough, and torch's allocator has, or was given, what is to be reserved."""
+    if part.device.type != "cuda":
+        return True
+    held = torch.cuda.memory_reserved(part.device) - torch.cuda.memory_allocated(part.device)
+    if torch.cuda.mem_get_info(part.device)[0] + held < part.if_free:
+        return False
+    return reserve_memory(part.device, part.reserved)

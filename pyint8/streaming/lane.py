@@ -1,4 +1,4 @@
-"""A device as the stream sees it: a lane of the engine, the caller's stream, and scratch memory."""
+"""A device from the stream's view: a lane of the engine, the caller's CUDA stream, and scratch memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# A weight passes through scratch in bands of this part of it: the next ones arrive while one is quantized.
+# One band of a weight takes this fraction of the scratch: the next ones arrive while one is quantized.
 _BANDS_IN_SCRATCH = 8
 
 
@@ -30,9 +30,9 @@ class Lane:
         device: The torch device of the memory.
         index: The engine's number of this lane.
         stream: The caller's stream as an integer; work on landed tensors is ordered after their arrival on it.
-        scratch_bytes: Memory for what only passes through. It is allocated when first needed.
+        scratch_bytes: Memory for weights on their way to int8, allocated when first needed.
         on_gpu: Whether the engine has the GPU itself, so that a consumer can serve it.
-        bytes_in_flight: Bytes asked for into tensors of their own and not yet taken.
+        bytes_in_flight: Bytes requested into tensors of their own and not yet taken.
     """
 
     device: torch.device
@@ -47,7 +47,7 @@ class Lane:
     _transposed: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        # What is left holds the band being quantized: its fp16 form and its codes.
+        # The rest holds the band being quantized: its fp16 form and its codes.
         self.ring = ScratchRing(self.scratch_bytes * (_BANDS_IN_SCRATCH - 2) // _BANDS_IN_SCRATCH)
 
     def halve_scratch(self) -> int:
@@ -76,7 +76,7 @@ class Lane:
         return self._transposed[: rows * columns].view(rows, columns)
 
     def release(self) -> None:
-        """Gives the scratch memory back, once the engine is closed; whoever still uses a part of it keeps it."""
+        """Gives the scratch memory back, once the engine is closed; tensors that use part of it keep it alive."""
         self._buffer = self._transposed = None
 
 
@@ -102,7 +102,7 @@ LaneOpener = Callable[[_core.Engine, torch.device, "StreamOptions"], Lane]
 
 
 def open_lane(engine: _core.Engine, device: torch.device, options: StreamOptions) -> Lane:
-    """A lane for `device`: of its own for a CUDA device, else in host memory, from where torch moves tensors on.
+    """A lane for `device`: of its own for a CUDA device, else in host memory, from where torch copies tensors.
 
     A CUDA device whose driver does not open (torch for AMD GPUs, say) is served through host memory too, with a
     warning.

@@ -43,7 +43,7 @@ class Made:
     """What came of one request.
 
     Attributes:
-        tensor: int8 codes [out, in], or the values in their shape; contiguous.
+        tensor: int8 codes [out, in], or the values in their shape, or the whole that they are a part of; contiguous.
         scales: Of codes, fp32 [out].
         marks: uint8 [out], or [1] for values that were cast to fp16: not 0 where something does not fit (see
             `pyint8.quantizer.WeightHealth.watch_marks`). All of a GPU's are in one storage, to be copied at once.
@@ -112,6 +112,7 @@ class Pour:
         self._early = early
         self._early_bytes = sum(tensor.entry.nbytes for tensor in early.values())
         self._made: dict[int, Made] = {}
+        self._wholes: dict[str, torch.Tensor] = {}  # of which entries are parts, by name
         self._made_bytes = 0
         self._budget = sum(request.final_bytes for request in requests)
         self._submitted = self._ready = 0
@@ -122,6 +123,10 @@ class Pour:
         self._consumer = transport.open_consumer(lane, scratch_bytes, transposed, quantizer)
         self._fill(_FIRST_REQUESTS)
         self._fill(len(requests))
+
+    def has_part(self, name: str) -> bool:
+        """Whether the values of an entry are a part of a larger tensor."""
+        return self._requests[self._tickets[name]].part is not None
 
     def entry(self, name: str) -> Entry:
         return self._requests[self._tickets[name]].entry
@@ -154,13 +159,15 @@ class Pour:
         before, self._ready = self._ready, self._consumer.wait(ticket, self._lane.stream)
         for request in self._requests[before : self._ready]:
             self._recorder.landed(request.entry.nbytes)
-            if (early := self._early.pop(request.entry.name, None)) is not None:
-                self._early_bytes -= early.entry.nbytes
+            if request.entry.name in self._early:
+                self._early_bytes -= request.entry.nbytes
+                del self._early[request.entry.name]  # its memory, before more is taken
         self._fill(len(self._requests))
 
     def close(self) -> None:
         """Gives destinations back that nobody took; the transport is closed already. Idempotent."""
         self._made.clear()
+        self._wholes.clear()
         self._early.clear()
 
     def _fill(self, until: int) -> None:
@@ -186,6 +193,9 @@ class Pour:
         request = self._requests[ticket]
         entry, becomes = request.entry, request.becomes
         made = self._made[ticket] = self._allocate(request)
+        for memory in (made.tensor, made.scales):
+            if memory is not None:
+                self._transport.keep(memory)
         self._made_bytes += request.final_bytes
         early = self._early.get(entry.name)
         if early is None:
@@ -200,9 +210,11 @@ class Pour:
             rows, columns = entry.torch_shape
             return source, entry.dtype, rows, columns, to_int8, marks
         assert isinstance(becomes, ToDtype)
+        offset = 0 if request.part is None else request.part.offset
+        address = made.tensor.data_ptr() + offset * becomes.dtype.itemsize
         if becomes.dtype == entry.torch_dtype:
-            return source, "", 1, entry.nbytes, ("", made.tensor.data_ptr()), marks
-        return source, entry.dtype, entry.numel, 1, (_NAMES[becomes.dtype], made.tensor.data_ptr()), marks
+            return source, "", 1, entry.nbytes, ("", address), marks
+        return source, entry.dtype, entry.numel, 1, (_NAMES[becomes.dtype], address), marks
 
     def _allocate(self, request: TensorRequest) -> Made:
         device, shape, becomes = self._lane.device, request.entry.torch_shape, request.becomes
@@ -210,7 +222,13 @@ class Pour:
         marks = self._marks[self._marks_used : self._marks_used + count] if count else None
         self._marks_used += count
         if isinstance(becomes, ToDtype):
-            return Made(torch.empty(shape, dtype=becomes.dtype, device=device), None, marks)
+            whole = None if request.part is None else self._wholes.get(request.part.name)
+            if whole is None:
+                shape = shape if request.part is None else request.part.shape
+                whole = torch.empty(shape, dtype=becomes.dtype, device=device)
+            if request.part is not None:
+                self._wholes[request.part.name] = whole
+            return Made(whole, None, marks)
         assert becomes is not None
         shape = tuple(reversed(shape)) if becomes.transposed else shape
         codes = torch.empty(shape, dtype=torch.int8, device=device)
@@ -227,7 +245,7 @@ def open_pours(
 ) -> dict[str, Pour]:
     """Each entry's `Pour`, of its GPU; entries that none can make are left to the caller.
 
-    Where a GPU's kernels do not load, that is all of them, with a warning.
+    Where there are no kernels for a GPU, that is all of them, with a warning.
 
     Args:
         requests: In the order they will be asked for; names are unique.
@@ -239,9 +257,14 @@ def open_pours(
     """
     groups: dict[Lane, list[TensorRequest]] = {}
     others: set[Lane] = set()
-    for request in requests if _core.has_kernels() else ():
+    if not _core.has_kernels():
+        _warn_of_missing_kernels({lane_of(request.device) for request in requests if request.becomes is not None})
+        return {}
+    for request in requests:
         lane = lane_of(request.device)
-        if can_pour(request, lane, quantizer) and not _is_there(request, lane, early):
+        if _is_there(request, lane, early):
+            continue
+        if can_pour(request, lane, quantizer):
             groups.setdefault(lane, []).append(request)
         else:
             others.add(lane)
@@ -260,6 +283,16 @@ def open_pours(
     return pours
 
 
+def _warn_of_missing_kernels(lanes: set[Lane]) -> None:
+    gpus = sorted(str(lane.device) for lane in lanes if lane.on_gpu)
+    if gpus:
+        logger.warning(
+            "this build of pyint8 has no GPU kernels, so weights on %s are quantized by Python operators, more slowly; "
+            "build it again with PYINT8_KERNELS=ON, which says what is missing",
+            ", ".join(gpus),
+        )
+
+
 def _comes_early(request: TensorRequest, lane: Lane, early: dict[str, EarlyTensor]) -> bool:
     tensor = early.get(request.entry.name)
     return tensor is not None and tensor.entry == request.entry and tensor.lane is lane
@@ -268,7 +301,7 @@ def _comes_early(request: TensorRequest, lane: Lane, early: dict[str, EarlyTenso
 def _is_there(request: TensorRequest, lane: Lane, early: dict[str, EarlyTensor]) -> bool:
     """Whether what is on its way is the result itself."""
     same = isinstance(request.becomes, ToDtype) and request.becomes.dtype == request.entry.torch_dtype
-    return same and _comes_early(request, lane, early)
+    return same and request.part is None and _comes_early(request, lane, early)
 
 
 def _is_transposed(request: TensorRequest) -> bool:

@@ -1,5 +1,4 @@
-"""Filling the page cache from the disk while there is nothing else to do with a checkpoint yet: heavy imports take
-seconds, and so does a cold disk."""
+"""Reads a cold checkpoint into the page cache while heavy imports run: both take seconds."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ class PageCachePrefetch:
                 )
                 lane = self._engine.add_discarding_device()
             file = self._engine.add_file(os.fsencode(path), stamp)
-            self._engine.submit(lane, [(file, offset, nbytes, 0) for offset, nbytes in reads], 0, False)
+            self._engine.submit(lane, [(file, offset, nbytes, 0) for offset, nbytes in reads], 0, first=False)
 
     @property
     def is_reading(self) -> bool:

@@ -1,4 +1,4 @@
-"""What a load has under way before there is a model: the page cache fills, the first tensors land."""
+"""What runs before there is a model: the page cache is filled, and the first tensors are read."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class Preparation:
-    """Owned by the load; as a context manager it stops all that nobody has taken over.
+    """Owned by the load; as a context manager it stops everything that was not taken over.
 
     Args:
-        checkpoint: What will be loaded, if that is known yet; its cold parts are read into the page cache from now on.
+        checkpoint: The checkpoint, if it is known yet; from now on its cold parts are read into the page cache.
         options: How to move bytes.
 
     Attributes:
@@ -44,7 +44,7 @@ class Preparation:
             self._head_start.close()
 
     def start_head_start(self, device_map: Any, budget: MemoryBudget) -> None:
-        """Lets the first tensors land, if it is known where; imports torch."""
+        """Requests the first tensors, if it is known where they go; imports torch."""
         from pyint8.streaming.first_tensors import start_head_start
 
         if self.checkpoint is not None:
@@ -52,16 +52,16 @@ class Preparation:
 
     @property
     def reserves_memory(self) -> bool:
-        """Whether the head start saw to the GPU's memory; known once its transport is taken."""
+        """Whether the head start reserved the GPU's memory; known once its transport is taken."""
         return self._head_start is not None and self._head_start.reserves
 
     def stop_prefetch(self) -> None:
-        """The stream reads by itself from now on. Idempotent."""
+        """Stops filling the page cache: the stream reads everything from now on. Idempotent."""
         if self._prefetch is not None:
             self._prefetch.close()
 
     def take_transport(self, gpus: int) -> tuple[Transport, dict[str, EarlyTensor]]:
-        """What moves the bytes, the caller's to close from now on, and by name what is on its way there.
+        """The transport, now the caller's to close, and by name the tensors that are under way.
 
         Args:
             gpus: How many GPUs tensors will land on.

@@ -32,6 +32,21 @@ class ToDtype:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A contiguous part of a tensor that several entries make.
+
+    Attributes:
+        name: The tensor's, for all of its parts.
+        shape: The tensor's.
+        offset: In elements, from its start.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True)
 class TensorRequest:
     """One entry's way.
 
@@ -42,6 +57,8 @@ class TensorRequest:
         batch: Land in one piece of memory with those before and after that have the same `batch`, dtype and shape;
             to be had by `TensorStream.batched` alone, and not in bands.
         becomes: What `TensorStream.made` gives where the GPU's consumer can make it; elsewhere of no meaning.
+        part: Where the values go that `becomes` asks for, if not to a tensor of their own; `TensorStream.made` gives
+            the whole tensor. Its parts are all requested of one device, and in one dtype.
     """
 
     entry: Entry
@@ -49,6 +66,7 @@ class TensorRequest:
     in_bands: bool = False
     batch: str | None = None
     becomes: ToInt8 | ToDtype | None = None
+    part: Part | None = None
 
     @property
     def out_rows(self) -> int:

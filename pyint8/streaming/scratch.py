@@ -1,17 +1,17 @@
-"""Bookkeeping of a fixed buffer that tensors pass through in about the order they came: pure arithmetic."""
+"""Bookkeeping of a fixed buffer whose regions are released in roughly the order they were acquired."""
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
 
-# Of every region's start and size: what a GPU's widest loads and torch's own allocator keep to.
+# Of every region's start and size: as torch's allocator aligns, and enough for a GPU's widest loads.
 ALIGNMENT = 256
 
 
 @dataclass(slots=True)
 class Region:
-    """A range of the buffer, in bytes. `end` includes what alignment and the wrap-around left unused."""
+    """A range of the buffer, in bytes. `end` includes the padding."""
 
     start: int
     nbytes: int
@@ -28,7 +28,7 @@ class ScratchRing:
         self._next = 0
 
     def acquire(self, nbytes: int) -> Region | None:
-        """A region of `nbytes`, or None while there is no room for it."""
+        """A region of `nbytes`, or None while there is no space for it."""
         need = max(1, -(-nbytes // ALIGNMENT)) * ALIGNMENT
         start = self._fit(need)
         if start is None:
@@ -50,7 +50,7 @@ class ScratchRing:
         if not self._regions:
             return 0 if need <= self.size else None
         oldest = self._regions[0].start
-        # The newest region ends at _next. Free is what lies ahead of it, up to the oldest or the buffer's end.
+        # The newest region ends at _next. The space after it is free, up to the oldest region or the end of the buffer.
         wrapped = self._next <= oldest
         if wrapped:
             return self._next if oldest - self._next >= need else None

@@ -1,20 +1,18 @@
-"""Checkpoint entries, in the order they will be asked for, to tensors on their device."""
+"""From checkpoint entries, in the order they will be taken, to tensors on their device."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
 from pyint8.checkpoint import EntryInMemory
-from pyint8.config import StreamOptions
 from pyint8.errors import FileChangedError, ReadError, TruncatedError
 from pyint8.report import Recorder
 from pyint8.streaming.chunks import Chunk, bands_of, cut, gather_batches, typed
-from pyint8.streaming.lane import Lane, LaneOpener, open_lane
+from pyint8.streaming.lane import Lane
 from pyint8.streaming.pour import Made, open_pours
 from pyint8.streaming.requests import TensorRequest
 from pyint8.streaming.transport import ReadRequest, Transport
@@ -32,12 +30,12 @@ class TensorStream:
     its own.)
 
     Args:
-        requests: In the order they will be asked for; names are unique.
-        transport: What moves the bytes. Whoever owns it closes it before the stream: destinations are freed only once
-            nothing is on its way to them.
-        recorder: Told of bytes as they land.
-        early: What is on its way already; entries that are not among the requests are discarded.
-        quantizer: The address of bitsandbytes' `cint8_vector_quant`; without it nothing is made to int8 here.
+        requests: In the order they will be taken; names are unique.
+        transport: Moves the bytes. Its owner closes it before the stream, so that destinations are freed only once
+            nothing writes to them.
+        recorder: Counts bytes as they arrive.
+        early: Tensors that are under way already; those that are not among the requests are discarded.
+        quantizer: The address of bitsandbytes' `cint8_vector_quant`; without it nothing becomes int8 here.
 
     Raises:
         FileChangedError: A file is not the one whose header was read.
@@ -93,6 +91,14 @@ class TensorStream:
             self._release(chunk)
         return chunk.landed.pop(name)
 
+    def makes(self, name: str) -> bool:
+        """Whether the GPU's consumer makes what the request's `becomes` asked for."""
+        return name in self._pours
+
+    def lands_in_place(self, name: str) -> bool:
+        """Whether an entry lands in its part of a larger tensor."""
+        return self.makes(name) and self._pours[name].has_part(name)
+
     def made(self, name: str) -> Made | None:
         """What the request's `becomes` asked for; None where the GPU's consumer does not make it.
 
@@ -108,6 +114,11 @@ class TensorStream:
         """As `whole`, but the values may come later; after `finish` they are there."""
         made = self.made(name)
         return self.whole(name) if made is None else made.tensor
+
+    @property
+    def serves_itself(self) -> bool:
+        """Whether everything for a GPU is made by its consumer, or is there already: nobody has to take it in time."""
+        return bool(self._pours) and all(chunk.early or not chunk.lane.on_gpu for chunk in self._pending)
 
     def finish(self) -> None:
         """Waits for the values of all that was `made`, so that they are ordered before the lanes' streams."""
@@ -133,7 +144,7 @@ class TensorStream:
         return tensor
 
     def bands(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """The entry's rows: (first row, tensor [rows, ...] in scratch), valid until the next one is asked for."""
+        """The entry's rows: (first row, tensor [rows, ...] in scratch); a band is valid until the next."""
         for chunk in self._chunks[name]:
             memory = self._land(chunk)
             try:
@@ -153,7 +164,7 @@ class TensorStream:
         return transposed
 
     def _lane(self, device: torch.device) -> Lane:
-        """A GPU has one lane, whoever uses it; in host memory, where there may be several streams, each has its own."""
+        """A GPU has one lane for all streams; in host memory each stream has a lane of its own."""
         if device.type == "cuda":
             return self._transport.lane(device)
         if self._host_lane is None:
@@ -161,7 +172,7 @@ class TensorStream:
         return self._host_lane
 
     def _take_over(self, request: TensorRequest, early: dict[str, EarlyTensor]) -> list[Chunk]:
-        """The whole entry as one chunk, if it is on its way to the right place already."""
+        """The whole entry as one chunk, if an early tensor has it on the right device."""
         entry = request.entry
         tensor = early.get(entry.name)
         if tensor is None or tensor.entry != entry or tensor.lane is not self._lane(request.device):
@@ -173,13 +184,13 @@ class TensorStream:
         return [chunk]
 
     def _discard(self, early: dict[str, EarlyTensor]) -> None:
-        """Gives memory back that nobody wants, once the bus is through with it."""
+        """Frees early tensors that are not needed, once the bus no longer writes to them."""
         for tensor in early.values():
             self._engine.wait(tensor.ticket, tensor.lane.stream)
         early.clear()
 
     def _fill_window(self) -> None:
-        """Asks for as much as the budgets allow, in order."""
+        """Requests as much as the budgets allow, in order."""
         batch: list[Chunk] = []
         while self._cursor < len(self._pending):
             chunk = self._pending[self._cursor]
@@ -194,7 +205,7 @@ class TensorStream:
         self._submit(batch)
 
     def _allocate(self, chunk: Chunk) -> bool:
-        """Gives a chunk its memory; False while there is no room."""
+        """Gives a chunk its memory; False while there is no space."""
         lane = chunk.lane
         if chunk.through_scratch:
             chunk.region = lane.ring.acquire(chunk.nbytes)
@@ -202,7 +213,7 @@ class TensorStream:
                 return False
             chunk.memory = lane.buffer[chunk.region.start : chunk.region.start + chunk.nbytes]
             return True
-        # Tensors of their own: ask for many at a time, so that small neighbours share reads.
+        # Tensors of their own: request many at a time, so that small neighbours share reads.
         lane.filling = lane.filling or lane.bytes_in_flight <= lane.scratch_bytes // 2
         if lane.bytes_in_flight and (not lane.filling or lane.bytes_in_flight + chunk.nbytes > lane.scratch_bytes):
             lane.filling = False
@@ -227,13 +238,13 @@ class TensorStream:
             ticket += len(chunk.entries)
 
     def _land(self, chunk: Chunk) -> torch.Tensor:
-        """Waits until the chunk's bytes are ordered before the caller's stream; its memory."""
+        """The chunk's memory, once the arrival of its bytes is ordered before the caller's stream."""
         entry = chunk.request.entry
         if isinstance(entry, EntryInMemory):
             self._recorder.landed(chunk.nbytes)
             flat = entry.value.reshape(-1).view(torch.uint8)
             return flat.clone() if flat.device == chunk.lane.device else flat.to(chunk.lane.device)
-        if chunk.ticket is None:  # taken out of order: it gets memory of its own, ahead of the queue
+        if chunk.ticket is None:  # taken out of order: it gets memory of its own, and goes first
             chunk.lane.bytes_in_flight += chunk.nbytes
             chunk.memory = torch.empty(chunk.nbytes, dtype=torch.uint8, device=chunk.lane.device)
             self._submit([chunk], first=True)
@@ -246,7 +257,7 @@ class TensorStream:
         return chunk.memory
 
     def _release(self, chunk: Chunk) -> None:
-        """The caller has put all its work on the chunk's memory into its stream, or owns the memory."""
+        """Called when all work on the chunk's memory is in the caller's stream, or the caller owns the memory."""
         if chunk.region is not None:
             chunk.lane.ring.release(chunk.region)
         elif not chunk.early:
@@ -271,74 +282,3 @@ def _tensor_at(entries: Iterable[Entry], path: str | None, offset: int | None) -
         return None
     found = (e.name for e in entries if e.path == path and e.offset <= offset < e.offset + e.nbytes)
     return next(found, None)
-
-
-@contextmanager
-def open_stream(
-    requests: Sequence[TensorRequest],
-    options: StreamOptions,
-    *,
-    recorder: Recorder | None = None,
-    opener: LaneOpener = open_lane,
-    quantizer: int | None = None,
-) -> Iterator[TensorStream]:
-    """A stream with a transport of its own: on leaving, the workers are joined and nothing is on its way any more.
-
-    If the block ends without an error, no file may have been written to meanwhile.
-
-    Args:
-        requests: See `TensorStream`.
-        options: How to move bytes.
-        recorder: Told of bytes as they land, and of what the engine did.
-        opener: Makes the lane of a device (another one for tests).
-        quantizer: See `TensorStream`.
-
-    Raises:
-        FileChangedError: A file is not the one whose header was read, or was written to since.
-        ReadError: A file cannot be opened.
-        DeviceError: The driver refuses.
-    """
-    gpus = {request.device for request in requests if request.device.type == "cuda"}
-    with closing(Transport(options, opener, len(gpus))) as transport:
-        stream = TensorStream(requests, transport, recorder=recorder, quantizer=quantizer)
-        try:
-            yield stream
-            if recorder is not None:
-                recorder.set_engine(transport.stats())
-            transport.require_unchanged()
-        finally:
-            transport.close()
-            stream.close()
-
-
-def read_tensor(entry: Entry) -> torch.Tensor:
-    """One entry, contiguous, in host memory of its own: for a question that is seldom asked."""
-    with open_stream([TensorRequest(entry, torch.device("cpu"))], StreamOptions(threads=1)) as stream:
-        return stream.whole(entry.name)
-
-
-@dataclass(frozen=True)
-class StreamSource:
-    """One entry of a stream, as a weight to quantize (see `pyint8.quantizer.WeightSource`)."""
-
-    stream: TensorStream
-    entry: Entry
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.entry.torch_shape
-
-    def bands(self) -> Iterator[tuple[int, torch.Tensor]]:
-        return self.stream.bands(self.entry.name)
-
-    def whole(self) -> torch.Tensor:
-        return self.stream.whole(self.entry.name)
-
-    def transposed_half(self, model_dtype: torch.dtype) -> torch.Tensor:
-        return self.stream.transposed_half(self.entry.name, model_dtype)
-
-    def made(self) -> Made | None:
-        return self.stream.made(self.entry.name)
-
-    def later(self) -> torch.Tensor:
-        return self.stream.later(self.entry.name)

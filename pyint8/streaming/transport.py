@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 class ReadRequest:
     """A range of a file, in bytes, and the memory (a tensor of uint8, or a storage, on a lane's device) it fills.
 
-    It begins at byte `at` of the memory. The file must be in the state of `stamp`, if one is given.
+    It starts at byte `at` of the memory. The file must be in the state `stamp`, if one is given.
     """
 
     path: str
@@ -48,7 +49,8 @@ class Transport:
         self._opener = opener
         self._lanes: dict[torch.device, Lane] = {}
         self._opened: list[Lane] = []
-        self._consumers: list[tuple[_core.Consumer, list[torch.Tensor]]] = []  # with the memory that each was given
+        self._consumers: list[_core.Consumer] = []
+        self._in_use: list[torch.Tensor] = []  # memory that consumers were given, until they are closed
         self._files: dict[tuple[str, FileStamp | None], int] = {}
         threads = options.worker_threads(gpus)
         self.engine = _core.Engine(
@@ -75,7 +77,12 @@ class Transport:
         return lane
 
     def submit(self, lane: Lane, reads: list[ReadRequest], *, first: bool = False) -> int:
-        """Asks for `reads` in that order, `first` ahead of all that waits; the ticket of the first, the others follow.
+        """Submits `reads` in order; returns the ticket of the first, the others' follow one by one.
+
+        Args:
+            lane: Where the memory lies.
+            reads: Ranges of files.
+            first: Read them before everything that waits.
 
         Raises:
             FileChangedError: A file is not the one whose header was read.
@@ -86,7 +93,7 @@ class Transport:
             (self.file(read.path, read.stamp), read.offset, read.nbytes, read.memory.data_ptr() + read.at)
             for read in reads
         ]
-        return self.engine.submit(lane.index, wanted, lane.stream, first)
+        return self.engine.submit(lane.index, wanted, lane.stream, first=first)
 
     def open_consumer(self, lane: Lane, scratch_bytes: int, transposed: int, quantizer: int) -> _core.Consumer:
         """The native consumer of a GPU's lane.
@@ -111,27 +118,36 @@ class Transport:
             transposed_bytes=half.nbytes,
             quantizer=quantizer,
         )
-        self._consumers.append((consumer, [scratch, half]))
+        self._consumers.append(consumer)
+        self._in_use += [scratch, half]
         return consumer
+
+    def keep(self, memory: torch.Tensor) -> None:
+        """Keeps memory that a consumer writes to until that is closed, whatever becomes of who asked for it."""
+        self._in_use.append(memory)
 
     def require_unchanged(self) -> None:
         """Raises FileChangedError if a file was written to since it was opened."""
         self.engine.require_unchanged()
 
     def stats(self) -> dict[str, float]:
-        """What the engine did so far (see `LoadReport.engine`)."""
+        """The engine's statistics so far (see `LoadReport.engine`)."""
         return self.engine.stats()
 
     def close(self) -> None:
-        """Stop reading, join the workers, wait for the copies under way, give back pinned memory and scratch."""
-        try:
-            self.engine.close()
-            for consumer, _ in self._consumers:
-                consumer.close()
-        finally:
-            self._consumers.clear()
-        for lane in self._opened:
-            lane.release()
+        """Stops reading, joins the workers, waits for copies under way, gives back pinned memory and scratch."""
+        with ExitStack() as stack:
+            for lane in self._opened:
+                stack.callback(lane.release)
+            stack.callback(self._in_use.clear)
+            stack.callback(self._consumers.clear)
+            for consumer in self._consumers:
+                stack.callback(consumer.close)
+            stack.callback(self.engine.close)  # the first to go
+
+    def __del__(self) -> None:
+        if hasattr(self, "engine"):
+            self.close()  # nobody did, for whom a load failed halfway; memory must not go before those who write to it
 
     def file(self, path: str, stamp: FileStamp | None) -> int:
         """The engine's number of a file, which it opens.

@@ -11,12 +11,21 @@ import pytest
 import torch
 import transformers
 from oracle import SERIALIZABLE, compare_models, compare_outputs, show
+from packaging.version import Version
 from zoo import ZOO, CheckpointStore
 
 import pyint8
-from pyint8.errors import ModelNotSupportedError
+from pyint8.errors import MissingDependencyError, ModelNotSupportedError
 
 INPUTS = ZOO["llama"].inputs
+TRANSFORMERS = Version(transformers.__version__)
+
+# Of transformers, whoever loads: of its releases the matrix runs more than those that can do everything.
+takes_this_peft = pytest.mark.skipif(
+    Version("5.24") <= TRANSFORMERS and Version(peft.__version__) < Version("0.22"),
+    reason="transformers wants a newer PEFT",
+)
+finds_subfolders = pytest.mark.skipif(Version("5.23") > TRANSFORMERS, reason="transformers does not look there yet")
 
 
 @pytest.fixture
@@ -45,17 +54,27 @@ def check_adapter(path: Any, base: Path, **where: Any) -> None:
     assert ours.active_adapters() == theirs.active_adapters()
 
 
+@takes_this_peft
 def test_an_adapter_brings_its_base_model(base: Path, tmp_path: Path) -> None:
     save_adapter(base, tmp_path)
     check_adapter(tmp_path, base)
 
 
-@pytest.mark.parametrize("more", [{"adapter_name": "mine"}, {"adapter_kwargs": {"subfolder": "deeper"}}], ids=str)
+@takes_this_peft
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"adapter_name": "mine"},
+        pytest.param({"adapter_kwargs": {"subfolder": "deeper"}}, marks=finds_subfolders),
+    ],
+    ids=str,
+)
 def test_what_is_said_of_an_adapter_counts(more: dict[str, Any], base: Path, tmp_path: Path) -> None:
     save_adapter(base, tmp_path / "deeper" if "adapter_kwargs" in more else tmp_path)
     check_adapter(tmp_path, base, **more)
 
 
+@takes_this_peft
 def test_an_adapter_may_be_with_its_model(base: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(base, tmp_path / "both")
     save_adapter(base, folder)
@@ -63,6 +82,7 @@ def test_an_adapter_may_be_with_its_model(base: Path, tmp_path: Path) -> None:
     check_adapter(folder, base)
 
 
+@takes_this_peft
 def test_an_adapter_of_the_hub(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     snapshot = tmp_path / "models--people--lora" / "snapshots" / ("4" * 40)
@@ -80,3 +100,10 @@ def test_an_adapter_without_a_base_model(content: str, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(content)
     with pytest.raises(ModelNotSupportedError, match=r"names no base model; load that.*model\.load_adapter\("):
         pyint8.load(tmp_path)
+
+
+def test_an_adapter_without_peft_asks_for_it(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_adapter(base, tmp_path)
+    monkeypatch.setattr("pyint8.checkpoint.find.find_spec", lambda _: None)
+    with pytest.raises(MissingDependencyError, match=f"{tmp_path} holds a PEFT adapter.*`pip install peft`"):
+        pyint8.load(tmp_path, "cpu")

@@ -1,4 +1,4 @@
-"""Loads where torch was told something that a load has nothing to do with: a default dtype, autocast, inference."""
+"""Loads while torch has settings that should not affect them: a default dtype, autocast, inference mode."""
 
 from __future__ import annotations
 

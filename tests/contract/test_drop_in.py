@@ -198,7 +198,7 @@ def test_an_interrupt_leaves_nothing(way: str, checkpoints: CheckpointStore, mon
 
 
 def test_an_index_that_lies(copy_of: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """Who asks for pyint8 is told; who does not know of it gets what transformers makes of it, and a word."""
+    """Code that asks for pyint8 gets an error; other code gets transformers' result and a warning."""
     folder = copy_of("llama_sharded", "bf16")
     index = folder / "model.safetensors.index.json"
     content = json.loads(index.read_text())

@@ -76,7 +76,7 @@ def test_the_same_model(model_type: str, tmp_path: Path) -> None:
 
 
 def _as_left_ordinary(ours: tf.PreTrainedModel, report: pyint8.LoadReport) -> dict[str, Any]:
-    """The peer is told to leave out what stays ordinary here, as its weight is used without calling it."""
+    """The peer skips what stays ordinary here, as its weight is used without calling it."""
     if not any(reason.startswith("its weight is used without") and "(" in reason for reason in report.skipped.values()):
         return {}
     skip = list(ours.hf_quantizer.modules_to_not_convert)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from importlib import metadata
 from itertools import chain
@@ -57,7 +58,7 @@ def test_paths_that_papers_name_are_there(paper: Path) -> None:
 @in_source_tree
 def test_tests_that_papers_name_are_there() -> None:
     named = set(chain.from_iterable(NAMED_TEST.findall(paper.read_text()) for paper in PAPERS))
-    there = {path.stem for path in (ROOT / "tests").rglob("*.*")}
+    there = {path.stem for path in (ROOT / "tests").rglob("*")}
     assert named
     assert not named - there
 
@@ -78,6 +79,41 @@ def test_readme_is_whole_without_its_tree() -> None:
     """On PyPI a relative link leads nowhere: the README has none but its chart, whose text says what it shows."""
     links = [link for link in LINK.findall((ROOT / "README.md").read_text()) if not link.startswith("https://")]
     assert [Path(link).suffix for link in links] == [".svg"]
+
+
+HOT, COLD = "llama-8b-h100", "llama-8b-cold-h100"
+MEASURED = {
+    "**`pyint8.load`**": [
+        (HOT, "pyint8", "first"),
+        (HOT, "pyint8", "later"),
+        (COLD, "pyint8 (cold)", "first"),
+        (COLD, "pyint8 (process start to ready)", "first"),
+        (COLD, "imports (process start to ready)", "first"),
+    ],
+    "transformers 5.23 `load_in_8bit`": [(HOT, "transformers-int8", "first"), (HOT, "transformers-int8", "later")],
+    "best raw loader, safetensors 0.9 `prefetch`": [
+        (HOT, "safetensors-prefetch", "first"),
+        (HOT, "safetensors-prefetch", "later"),
+    ],
+}
+"""Rows of the README's table of speed: the run, the case and the load of each of its numbers, in order."""
+
+
+def median_seconds(run: str, case: str, load: str) -> float:
+    results = json.loads((ROOT / "benchmarks" / "results" / f"{run}.json").read_text())["checkpoints"]["llama-8b"]
+    (line,) = (line for line in results["results"] if line["case"] == case)
+    return float(line["summary"][f"{load}_seconds"]["median"])
+
+
+@in_source_tree
+@pytest.mark.parametrize("row", MEASURED)
+def test_the_readme_s_speed_is_what_was_measured(row: str) -> None:
+    (line,) = (line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| {row} |"))
+    said = re.findall(r"(\d+\.(\d+)) s", line)
+    measured = [
+        f"{median_seconds(*each):.{len(digits)}f}" for each, (_, digits) in zip(MEASURED[row], said, strict=True)
+    ]
+    assert [number for number, _ in said] == measured
 
 
 @in_source_tree

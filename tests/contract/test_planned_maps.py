@@ -1,4 +1,4 @@
-"""Device maps over several GPUs and the CPU, planned from budgets: the same, whoever loads. No GPU is needed."""
+"""Device maps over several GPUs and the CPU, planned from budgets: the same as transformers plans. No GPU is needed."""
 
 from __future__ import annotations
 

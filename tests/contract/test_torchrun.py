@@ -80,6 +80,7 @@ def test_a_planned_map_under_torchrun_is_warned_of(
         {"distributed_config": DistributedConfig(tp_size=2)},
         {"distributed_config": DistributedConfig(fsdp_size=4)},
         {"distributed_config": {"tp_size": 2}},
+        {"distributed_config": {"tp_plan": "auto"}},
         {"tp_size": 2},
         {"tp_plan": "auto"},
         {"device_mesh": SimpleNamespace(size=lambda: 2)},

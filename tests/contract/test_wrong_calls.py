@@ -97,6 +97,11 @@ def test_a_models_configuration_is_no_int8_config(load: Load) -> None:
         load(config={"load_in_8bit": True})
 
 
+def test_a_device_map_of_numbers_is_no_map_of_modules(load: Load) -> None:
+    with pytest.raises(PlacementError, match="device_map has the key 0; keys are names of modules"):
+        load(device_map={0: "cpu"})
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it is a device")
 @pytest.mark.parametrize("device_map", [0, 3, "cuda", "cuda:1", {"": 0}, {"": "cuda:0"}, "mps", "xpu:1"], ids=str)
 def test_a_device_that_is_not_there(device_map: Any, load: Load, checkpoints: CheckpointStore) -> None:

@@ -1,4 +1,4 @@
-"""A load on a real device: its memory, its offloads, several devices, and that a bad weight is told."""
+"""A load on a real device: its memory, its offloads, several devices, and that a bad weight is reported."""
 
 from __future__ import annotations
 
@@ -147,6 +147,22 @@ print(report.host_peak_bytes)
     assert done.returncode == 0, done.stderr
     offloaded = sum(tensor.nbytes for name, tensor in load_all(wide_llama).items() if "layers.1." in name)
     assert int(done.stdout.split()[-1]) <= (2.2 * offloaded if place == "cpu" else 0) + 512 * MIB
+
+
+@pytest.mark.parametrize("checkpoint", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "mixtral"])
+def test_the_c_function_and_the_operator_make_the_same(
+    checkpoints: CheckpointStore, name: str, checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoints.folder(ZOO[name], checkpoint)
+    by_c, report = pyint8.load(folder, 0, model=ZOO[name].cls, return_report=True)
+    monkeypatch.setattr("pyint8.models.transformers.parameters.find_entry_point", lambda: None)
+    by_operator, other = pyint8.load(folder, 0, model=ZOO[name].cls, return_report=True)
+    assert report.quantized_by["cint8_vector_quant"] > 0
+    assert other.quantized_by == {"int8_vectorwise_quant": sum(report.quantized_by.values())}
+    left, right = by_c.state_dict(), by_operator.state_dict()
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[key], right[key]) for key in left)
 
 
 def load_all(folder: Path) -> dict[str, torch.Tensor]:

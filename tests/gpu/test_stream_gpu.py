@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from pyint8 import StreamOptions, _core
 from pyint8.checkpoint import open_checkpoint
 from pyint8.errors import TruncatedError
+from pyint8.streaming.reading import open_stream
 from pyint8.streaming.requests import TensorRequest
-from pyint8.streaming.stream import open_stream
 
 CUDA = torch.device("cuda", 0)
 

@@ -20,7 +20,7 @@ class HubServer:
         url: For HF_ENDPOINT.
         sent: Names of the files whose contents were asked for, in order.
         cut: Names of files that the connection does not live to the end of.
-        token: Who does not send it is told that there is nothing; None for everybody.
+        token: Requests without it get "not found"; None serves all.
     """
 
     def __init__(self, name: str, folder: Path) -> None:

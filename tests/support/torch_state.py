@@ -1,4 +1,4 @@
-"""What torch was told for a whole process, for a while."""
+"""Settings of torch for a whole process, for the length of a block."""
 
 from __future__ import annotations
 

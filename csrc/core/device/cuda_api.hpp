@@ -57,6 +57,8 @@ inline constexpr int kJitErrorLogBufferSizeBytes = 6;  // CU_JIT_ERROR_LOG_BUFFE
   X(event_synchronize, "cuEventSynchronize", (CuEvent event))                                               \
   X(memcpy_to_device_async, "cuMemcpyHtoDAsync_v2",                                                         \
     (CuDevicePtr to, const void* from, std::size_t nbytes, CuStream stream))                                \
+  X(memcpy_on_device_async, "cuMemcpyDtoDAsync_v2",                                                         \
+    (CuDevicePtr to, CuDevicePtr from, std::size_t nbytes, CuStream stream))                                \
   X(host_register, "cuMemHostRegister_v2", (void* address, std::size_t nbytes, unsigned flags))             \
   X(host_unregister, "cuMemHostUnregister", (void* address))                                                \
   X(module_load, "cuModuleLoadDataEx",                                                                      \

@@ -90,6 +90,8 @@ class Device {
   virtual void prepare_kernels() = 0;
   // Transposes and casts a weight (see transpose.hpp) on `stream`.
   virtual void transpose_to_half(const TransposeJob& job, StreamHandle stream) = 0;
+  // Copies from one place of the device's memory to another, on `stream`.
+  virtual void copy_on_device(Address to, Address from, std::size_t nbytes, StreamHandle stream) = 0;
   // Casts values (see cast.hpp) on `stream`.
   virtual void cast(const CastJob& job, StreamHandle stream) = 0;
   // Lets `quantizer` put its work on `stream`.

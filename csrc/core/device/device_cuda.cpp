@@ -1,6 +1,7 @@
 #include "device/device_cuda.hpp"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -65,7 +66,10 @@ class PinnedMemory final : public HostMemory {
     const auto address = reinterpret_cast<std::uintptr_t>(map_);
     data_ = reinterpret_cast<std::byte*>((address + kHugePage - 1) / kHugePage * kHugePage);
     ::madvise(data_, nbytes, MADV_HUGEPAGE);
-    const CuResult result = context_->api().host_register(data_, nbytes, kHostRegisterPortable);
+    // The driver wants whole pages, which have 64 KiB on some aarch64.
+    const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+    const std::size_t whole = (nbytes + page - 1) / page * page;
+    const CuResult result = context_->api().host_register(data_, whole, kHostRegisterPortable);
     if (result != 0) {
       ::munmap(map_, mapped_);
       context_->api().check(result, "cuMemHostRegister (is `ulimit -l` too small for the ring?)");
@@ -178,11 +182,21 @@ CudaDevice::CudaDevice(std::shared_ptr<const CudaApi> api, int ordinal)
 }
 
 CudaDevice::~CudaDevice() {
+  // Twice: where asking itself failed, copies and kernels may still be under way.
+  const bool has_ended = wait_for_all() || wait_for_all();
   const CudaContext::Scope scope(*context_, std::nothrow);
-  context_->api().stream_synchronize(copy_stream_);
-  for (const auto& [stream, event] : last_) context_->api().event_synchronize(handle_of(*event));
   context_->api().stream_destroy(copy_stream_);
-  if (module_ != nullptr) context_->api().module_unload(module_);
+  // Kernels that may still run need their code: leak it rather than unload it.
+  if (module_ != nullptr && has_ended) context_->api().module_unload(module_);
+}
+
+bool CudaDevice::wait_for_all() noexcept {
+  const CudaContext::Scope scope(*context_, std::nothrow);
+  const CudaApi& api = context_->api();
+  const auto has_passed = [&](const auto& last) {
+    return api.event_synchronize(handle_of(*last.second)) == 0;
+  };
+  return api.stream_synchronize(copy_stream_) == 0 && std::all_of(last_.begin(), last_.end(), has_passed);
 }
 
 std::unique_ptr<HostMemory> CudaDevice::allocate_host(std::size_t nbytes) {
@@ -272,7 +286,10 @@ void CudaDevice::launch(const std::string& kernel_name, unsigned blocks_x, unsig
                               const_cast<void**>(arguments.data()), nullptr),
             "cuLaunchKernel");
   const CuResult result = api.event_record(handle_of(last), as_stream(stream));
-  if (result != 0) api.stream_synchronize(as_stream(stream));  // nothing else would
+  if (result != 0 && api.stream_synchronize(as_stream(stream)) != 0) {
+    const std::lock_guard lock(module_mutex_);
+    module_ = nullptr;  // the kernel's end cannot be waited for either: its code is left to the driver
+  }
   api.check(result, "cuEventRecord");
 }
 
@@ -297,6 +314,12 @@ void CudaDevice::transpose_to_half(const TransposeJob& job, StreamHandle stream)
   const auto blocks_y =
       static_cast<unsigned>(std::min<std::size_t>((job.rows + kTile - 1) / kTile, kMostBlocksY));
   launch(kernel_name(job), blocks_x, blocks_y, arguments, stream);
+}
+
+void CudaDevice::copy_on_device(Address to, Address from, std::size_t nbytes, StreamHandle stream) {
+  const CudaContext::Scope scope(*context_);
+  const CudaApi& api = context_->api();
+  api.check(api.memcpy_on_device_async(to, from, nbytes, as_stream(stream)), "cuMemcpyDtoDAsync");
 }
 
 void CudaDevice::cast(const CastJob& job, StreamHandle stream) {

@@ -62,10 +62,13 @@ class CudaDevice final : public Device {
   std::unique_ptr<Stream> make_stream() override;
   void prepare_kernels() override;
   void transpose_to_half(const TransposeJob& job, StreamHandle stream) override;
+  void copy_on_device(Address to, Address from, std::size_t nbytes, StreamHandle stream) override;
   void cast(const CastJob& job, StreamHandle stream) override;
   void quantize(Quantizer quantizer, const QuantizeJob& job, StreamHandle stream) override;
 
  private:
+  // Waits for all copies and kernels; false if it is not known whether they have ended.
+  bool wait_for_all() noexcept;
   CuFunction kernel(const std::string& name);
   void launch(const std::string& kernel_name, unsigned blocks_x, unsigned blocks_y,
               std::span<void* const> arguments, StreamHandle stream);

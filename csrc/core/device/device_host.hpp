@@ -24,6 +24,9 @@ class HostDevice : public Device {
   void transpose_to_half(const TransposeJob& job, StreamHandle) override {
     pyint8::transpose_to_half(job, threads_);
   }
+  void copy_on_device(Address to, Address from, std::size_t nbytes, StreamHandle) override {
+    copy(to, reinterpret_cast<const std::byte*>(from), nbytes);
+  }
   void cast(const CastJob& job, StreamHandle) override { pyint8::cast(job); }
   void quantize(Quantizer quantizer, const QuantizeJob& job, StreamHandle stream) override;
 
@@ -31,7 +34,7 @@ class HostDevice : public Device {
   std::size_t threads_;
 };
 
-// Where bytes go that are read only to be in the page cache: they end in a slot.
+// For bytes that are read only to be in the page cache: they are discarded with their slot.
 class DiscardingDevice final : public HostDevice {
  public:
   DiscardingDevice() : HostDevice(1) {}

@@ -1,5 +1,5 @@
 // The shape of a tile and of the block that transposes it, or casts, for kernels.cu (compiled apart, for the
-// GPU) and for whoever launches them.
+// GPU) and for the code that launches them.
 #pragma once
 
 namespace pyint8 {

@@ -54,16 +54,18 @@ void validate(const CastJob& job) {
 
 void cast(const CastJob& job) {
   validate(job);
+  const bool rounds = job.through_bfloat16 && job.type != ElementType::kBFloat16;
+  const bool keeps_bits = job.type == job.to_type && !rounds;
   for (std::size_t i = 0; i < job.elements; ++i) {
     const float source = load(job.type, job.from, i);
-    const float value = job.through_bfloat16 ? bfloat16_to_float(float_to_bfloat16(source)) : source;
-    if (job.type != job.to_type || job.through_bfloat16) store(job.to_type, job.to, i, value);
+    const float value = rounds ? bfloat16_to_float(float_to_bfloat16(source)) : source;
+    if (!keeps_bits) store(job.to_type, job.to, i, value);
     if (job.marks_at == 0) continue;
     if (is_marked(job.marks, source, half_to_float(float_to_half(value)))) {
       reinterpret_cast<std::uint8_t*>(job.marks_at)[i / job.elements_per_mark] = 1;
     }
   }
-  if (job.type == job.to_type && !job.through_bfloat16 && job.to != job.from) {  // a NaN keeps its bits
+  if (keeps_bits && job.to != job.from) {  // those of a NaN too
     std::memcpy(reinterpret_cast<void*>(job.to), reinterpret_cast<const void*>(job.from),
                 job.elements * size_of(job.type));
   }

@@ -9,11 +9,7 @@
 
 #include "error.hpp"
 #include "numeric/half.hpp"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#define PYINT8_X86 1
-#endif
+#include "numeric/simd.hpp"
 
 namespace pyint8 {
 namespace {
@@ -52,7 +48,7 @@ void convert_row(const std::byte* from, std::size_t count, std::uint16_t* to) {
   }
 }
 
-#ifdef PYINT8_X86
+#if defined(__x86_64__)
 // Eight at a time with the conversion instruction of every x86-64 since 2013.
 template <ElementType type>
 __attribute__((target("avx2,f16c"))) void convert_row_f16c(const std::byte* from, std::size_t count,
@@ -71,14 +67,34 @@ __attribute__((target("avx2,f16c"))) void convert_row_f16c(const std::byte* from
   }
   convert_row<type, false>(from + i * size_of(type), count - i, to + i);
 }
+#elif defined(__aarch64__)
+// Four at a time with an instruction that every aarch64 has.
+template <ElementType type>
+void convert_row_neon(const std::byte* from, std::size_t count, std::uint16_t* to) {
+  std::size_t i = 0;
+  for (; i + 4 <= count; i += 4) {
+    float32x4_t value;
+    if constexpr (type == ElementType::kFloat) {
+      value = vld1q_f32(reinterpret_cast<const float*>(from) + i);
+    } else {
+      const uint16x4_t bits = vld1_u16(reinterpret_cast<const std::uint16_t*>(from) + i);
+      value = vreinterpretq_f32_u32(vshll_n_u16(bits, 16));
+    }
+    vst1_u16(to + i, vreinterpret_u16_f16(vcvt_f16_f32(value)));
+  }
+  convert_row<type, false>(from + i * size_of(type), count - i, to + i);
+}
 #endif
 
 ConvertRow choose(ElementType type, bool through_bfloat16) {
-#ifdef PYINT8_X86
+#if defined(__x86_64__)
   if (!through_bfloat16 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) {
     if (type == ElementType::kFloat) return convert_row_f16c<ElementType::kFloat>;
     if (type == ElementType::kBFloat16) return convert_row_f16c<ElementType::kBFloat16>;
   }
+#elif defined(__aarch64__)
+  if (!through_bfloat16 && type == ElementType::kFloat) return convert_row_neon<ElementType::kFloat>;
+  if (!through_bfloat16 && type == ElementType::kBFloat16) return convert_row_neon<ElementType::kBFloat16>;
 #endif
   switch (type) {
     case ElementType::kHalf:
@@ -93,30 +109,27 @@ ConvertRow choose(ElementType type, bool through_bfloat16) {
   throw Error(ErrorCode::kInvalidArgument, "unknown element type " + std::to_string(static_cast<int>(type)));
 }
 
-#ifdef PYINT8_X86
-// An 8 x 8 block in registers, with SSE2, which every x86-64 has.
+#ifdef PYINT8_SIMD
+// An 8 x 8 block in registers.
 void transpose_8x8(const std::uint16_t* from, std::size_t from_stride, std::uint16_t* to,
                    std::size_t to_stride) {
-  __m128i row[8], pair[8], quad[8];
-  for (int i = 0; i < 8; ++i)
-    row[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i * from_stride));
+  simd::Eight row[8], pair[8], quad[8];
+  for (int i = 0; i < 8; ++i) row[i] = simd::load(from + i * from_stride);
   for (int i = 0; i < 4; ++i) {
-    pair[i] = _mm_unpacklo_epi16(row[2 * i], row[2 * i + 1]);
-    pair[i + 4] = _mm_unpackhi_epi16(row[2 * i], row[2 * i + 1]);
+    pair[i] = simd::low16(row[2 * i], row[2 * i + 1]);
+    pair[i + 4] = simd::high16(row[2 * i], row[2 * i + 1]);
   }
   for (int half = 0; half < 2; ++half) {
-    const __m128i* p = pair + 4 * half;
-    __m128i* q = quad + 4 * half;
-    q[0] = _mm_unpacklo_epi32(p[0], p[1]);
-    q[1] = _mm_unpackhi_epi32(p[0], p[1]);
-    q[2] = _mm_unpacklo_epi32(p[2], p[3]);
-    q[3] = _mm_unpackhi_epi32(p[2], p[3]);
+    const simd::Eight* p = pair + 4 * half;
+    simd::Eight* q = quad + 4 * half;
+    q[0] = simd::low32(p[0], p[1]);
+    q[1] = simd::high32(p[0], p[1]);
+    q[2] = simd::low32(p[2], p[3]);
+    q[3] = simd::high32(p[2], p[3]);
     for (int i = 0; i < 2; ++i) {
       const std::size_t column = 4 * half + 2 * i;
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + column * to_stride),
-                       _mm_unpacklo_epi64(q[i], q[i + 2]));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + (column + 1) * to_stride),
-                       _mm_unpackhi_epi64(q[i], q[i + 2]));
+      simd::store(to + column * to_stride, simd::low64(q[i], q[i + 2]));
+      simd::store(to + (column + 1) * to_stride, simd::high64(q[i], q[i + 2]));
     }
   }
 }
@@ -127,7 +140,7 @@ void write_transposed(const Tile& tile, std::size_t rows, std::size_t columns, s
                       std::size_t to_stride) {
   std::size_t whole_rows = 0;
   std::size_t whole_columns = 0;
-#ifdef PYINT8_X86
+#ifdef PYINT8_SIMD
   whole_rows = rows / 8 * 8;
   whole_columns = columns / 8 * 8;
   for (std::size_t c = 0; c < whole_columns; c += 8) {

@@ -148,8 +148,11 @@ bool Consumer::await(const Asked& asked) {
 
 void Consumer::put_work(const Asked& asked) {
   const Task& task = *asked.task;
-  if (stays_as_stored(task.request)) return;
-  if (const auto* to = std::get_if<ToValues>(&task.request.to)) {
+  if (stays_as_stored(task.request)) {
+    const Address values = std::get<ToValues>(task.request.to).values;
+    if (asked.memory == values) return;  // it landed in its place
+    device_.copy_on_device(values, asked.memory, asked.band->nbytes, stream_->handle());
+  } else if (const auto* to = std::get_if<ToValues>(&task.request.to)) {
     cast_band(task, *to, asked);
   } else if (is_transposed(task.request)) {
     transpose_band(task, std::get<ToInt8>(task.request.to), asked);
@@ -200,12 +203,13 @@ void Consumer::cast_band(const Task& task, const ToValues& to, const Asked& aske
   const Request& request = task.request;
   const Band& band = *asked.band;
   const std::size_t elements = band.rows * request.columns;
+  const ElementType dtype = to.dtype.value_or(request.stored);
   device_.cast({.from = asked.memory,
                 .type = request.stored,
                 .through_bfloat16 = false,
                 .elements = elements,
-                .to = to.values + band.row * request.columns * size_of(*to.dtype),
-                .to_type = *to.dtype,
+                .to = to.values + band.row * request.columns * size_of(dtype),
+                .to_type = dtype,
                 .marks_at = request.marks,
                 .elements_per_mark = elements,
                 .marks = Marks::kOverflow},

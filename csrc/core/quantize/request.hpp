@@ -58,8 +58,8 @@ struct Room {
 
 // The bands of a request's rows; one for what stays as stored. Throws kInvalidArgument for a row that does
 // not fit in a band, for a transposed weight that its memory cannot hold, for an empty one, for sizes that do
-// not agree with the bytes, for more rows or columns than the quantizer's int counts, for casts that there
-// are not and marks that cannot be given, and for what has landed and stays as stored: it needs no consumer.
+// not agree with the bytes, for more rows or columns than the quantizer's int counts, and for casts that
+// there are not and marks that cannot be given.
 std::vector<Band> bands_of(const Request& request, const Room& room);
 
 }  // namespace pyint8

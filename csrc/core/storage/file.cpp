@@ -83,10 +83,11 @@ void File::require_unchanged() const {
 // it answers yes, and reads go through the page cache, as they do without `direct`.
 bool File::is_cached(std::uint64_t offset, std::size_t nbytes) const {
   if (map_ == nullptr || offset >= mapped_) return false;
-  nbytes = static_cast<std::size_t>(std::min<std::uint64_t>(nbytes, mapped_ - offset));
-  std::vector<unsigned char> pages(nbytes / kDirectAlignment + 1);
-  if (::mincore(static_cast<std::byte*>(map_) + offset, nbytes, pages.data()) != 0) return false;
-  pages.resize((nbytes + kDirectAlignment - 1) / kDirectAlignment);
+  const auto page_bytes = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));  // 64 KiB on some aarch64
+  const std::uint64_t first = offset - offset % page_bytes;
+  const auto length = static_cast<std::size_t>(std::min(offset + nbytes, mapped_) - first);
+  std::vector<unsigned char> pages((length + page_bytes - 1) / page_bytes);
+  if (::mincore(static_cast<std::byte*>(map_) + first, length, pages.data()) != 0) return false;
   return std::ranges::all_of(pages, [](unsigned char page) { return (page & 1) != 0; });
 }
 

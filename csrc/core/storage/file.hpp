@@ -11,7 +11,7 @@
 
 namespace pyint8 {
 
-// What tells one state of a file from another, but for states within one tick of the file system's clock.
+// Distinguishes states of a file, except those within one tick of the file system's clock.
 struct FileStamp {
   std::uint64_t device;
   std::uint64_t inode;
@@ -48,7 +48,7 @@ class File final : public Source {
   // Retries short reads and EINTR. A direct read wants `out`, `offset` and `capacity` aligned to
   // kDirectAlignment; others go the buffered way.
   void read_at(std::byte* out, std::size_t needed, std::size_t capacity, std::uint64_t offset) const override;
-  // Of the file that was opened, by whatever name it goes now.
+  // Of the file that was opened, even if it was renamed or removed since.
   void require_unchanged() const override;
 
   const std::string& path() const { return path_; }

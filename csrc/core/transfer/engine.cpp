@@ -207,7 +207,7 @@ void Engine::complete(const Job& job) {
     if (--job.tickets[i]->pieces_left == 0) finished.push_back(job.tickets[i]);
   }
   if (finished.empty()) return;
-  // Whoever issues a ticket's last copy records its event: all the others are on the stream already.
+  // The worker that issues a ticket's last copy records its event: all the others are on the stream already.
   for (const Pending* pending : finished) job.device->record(*pending->landed);
   {
     const std::lock_guard lock(mutex_);
@@ -253,7 +253,7 @@ void Engine::close() {
   progress_.notify_all();
   workers_.stop();
   const std::lock_guard lock(mutex_);
-  std::exception_ptr error;  // of one device: the others' copies must end all the same
+  std::exception_ptr error;  // of one device: the other devices must be waited for in any case
   for (const auto& device : devices_) {
     // Twice: where asking itself failed, copies may still read the slots that go next.
     for (int attempt = 0; attempt < 2; ++attempt) {

@@ -60,7 +60,7 @@ class Engine {
   // Pins the ring, which the first submission to a device other than the host would do.
   void prepare(std::uint32_t lane);
 
-  // Asks for `reads` into memory of lane `lane`, in that order; returns the first one's ticket. Destinations
+  // Submits `reads` into memory of lane `lane`, in that order; returns the first one's ticket. Destinations
   // are written only after what the caller has put on `stream` so far. `first`: ahead of all that waits.
   Ticket submit(std::uint32_t lane, std::span<const Read> reads, StreamHandle stream, bool first);
 

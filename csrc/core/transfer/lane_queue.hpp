@@ -39,7 +39,7 @@ class LaneQueue {
   // must be one.
   Job pop() { return urgent_.empty() ? take_from(idlest()) : take_urgent(); }
 
-  // A job of this lane is over: the device is through with it, and ready for another.
+  // A job of this lane has ended, on the device too, which is ready for another.
   void done(std::size_t lane) { --lanes_[lane].under_way; }
 
   void clear() {

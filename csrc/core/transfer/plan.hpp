@@ -1,4 +1,4 @@
-// From what the caller wants to what a worker does, as plain data: pure, so that it can be tested on its own.
+// From requested ranges to the reads of a worker, as plain data: pure, so that it can be tested on its own.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +8,7 @@
 
 namespace pyint8 {
 
-// A wanted range of a file.
+// A requested range of a file.
 struct Range {
   std::uint32_t file;
   std::uint64_t offset;

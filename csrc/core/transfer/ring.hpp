@@ -29,8 +29,8 @@ class Ring {
    private:
     friend class Ring;
     std::byte* data_ = nullptr;
-    Event* in_flight_ = nullptr;                  // of the last copies, until it is known that they are over
-    std::size_t lane_ = 0;                        // theirs
+    Event* in_flight_ = nullptr;                  // of the last copies, until they are known to have ended
+    std::size_t lane_ = 0;                        // the lane of those copies
     std::vector<std::unique_ptr<Event>> events_;  // by lane
   };
 

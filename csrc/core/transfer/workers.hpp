@@ -19,7 +19,7 @@ class Workers {
  public:
   // What a worker, numbered from 0, does; all but `on_failure` are called on its thread.
   struct Role {
-    // Returns once the worker could run a job at once: until then, jobs are left to others.
+    // Returns once the worker can run a job at once; until then the others take the jobs.
     std::function<void(std::size_t worker)> get_ready;
     std::function<void(const Job&, std::size_t worker)> run;
     std::function<void()> on_failure;  // called once, after the first error is kept
@@ -28,7 +28,7 @@ class Workers {
   Workers(std::size_t threads, Role role) : role_(std::move(role)) {
     try {
       for (std::size_t i = 0; i < threads; ++i) threads_.emplace_back([this, i] { loop(i); });
-    } catch (...) {  // no more threads to be had: join those there are
+    } catch (...) {  // no more threads can be started: join the others
       stop();
       throw;
     }
@@ -47,7 +47,7 @@ class Workers {
     wake_.notify_all();
   }
 
-  // The device of this lane is through with one of its jobs.
+  // The device of this lane has finished one of its jobs.
   void done(std::size_t lane) {
     const std::lock_guard lock(mutex_);
     jobs_.done(lane);
@@ -92,7 +92,7 @@ class Workers {
     return !stopped_;
   }
 
-  // Nothing where others took what there was.
+  // Empty if other workers took the jobs.
   std::optional<Job> take() {
     const std::lock_guard lock(mutex_);
     if (stopped_ || jobs_.empty()) return std::nullopt;

@@ -1,7 +1,7 @@
 """Buffers that are neither in a checkpoint nor computed again after a load.
 
-transformers builds models on meta, and gives a buffer that is not saved (`persistent=False`) memory that may hold
-anything; what `__init__` computed is lost, and it is for the class's `_init_weights` to write it again.
+transformers builds models on meta, and gives a buffer that is not saved (`persistent=False`) uninitialized memory; the
+values that `__init__` computed are lost, and the class's `_init_weights` has to write them again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def warn_of_unfilled_buffers(model: transformers.PreTrainedModel, device_map: Ma
     """One warning that names the buffers of a loaded model that nothing was written to."""
     devices = {str(device) for device in (device_map or {}).values()}
     if len(devices) > 1 and not devices.isdisjoint(OFF_DEVICE):
-        return  # accelerate has moved buffers between devices, where it cannot be seen what was written before
+        return  # accelerate has moved buffers between devices, so it cannot be seen what was written
     unfilled = [name for name, buffer in model.named_buffers() if _is_unfilled(model, name, buffer)]
     if unfilled:
         logger.warning(
@@ -41,7 +41,7 @@ def warn_of_unfilled_buffers(model: transformers.PreTrainedModel, device_map: Ma
 
 
 def _is_unfilled(model: nn.Module, name: str, buffer: torch.Tensor) -> bool:
-    """Whether it is as it was allocated: not saved, never written to in place, nor put there by an `_init_weights`."""
+    """Whether it is as allocated: not saved, never written to in place, nor assigned by an `_init_weights`."""
     if buffer.is_meta or not buffer.numel() or buffer.is_inference() or buffer._version:
         return False
     owner_name, _, leaf = name.rpartition(".")
@@ -50,12 +50,12 @@ def _is_unfilled(model: nn.Module, name: str, buffer: torch.Tensor) -> bool:
 
 
 def _is_assigned(model: nn.Module, name: str, owner: nn.Module, leaf: str) -> bool:
-    """Whether an `_init_weights` of a model around a buffer speaks of it, or calls a method of its module that does."""
+    """Whether an `_init_weights` of a model around a buffer names it, or calls a method of its module that does."""
     parts = name.split(".")
     around = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
     classes = {cls for module in around for cls in type(module).__mro__} - {transformers.PreTrainedModel}
-    spoken_of = {word for cls in classes for word in _words(vars(cls).get("_init_weights"))}
-    return leaf in spoken_of or any(leaf in _words(getattr(type(owner), word, None)) for word in spoken_of)
+    named = {word for cls in classes for word in _words(vars(cls).get("_init_weights"))}
+    return leaf in named or any(leaf in _words(getattr(type(owner), word, None)) for word in named)
 
 
 def _words(function: Any) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
-"""transformers' private names: the only file that knows them, so that a new release touches one file.
+"""transformers' private names: the only file that uses them, so that a new release touches one file.
 
 All of these came with 5.0 unless a comment says later. `pyint8.models.transformers.releases` says which releases are
-known to work.
+known to work. Of the quantizer's hooks, which `hooks` overrides, `update_weight_conversions` came with 5.8 and
+`update_parallel_plan` with 5.21; the others with 5.0.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers.core_model_loading import (
+    Concatenate,
     ConversionOps,
     MergeModulelist,
     SkipParameters,
@@ -31,6 +33,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 __all__ = [
     "AUTO_QUANTIZER_MAPPING",
     "Bnb8BitHfQuantizer",
+    "Concatenate",
     "ConversionOps",
     "MergeModulelist",
     "QuantizationConfigMixin",
@@ -55,7 +58,7 @@ __all__ = [
 def fixed_dtypes(model: Any, dtype: torch.dtype, names: Mapping[str, Any]) -> dict[str, torch.dtype]:
     """Of parameters, by name, the dtypes that the model's class demands when it is loaded as `dtype`.
 
-    Source: `_get_dtype_plan` (5.2) and how `convert_and_load_state_dict_in_model` uses it.
+    Source: `_get_dtype_plan` (5.1) and how `convert_and_load_state_dict_in_model` uses it.
     """
     plan = model._get_dtype_plan(dtype)
     if not plan:

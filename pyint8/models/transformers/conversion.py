@@ -1,10 +1,10 @@
-"""Standing in transformers' loading loop: two weight transforms that know the plan and never let it read a file.
+"""Two weight transforms for transformers' loading loop, which follow the plan and never let it read a file.
 
 transformers asks the quantizer for the list of weight transforms (`update_weight_conversions`), renames every key by
-it, and lets the transforms that matched make the parameters. Ours claim every key that has a place in the model:
-the renaming answers from the plan, the converter makes the parameter of what the stream delivers, and the reads that
-transformers prepared are dropped unused. The genuine transforms were asked when the plan was made, and make what
-needs converting.
+it, and lets the transforms that matched make the parameters. Ours match every key that has a place in the model: the
+renaming looks it up in the plan, the converter makes the parameter from the stream, and the reads that transformers
+prepared are discarded unused. The model's own transforms were evaluated when the plan was made; they still do the
+conversions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MakeParameters = Callable[[str, Any], dict[str, Any]]
 
 
 class PlannedRenaming(WeightRenaming):
-    """Renames as all of the model's renamings and converters together do, by looking into the plan."""
+    """Renames as all of the model's renamings and converters together do, by a lookup in the plan."""
 
     __slots__ = ("_plan",)
 
@@ -38,7 +38,7 @@ class PlannedRenaming(WeightRenaming):
 
 
 class PlannedConverter(WeightConverter):
-    """Claims every renamed key with a place in the model, and makes its parameter."""
+    """Matches every renamed key with a place in the model, and makes its parameter."""
 
     __slots__ = ("_make", "_plan")
 
@@ -51,7 +51,7 @@ class PlannedConverter(WeightConverter):
         return source_key, _CLAIMED if source_key in self._plan.claimed else None
 
     def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
-        """Drops transformers' read; the plan knows the sources."""
+        """Discards transformers' read; the plan knows the sources."""
 
     def convert(
         self,
@@ -67,7 +67,7 @@ class PlannedConverter(WeightConverter):
         return False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlannedConverter:
-        """transformers copies a converter for each target; this one keeps nothing by target."""
+        """transformers copies a converter for each target; this one has no state of a target."""
         return self
 
 

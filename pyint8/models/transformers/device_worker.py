@@ -1,4 +1,4 @@
-"""Parameters of several GPUs, made side by side: transformers' loop asks for one after the other."""
+"""Parameters for several GPUs, made in parallel, though transformers' loop asks for one after the other."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Made = dict[str, torch.Tensor]
 
 
 class DeviceWorker:
-    """Makes what goes to one device in a thread, in order, for whoever asks for it by name.
+    """Makes the parameters of one device in a thread, in order; they are taken by name.
 
     Args:
-        device: Where it goes.
-        names: What to make.
-        make: Makes one; called on the thread, on the stream of `device` that is the caller's now.
+        device: The device.
+        names: The targets, in order.
+        make: Makes one target; called in the thread, with the caller's current stream of `device`.
     """
 
     def __init__(self, device: torch.device, names: Iterable[str], make: Callable[[str], Made]) -> None:
@@ -35,11 +35,11 @@ class DeviceWorker:
         self._thread.start()
 
     def take(self, name: str) -> Made:
-        """What was made of `name`, once it is.
+        """The parameters of the target `name`; waits until they are made.
 
         Raises:
             SkipParameters: Its conversion failed.
-            Exception: Whatever else stopped the thread.
+            Exception: The error that stopped the thread.
         """
         with self._changed:
             self._changed.wait_for(lambda: name in self._made or self._error is not None)
@@ -52,14 +52,14 @@ class DeviceWorker:
         return made
 
     def stop(self) -> None:
-        """Makes no more; what is under way ends with the stream, which is to be closed before `join`."""
+        """Starts no other target; the current one ends with the stream, which must be closed before `join`."""
         self._stopped = True
 
     def join(self) -> None:
-        """Waits for the thread to end, and drops what nobody took."""
+        """Waits for the thread to end, and discards parameters that were not taken."""
         self._thread.join()
         self._made.clear()
-        self._error = None  # it knows this object
+        self._error = None  # breaks a reference cycle
 
     def _run(self, where: Any, names: list[str], make: Callable[[str], Made]) -> None:
         try:
@@ -68,7 +68,7 @@ class DeviceWorker:
                     if self._stopped:
                         return
                     self._note(name, self._one(name, make))
-        except BaseException as error:  # for whoever asks next
+        except BaseException as error:  # raised by `take`
             with self._changed:
                 self._error = error
                 self._changed.notify_all()

@@ -1,7 +1,7 @@
-"""Between transformers' quantizer hooks and the int8 lifecycle: a translation, and the way in for the stream.
+"""Translates transformers' quantizer hooks to the int8 lifecycle, and connects the stream.
 
-transformers constructs this class by its registered name, calls its hooks in from_pretrained, and at the end finds
-its own quantizer in our place: a loaded model carries nothing of pyint8.
+transformers constructs this class by its registered name and calls its hooks in from_pretrained. At the end its own
+quantizer replaces ours on the model: a loaded model carries nothing of pyint8.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from pyint8.quantizer import Int8Quantizer, tensor_bytes
 from pyint8.report import announce
 
 _KEPT = "in its class's list of modules to keep in float32"
-# Of a BitsAndBytesConfig's fields, those that its constructor does not take, or that are said anyway.
+# Fields of a BitsAndBytesConfig that its constructor does not take, or that are implied.
 _HIDDEN = ("load_in_8bit", "load_in_4bit", "_load_in_8bit", "_load_in_4bit", "quant_method")
 
 
 @register_quantization_config(METHOD)
 class StreamedInt8Config(QuantizationConfigMixin):
-    """What a pre-quantized checkpoint's own configuration is made into, to route from_pretrained to pyint8.
+    """Replaces the configuration of a pre-quantized checkpoint, so that from_pretrained uses pyint8's quantizer.
 
     Args:
-        fields: Those of a `BitsAndBytesConfig`.
+        fields: The fields of a `BitsAndBytesConfig`.
     """
 
     def __init__(self, **fields: Any) -> None:
@@ -65,7 +65,7 @@ class StreamedInt8Config(QuantizationConfigMixin):
 
 
 def genuine_config(config: Any) -> BitsAndBytesConfig:
-    """What transformers' own int8 load would have for an `Int8Config`, a `StreamedInt8Config`, or has."""
+    """The `BitsAndBytesConfig` for an `Int8Config` or a `StreamedInt8Config`; one is returned as it is."""
     if isinstance(config, BitsAndBytesConfig):
         return config
     fields = {name: value for name, value in config.to_dict().items() if name not in _HIDDEN}
@@ -82,7 +82,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         genuine = genuine_config(quantization_config)
         super().__init__(genuine, **kwargs)
         self._was_pre_quantized: bool = kwargs.get("pre_quantized", True)
-        # The session of the pyint8.load under way, or one of its own for a from_pretrained of somebody else.
+        # The session of the pyint8.load that is running, or a new one for a from_pretrained of other code.
         is_strict = isinstance(quantization_config, Int8Config) and quantization_config.strict
         self.session = LoadSession.active() or LoadSession.for_drop_in(strict=is_strict)
         self.int8 = Int8Quantizer(
@@ -127,8 +127,8 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         return self.int8.check_quantized_param(param_name)
 
     def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
-        """Bytes for an element, in plans of memory. The last is transformers' own reservation before loading: where
-        tensors have begun to land, it would come on top of them."""
+        """Bytes for an element, when memory is planned. transformers also reserves that much before it loads; where the
+        load has reserved memory already, 0 keeps it from reserving it twice."""
         if self.session.reserves_memory:
             return 0
         if self.session.request.budget.is_exact and param_name in self._tensor_bytes:
@@ -154,14 +154,14 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         self.session.model_is_built()
 
     def _become_genuine(self, model: Any) -> None:
-        """Becomes transformers' own quantizer: tensors that are in memory (`state_dict=`) need nobody to read them."""
+        """Becomes transformers' own quantizer: tensors that are in memory (`state_dict=`) need no stream."""
         self._name_genuine_config(model)
         self.session.model_is_built()
         del self.session, self.int8, self._model, self._dtype, self._was_pre_quantized
         self.__class__ = Bnb8BitHfQuantizer
 
     def _name_genuine_config(self, model: Any) -> None:
-        """Some models (T5) copied their configuration, ours in it, while they were built."""
+        """Replaces our configuration in the copies that some models (T5) made while they were built."""
         for module in model.modules():
             config = vars(module).get("config")
             if config is not None and isinstance(
@@ -170,7 +170,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
                 config.quantization_config = copy.deepcopy(self.quantization_config)
 
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
-        if plan:  # else nothing would come of a walk through all parameters
+        if plan:  # an empty one changes nothing, so save walking through all parameters
             super().update_parallel_plan(model, plan)
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -194,17 +194,17 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
             self.session.set_device_map(device_map)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
-        """Takes the place of the model's own conversions; they are kept in the plan."""
+        """Returns our transforms instead of the model's own conversions, which the plan keeps."""
         self._planned = self.session.set_conversions(self._model, weight_conversions, self._dtype, self.int8)
         if self.int8.found:
-            self._say_what_is_skipped()
-        # transformers reads the tensors of a pre-quantized checkpoint at once, in threads, and others when asked.
+            self._name_skipped_modules()
+        # For a pre-quantized checkpoint transformers would read all tensors at once, in threads; else only when asked.
         self.pre_quantized = False
         return [PlannedRenaming(self._planned.plan), PlannedConverter(self._planned.plan, self.session.make)]
 
-    def _say_what_is_skipped(self) -> None:
-        """In the configuration (not in the object that was given, which may be for other models too), and in models'
-        copies of it: a saved model must say so, or its floats would be taken for int8."""
+    def _name_skipped_modules(self) -> None:
+        """Lists skipped modules in the configuration and in models' copies of it: a saved model must name them, or its
+        floats would be read as codes. The object that was given stays as it is; it may be used for other models."""
         self.quantization_config = copy.deepcopy(self.quantization_config)
         configs = [vars(module).get("config") for module in self._model.modules()]
         for config in (self.quantization_config, *(getattr(one, "quantization_config", None) for one in configs)):
@@ -212,15 +212,15 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
                 config.llm_int8_skip_modules = list(self.int8.skip)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        self.session.finish()
+        set_used_conversions(model, self._planned.plan.used)
+        genuine = Bnb8BitHfQuantizer(self.quantization_config, pre_quantized=self._was_pre_quantized)
+        genuine.modules_to_not_convert = self.int8.skip
+        model.hf_quantizer = genuine
+        report_unquantized(model, self.int8, self.session.recorder.report)
+        warn_of_unfilled_buffers(model, self.session.device_map)
+        self.session.finish()  # the last bytes may have come only now; nothing above looks at values
         with self.session.recorder.phase("finish"):
             self.int8.postprocess_model(model, locate=self._planned.locate)
-            set_used_conversions(model, self._planned.plan.used)
-            genuine = Bnb8BitHfQuantizer(self.quantization_config, pre_quantized=self._was_pre_quantized)
-            genuine.modules_to_not_convert = self.int8.skip
-            model.hf_quantizer = genuine
-            report_unquantized(model, self.int8, self.session.recorder.report)
-            warn_of_unfilled_buffers(model, self.session.device_map)
         if self.session.is_drop_in:
             announce(self.session.recorder.report, model.name_or_path)
         return model

@@ -1,8 +1,8 @@
-"""Building a model without initializing what lies on meta, where there is nothing to initialize.
+"""Builds a model without initializing tensors on meta.
 
-torch runs every initializer of a module on meta too, through its decompositions, which takes a large part of the time
-in which transformers builds a model (docs/performance.md, "Building on meta"). Tensors on meta have no storage, and
-drawing values for them takes nothing from a generator.
+torch runs every initializer on meta too, through its decompositions, which takes a large part of the time in which
+transformers builds a model (docs/performance.md, "Building on meta"). Tensors on meta have no storage, and
+drawing values for them does not advance a generator.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _INITIALIZERS = frozenset(
 
 
 class NoInitializationOnMeta(TorchFunctionMode):
-    """While it is entered, initializers leave tensors on meta alone; all others are initialized as ever."""
+    """While it is active, initializers leave tensors on meta alone; all others are initialized as usual."""
 
     def end(self) -> None:
-        """Leaves it, from within whatever was entered since. Modes are a stack, so if one of those is a mode too, this
-        one stays until they are gone, and `end` is to be called again."""
+        """Leaves the mode, unless another mode was entered since: modes are a stack, so `end` must be called again once
+        the other is gone."""
         if _get_current_function_mode() is self:
             self.__exit__(None, None, None)
 

@@ -19,7 +19,7 @@ from pyint8.checkpoint.find import HUB_ARGUMENTS, cached_file, named_by_adapter
 from pyint8.config import METHOD, Int8Config
 from pyint8.errors import CheckpointNotFoundError, FileChangedError, ModelNotSupportedError, OptionError
 from pyint8.host import garbage
-from pyint8.models.keywords import unknown
+from pyint8.models.keywords import unknown_keyword
 from pyint8.models.request import LoadRequest
 from pyint8.models.transformers import hooks  # noqa: F401  registers pyint8's quantizer with transformers
 from pyint8.models.transformers.session import LoadSession
@@ -28,13 +28,13 @@ from pyint8.report import Recorder
 from pyint8.streaming.preparation import Preparation
 
 # from_pretrained changes the process while it runs (the default dtype, PreTrainedModel's methods, progress bars): two
-# at once leave weights on meta, without an error. And configurations and models are imported when they are first named.
+# at once leave weights on meta, without an error. It also imports configurations and models when they are first named.
 _load_lock = threading.RLock()
 
 # For finding a checkpoint and its code; the other arguments may be for the configuration or the model.
 _FINDING_ARGUMENTS = frozenset({*HUB_ARGUMENTS, "code_revision", "trust_remote_code"})
 
-# What transformers' refusal to run a checkpoint's code says.
+# Part of transformers' error for a checkpoint that brings code.
 _ASKS_FOR_TRUST = "trust_remote_code=True"
 
 
@@ -44,10 +44,10 @@ def load_pretrained(
     """Loads with transformers' own from_pretrained, and pyint8's quantizer in it.
 
     Args:
-        model_class: A transformers class (Auto classes included), or None for what the configuration names.
+        model_class: A transformers class (Auto classes included), or None for the one that the configuration names.
         request: What was asked for.
-        preparation: What is under way already.
-        recorder: Told of all that happens; its report's `loading_info` is filled.
+        preparation: What the load has started already.
+        recorder: Its report gets everything, `loading_info` included.
 
     Returns:
         The model, in evaluation mode.
@@ -70,8 +70,8 @@ def load_pretrained(
         model_class, arguments = _resolve(model_class, request)
         stack.enter_context(session.activate())
         stack.enter_context(recorder.phase("build"))
-        session.on_files = lambda: stack.enter_context(garbage.paused())  # downloads are over
-        session.on_start = lambda: stack.enter_context(_without_progress_bar())  # ours is there
+        session.on_files = lambda: stack.enter_context(garbage.paused())  # downloads are complete
+        session.on_start = lambda: stack.enter_context(_without_progress_bar())  # ours is shown
         stack.enter_context(_named_problems(request.path, model_class, arguments))
         model, recorder.report.loading_info = model_class.from_pretrained(
             request.path, output_loading_info=True, **placement, **arguments
@@ -80,7 +80,7 @@ def load_pretrained(
 
 
 def _resolve(model_class: Any, request: LoadRequest) -> tuple[Any, dict[str, Any]]:
-    """The class to load, and what its from_pretrained is given beside the placement."""
+    """The class to load, and the arguments of its from_pretrained beside the placement."""
     path, base = request.path, request.base
     arguments = dict(request.arguments)
     hub = {name: value for name, value in arguments.items() if name in _FINDING_ARGUMENTS}
@@ -89,7 +89,7 @@ def _resolve(model_class: Any, request: LoadRequest) -> tuple[Any, dict[str, Any
         config = _read_config(config_class, base, hub)
     if model_class is None:
         model_class = class_of(config, base, trusted=bool(hub.get("trust_remote_code")))
-    if not model_class.__name__.startswith("Auto"):  # only those find code
+    if not model_class.__name__.startswith("Auto"):  # only Auto classes look for code
         hub.pop("code_revision", None)
         arguments = {name: value for name, value in arguments.items() if name != "code_revision"}
     stored = _stored_quantization(config)
@@ -102,10 +102,10 @@ def _resolve(model_class: Any, request: LoadRequest) -> tuple[Any, dict[str, Any
 
 @contextmanager
 def _named_problems(path: str, model_class: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
-    """What from_pretrained says of a wrong call, as an error that says what to do."""
+    """Turns from_pretrained's errors about wrong calls into errors that say what to do."""
     try:
         yield
-    except SafetensorError as error:  # of files whose headers pyint8 had read
+    except SafetensorError as error:  # in files whose headers pyint8 has read
         raise FileChangedError(
             f"a file of {path} changed while it was loaded ({error}); load it again, once nothing writes to it"
         ) from error
@@ -113,7 +113,7 @@ def _named_problems(path: str, model_class: Any, arguments: Mapping[str, Any]) -
         found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if found is None or found[1] not in arguments:
             raise
-        raise unknown(found[1], model_class.__name__) from error
+        raise unknown_keyword(found[1], model_class.__name__) from error
     except ValueError as error:
         if _ASKS_FOR_TRUST not in str(error):
             raise
@@ -128,7 +128,7 @@ def _untrusted(path: str) -> ModelNotSupportedError:
 
 
 def _stored_quantization(config: Any) -> Any:
-    """What a configuration, or that of its text model, says of quantization: where transformers looks for it."""
+    """The quantization_config of a configuration or of its text model, as transformers looks for it."""
     return getattr(config, "quantization_config", None) or getattr(
         config.get_text_config(decoder=True), "quantization_config", None
     )
@@ -169,8 +169,8 @@ def _read_config(config_class: Any, path: str, hub: dict[str, Any]) -> Any:
 def class_of(config: Any, path: str, *, trusted: bool = False) -> Any:
     """The class a configuration names.
 
-    For code in the checkpoint's own folder it is the Auto class that finds it (which asks for trust_remote_code); if it
-    is `trusted`, also where that code goes by another name than the class that transformers has.
+    For code in the checkpoint's folder this is the Auto class that finds it (and asks for trust_remote_code). If that
+    code is `trusted`, it wins over a class of transformers.
 
     Raises:
         ModelNotSupportedError: It names none, or one that transformers does not have.
@@ -194,7 +194,7 @@ def class_of(config: Any, path: str, *, trusted: bool = False) -> Any:
 
 
 def _pre_quantized_fields(stored: Any, asked: Int8Config | None, path: str) -> dict[str, Any]:
-    """A pre-quantized checkpoint's own configuration, routed to our quantizer."""
+    """The configuration of a pre-quantized checkpoint, changed so that transformers uses our quantizer."""
     fields = dict(stored if isinstance(stored, dict) else stored.to_dict())
     in_8bit = fields.pop("load_in_8bit", False) or fields.pop("_load_in_8bit", False)
     in_4bit = fields.get("load_in_4bit") or fields.get("_load_in_4bit")
@@ -215,7 +215,7 @@ def _pre_quantized_fields(stored: Any, asked: Int8Config | None, path: str) -> d
 
 @contextmanager
 def _without_progress_bar() -> Iterator[None]:
-    """transformers counts parameters in a bar; ours counts bytes. Its switch is also the hub's."""
+    """Hides transformers' bar, which counts parameters, while ours counts bytes. Its switch is also the hub's."""
     logging = transformers.utils.logging
     hub_shown = not are_progress_bars_disabled()
     if not logging.is_progress_bar_enabled():

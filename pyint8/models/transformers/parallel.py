@@ -29,7 +29,7 @@ def refuse_split_models(arguments: Mapping[str, Any]) -> None:
 
 
 def _ranks(name: str, value: Any) -> int:
-    """Over how many ranks an argument of this value splits a model."""
+    """The number of ranks over which an argument with this value splits a model."""
     if value is None:
         return 1
     if name == "device_mesh":

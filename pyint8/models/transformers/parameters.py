@@ -1,4 +1,4 @@
-"""Making each parameter when transformers' loop asks for it, from what the stream delivers."""
+"""Makes each parameter from the stream when transformers' loop asks for it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from pyint8.errors import QuantizationStateError
 from pyint8.models.assembly import Assembly, Destination
 from pyint8.models.transformers.compat import expand_device_map, fixed_dtypes
 from pyint8.models.transformers.device_worker import DeviceWorker
+from pyint8.models.transformers.fusion import find_parts
 from pyint8.models.transformers.plan import LoadPlan, Target
 from pyint8.placement.device_map import landing_device
 from pyint8.quantizer import Int8Quantizer, find_entry_point
 from pyint8.report import Recorder
 from pyint8.streaming.lane import reserve_memory
 from pyint8.streaming.preparation import Preparation
-from pyint8.streaming.requests import TensorRequest
+from pyint8.streaming.requests import Part, TensorRequest, ToDtype
 from pyint8.streaming.stream import TensorStream
 
 
 def find_destinations(
     plan: LoadPlan, dtypes: Mapping[str, torch.dtype], device_map: Mapping[str, Any] | None
 ) -> dict[str, Destination]:
-    """Devices by transformers' own expansion of the map."""
+    """Destinations of all parameters; devices by transformers' own expansion of the map."""
     names = [name for target in plan.targets.values() for name in target.makes() if name in dtypes]
     return {
         name: Destination(landing_device(device), dtypes[name], on_disk=device == "disk")
@@ -40,7 +41,7 @@ def find_destinations(
 def find_dtypes(
     model: Any, parameters: Mapping[str, torch.Tensor], dtype: torch.dtype, quantizer: Int8Quantizer
 ) -> dict[str, torch.dtype]:
-    """What each of `model`'s parameters is loaded as, or quantized from: by the rule of transformers' loading loop."""
+    """The dtype that each parameter is loaded as, or quantized from, by the rules of transformers' loading loop."""
     own = {
         name: dtype if quantizer.check_quantized_param(name) else parameter.dtype
         for name, parameter in parameters.items()
@@ -51,17 +52,17 @@ def find_dtypes(
 class ParameterMaker:
     """The streams of one load, one for each GPU, and the parameters made of them.
 
-    Where there are several and parameters are converted, each has a thread that makes its own, so that all are fed at
-    once.
+    Where there are several that do not serve themselves, each has a thread that makes its parameters, so that all are
+    fed at once.
 
     Args:
-        plan: Every tensor's place.
+        plan: What every tensor is for.
         model: On meta, its modules reconciled with the checkpoint.
         checkpoint: Where the bytes lie.
-        destinations: Where parameters go and as what.
+        destinations: Where parameters go, and in which dtype.
         quantizer: Makes int8 parameters.
-        recorder: Told of bytes and parameters.
-        preparation: What was begun before there was a plan; its transport is taken over.
+        recorder: Counts bytes and parameters.
+        preparation: What the load has started already; its transport is taken over.
     """
 
     def __init__(
@@ -86,7 +87,6 @@ class ParameterMaker:
         wanted = {device: [r for t in group for r in self._requests(t)] for device, group in self._groups.items()}
         recorder.expect(sum(request.entry.nbytes for requests in wanted.values() for request in requests))
         self._transport, early = preparation.take_transport(len(self._groups))
-        self._has_converters = any(target.converter is not None for target in plan.targets.values())
         if not preparation.reserves_memory:
             _reserve_memory(itertools.chain.from_iterable(wanted.values()))
         self._streams: dict[torch.device, TensorStream] = {}
@@ -105,12 +105,12 @@ class ParameterMaker:
         self._recorder.set_engine(self._transport.stats())
         for maker in self._makers.values():
             maker.stop()
-        self._transport.close()  # what they wait for ends here
+        self._transport.close()  # ends their waits
         for maker in self._makers.values():
             maker.join()
         for stream in self._streams.values():
             stream.close()
-        self._makers.clear()  # they know this object
+        self._makers.clear()  # breaks a reference cycle
         self._streams.clear()
 
     def finish(self) -> None:
@@ -119,10 +119,10 @@ class ParameterMaker:
             stream.finish()
 
     def make(self, name: str, loading_info: Any) -> dict[str, torch.Tensor]:
-        """The parameters of one target, by name; asked for in the order of the plan."""
+        """The parameters of one target, by name; targets are taken in the order of the plan."""
         if len(self._groups) == 1:
             return self._make(name, next(iter(self._streams.values())), loading_info)
-        if not self._has_converters:
+        if all(stream.serves_itself for stream in self._streams.values()):
             stream = self._streams[self._landing_device(self._plan.targets[name])]
             return self._make(name, stream, loading_info)
         if not self._makers:
@@ -132,12 +132,12 @@ class ParameterMaker:
         return self._makers[self._landing_device(self._plan.targets[name])].take(name)
 
     def _grouped(self) -> dict[torch.device, list[Target]]:
-        """Targets by where they land, in order; all in one group unless there are several GPUs."""
+        """Targets by landing device, in order; all in one group unless there are several GPUs."""
         targets = list(self._plan.targets.values())
         groups: dict[torch.device, list[Target]] = {}
         for target in targets:
             groups.setdefault(self._landing_device(target), []).append(target)
-        if _are_fed_side_by_side(groups):
+        if _are_several_gpus(groups):
             return groups
         return {next((device for device in groups if device.type == "cuda"), torch.device("cpu")): targets}
 
@@ -159,7 +159,7 @@ class ParameterMaker:
         return {name for name, _ in self._model.named_buffers()}
 
     def _stays_on_disk(self, target: Target) -> bool:
-        """Whether accelerate will read it from the checkpoint itself, whenever a forward pass needs it."""
+        """Whether accelerate reads it from the checkpoint, whenever a forward pass needs it."""
         stored = target.stored(self._checkpoint)
         if stored is None or target.name in self._buffers:
             return False
@@ -172,15 +172,34 @@ class ParameterMaker:
         if stored is not None:
             return self._assembly.requests(target.name, stored, self._destinations[target.name])
         device, batch = self._landing_device(target), target.name if target.stacks else None
-        return [TensorRequest(self._checkpoint[name], device, batch=batch) for name in target.source_names()]
+        parts, dtype = self._parts_of(target), self._destinations[target.name].dtype
+        return [
+            TensorRequest(
+                self._checkpoint[name],
+                device,
+                batch=batch,
+                becomes=ToDtype(dtype) if name in parts else None,
+                part=parts.get(name),
+            )
+            for name in target.source_names()
+        ]
+
+    def _parts_of(self, target: Target) -> dict[str, Part]:
+        """Where each source of a plain merge lies in the parameter; empty for what must be converted or quantized."""
+        if self._quantizer.pre_quantized or self._quantizer.check_quantized_param(target.name):
+            return {}
+        return find_parts(target, self._checkpoint, self._destinations[target.name].dtype)
 
     def _landing_device(self, target: Target) -> torch.device:
-        """Some conversions need too much memory for a GPU; transformers does them on the CPU."""
+        """Where a target lands: on the CPU for conversions that transformers does there to save GPU memory."""
         on_cpu = getattr(target.converter, "force_cpu", False)
         return torch.device("cpu") if on_cpu else self._destinations[target.name].device
 
     def _converted(self, target: Target, stream: TensorStream, loading_info: Any) -> dict[str, torch.Tensor]:
-        """What the model's own converter (an expert merge, a split) makes, then quantized where that is wanted."""
+        """The results of the model's own converter (an expert merge, a split), quantized where they should be."""
+        if all(stream.lands_in_place(name) for name, _ in target.sources):
+            self._recorder.count("converted")
+            return {target.name: self._assembly.merged(target.name, self._sources(target), stream)}
         converter = deepcopy(target.converter)
         assert converter is not None
         device, dtype = self._landing_device(target), self._destinations[target.name].dtype
@@ -195,19 +214,22 @@ class ParameterMaker:
         made = converter.convert(
             target.name, model=self._model, config=self._model.config, hf_quantizer=None, loading_info=loading_info
         )
-        sources = [self._checkpoint[name] for name, _ in target.sources]
+        sources = self._sources(target)
         return {name: self._finished(name, value, sources) for name, value in made.items()}
 
+    def _sources(self, target: Target) -> list[Entry]:
+        return [self._checkpoint[name] for name, _ in target.sources]
+
     def _read(self, stream: TensorStream, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """A source of a conversion, as transformers would hand it over: on its device, in the target's dtype."""
+        """A source of a conversion as transformers would pass it: on its device, in the target's dtype."""
         return stream.batched(name, dtype).to(device)
 
     def _finished(self, name: str, value: Any, sources: list[Entry]) -> torch.Tensor:
-        """One result of a conversion, quantized where that is wanted, on its device."""
+        """One result of a conversion on its device, quantized if it should be."""
         tensor: torch.Tensor = value[0] if isinstance(value, list) else value
         self._recorder.count("converted")
         destination = self._destinations.get(name)
-        if destination is None:  # no place in the model; transformers says so
+        if destination is None:  # no place in the model; transformers reports it
             return tensor
         return self._assembly.finish(name, tensor, destination, sources)
 
@@ -222,6 +244,6 @@ def _reserve_memory(requests: Iterable[TensorRequest]) -> None:
         reserve_memory(device, total)
 
 
-def _are_fed_side_by_side(devices: Iterable[torch.device]) -> bool:
-    """Whether there is more than one bus to fill."""
+def _are_several_gpus(devices: Iterable[torch.device]) -> bool:
+    """Whether there is more than one GPU, so more than one bus to fill."""
     return sum(device.type == "cuda" for device in devices) > 1

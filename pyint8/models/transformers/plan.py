@@ -1,4 +1,4 @@
-"""Which checkpoint tensors make which parameters, decided by transformers' own renamings before a byte is read."""
+"""Which checkpoint tensors make which parameters, by transformers' own renamings, before a byte is read."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Target:
     """One step of transformers' loading loop.
 
     Attributes:
-        name: The parameter or buffer it is filed under; of several that one converter makes, the first.
-        sources: Checkpoint names in the order they are collected, each with the converter's pattern it matched.
-        converter: What makes the parameters of the sources; None if there is one source that is used as it is.
+        name: The parameter or buffer it makes; the first, if one converter makes several.
+        sources: Checkpoint names in the order they are collected, each with the converter's pattern that matched.
+        converter: Makes the parameters from the sources; None if there is one source that needs no conversion.
         scales: The checkpoint's name of the `SCB` of a pre-quantized weight.
         format: The checkpoint's name of its `weight_format`.
     """
@@ -40,11 +40,11 @@ class Target:
 
     @property
     def source(self) -> str | None:
-        """The one tensor that is used as it is; None where there is a converter, or only scales."""
+        """The one tensor that needs no conversion; None if there is a converter, or only scales."""
         return self.sources[0][0] if self.converter is None and self.sources else None
 
     def stored(self, checkpoint: Checkpoint) -> Stored | None:
-        """What the checkpoint has for it; None where a converter makes it, or there are only scales."""
+        """What the checkpoint has for it; None if a converter makes it, or there are only scales."""
         if self.source is None:
             return None
         scales = None if self.scales is None else checkpoint[self.scales]
@@ -65,7 +65,7 @@ class Target:
         return [self.name.replace(patterns[0], pattern) for pattern in patterns]
 
     def source_names(self) -> list[str]:
-        """Every checkpoint tensor it reads, in the order they are asked for: a conversion's pattern by pattern."""
+        """Every checkpoint tensor it reads, in order: those of a conversion pattern by pattern."""
         by_pattern: dict[str | None, list[str]] = {}
         for name, pattern in self.sources:
             by_pattern.setdefault(pattern, []).append(name)
@@ -75,16 +75,16 @@ class Target:
 
 @dataclass
 class LoadPlan:
-    """Every checkpoint tensor's place.
+    """What every checkpoint tensor is for.
 
     Attributes:
         targets: In the order of transformers' loop.
-        renamed: For each checkpoint name, what transformers' renamings and converters make of it. (The base model's
-            prefix, added or removed, comes on top: transformers does that after asking.)
+        renamed: For each checkpoint name, the result of transformers' renamings and converters. (transformers then adds
+            or removes the base model's prefix itself.)
         claimed: The values of `renamed` that lead to a target.
         also_unexpected: Names to report as unexpected that transformers would not find by itself.
         used: The renamings and converters that matched something, which saving must revert.
-        absent: Of the tensors that an index names and no shard has, the targets that they would have been for.
+        absent: The targets of tensors that an index names, but no shard has.
     """
 
     targets: dict[str, Target] = field(default_factory=dict)
@@ -96,7 +96,7 @@ class LoadPlan:
 
     @cached_property
     def made_by(self) -> dict[str, Target]:
-        """The target that makes each parameter; of a plan that is made."""
+        """The target that makes each parameter, once the plan is complete."""
         return {name: target for target in self.targets.values() for name in target.makes()}
 
 
@@ -138,7 +138,7 @@ def plan_load(
 def _filed(
     target: Target, key: str, companion: str | None, converter: WeightConverter | None, pattern: str | None
 ) -> Target:
-    """The target, with one more tensor in it."""
+    """Adds a tensor to the target, and returns it."""
     if companion == SCALES:
         target.scales = key
     elif companion == FORMAT:

@@ -1,4 +1,4 @@
-"""A load whose plan is there: every tensor has a place, and the stream starts once the device map is known."""
+"""A load that has a plan; its stream starts once the device map is known."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from pyint8.streaming.preparation import Preparation
 
 
 class PlannedLoad:
-    """From transformers' renamings to the last parameter.
+    """One load, from transformers' conversions to the last parameter.
 
     Args:
-        model: On meta, its linear modules replaced; those whose weight will not come as expected are put back.
-        checkpoint: What will be loaded.
+        model: On meta, its linear modules replaced; those whose weight is absent or unsuitable are put back.
+        checkpoint: The checkpoint to load.
         conversions: transformers' own renamings and converters for the model.
         dtype: Of the model.
         quantizer: Makes int8 parameters.
@@ -32,10 +32,10 @@ class PlannedLoad:
 
     Attributes:
         plan: What every tensor is for.
-        dtypes: What each parameter is loaded as, or quantized from.
+        dtypes: The dtype that each parameter is loaded as, or quantized from.
 
     Raises:
-        Pyint8Error: See `reconcile` for tensors that have no good place.
+        Pyint8Error: See `check_index` and `reconcile`.
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class PlannedLoad:
 
         Args:
             device_map: Modules to devices; None for one device.
-            preparation: What is under way already.
-            recorder: Told of bytes and parameters.
+            preparation: What the load has started already.
+            recorder: Counts bytes and parameters.
 
         Raises:
             Pyint8Error: See `TensorStream`.
@@ -111,17 +111,17 @@ class PlannedLoad:
         return time.perf_counter() - self._started_at
 
     def conversion_bytes(self) -> int:
-        """What the largest conversion (a merge of experts) may take on a GPU beside what it makes, while it lasts."""
+        """The bytes of a GPU that the largest conversion (a merge of experts) may need beside its result."""
         sources = (
             sum(self._checkpoint[name].numel for name, _ in target.sources)
             for target in self.plan.targets.values()
             if target.converter is not None and not getattr(target.converter, "force_cpu", False)
         )
-        # The sources, and once more as much on the way, where they are first stacked, then concatenated.
+        # The sources, and as much again for a copy, where they are first stacked, then concatenated.
         return 2 * self._dtype.itemsize * max(sources, default=0)
 
     def locate(self, name: str) -> dict[str, Any]:
-        """Where a parameter's (or a checkpoint's) tensor lies, for errors: "tensor", "path" and "offset"."""
+        """The location of a parameter's (or a checkpoint's) tensor, for errors: "tensor", "path" and "offset"."""
         target = self.plan.made_by.get(name)
         source = target.sources[0][0] if target is not None and target.sources else name
         return self._checkpoint[source].location if source in self._checkpoint else {"tensor": name}

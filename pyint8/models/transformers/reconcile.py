@@ -1,4 +1,4 @@
-"""What the plan says about modules and shapes, before a byte is read."""
+"""Checks a plan against modules and shapes before a byte is read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pyint8.quantizer import Int8Quantizer
 def check_index(
     plan: LoadPlan, model: Any, checkpoint: Checkpoint, *, strict: bool, allow_mismatched_shapes: bool
 ) -> None:
-    """Refuses, or tells, what an index and its shards do not agree about (see `checks.check_disagreements`)."""
+    """Refuses disagreements of an index and its shards, or warns of them (see `checks.check_disagreements`)."""
     used = {name for target in plan.targets.values() for name in target.source_names()}
 
     def want(name: str) -> checks.Need:
@@ -29,7 +29,7 @@ def check_index(
         target = plan.absent[name]
         if target.format is not None or (target.source is not None and _is_covered_otherwise(target.name, plan, model)):
             return checks.Need.NONE
-        others = plan.targets.get(target.name)  # of which it is a part, or the scales
+        others = plan.targets.get(target.name)  # the target that it is a part, or the scales, of
         if others is None or target.source is not None or (target.scales is None and allow_mismatched_shapes):
             return checks.Need.WANTED
         return checks.Need.REQUIRED
@@ -38,7 +38,7 @@ def check_index(
 
 
 def _is_covered_otherwise(name: str, plan: LoadPlan, model: Any) -> bool:
-    """Whether a parameter is made of another tensor, tied to one that is, or one that its model can do without."""
+    """Whether a parameter is made from another tensor, tied to such a one, or dispensable for its model."""
     ties = tied_weights(model)
     source = ties.get(name, name)
     group = {source, *(tied for tied, other in ties.items() if other == source)}
@@ -53,17 +53,17 @@ def reconcile(
     *,
     allow_mismatched_shapes: bool,
 ) -> dict[str, torch.Tensor]:
-    """Puts back modules whose weight will not come as expected, then refuses tensors that cannot become parameters.
+    """Puts modules back whose weight is absent or unsuitable, then refuses tensors that cannot become parameters.
 
     Args:
-        plan: Every tensor's place.
+        plan: What every tensor is for.
         model: On meta; changed in place.
-        checkpoint: What there is.
-        quantizer: Told of what is put back.
+        checkpoint: What it has.
+        quantizer: Puts modules back, and keeps the reasons.
         allow_mismatched_shapes: Whether a wrong shape is left to transformers, or refused.
 
     Returns:
-        The model's state dict from now on.
+        The model's state dict after that.
 
     Raises:
         CheckpointError: The checkpoint has none of the model's weights to quantize (`strict` only), experts are
@@ -112,7 +112,7 @@ def _check_target(
 def _check_sources(
     target: Target, shape: tuple[int, ...], checkpoint: Checkpoint, *, allow_mismatched_shapes: bool
 ) -> None:
-    """Of what a converter makes a parameter of `shape`."""
+    """Checks the sources of a converter that makes a parameter of `shape`."""
     companion = target.scales or target.format
     if companion is not None and not target.sources:
         checks.refuse_orphan(checkpoint[companion], target.name)
@@ -121,7 +121,7 @@ def _check_sources(
     kinds: dict[str | None, list[Entry]] = {}
     for name, pattern in target.sources:
         kinds.setdefault(pattern, []).append(checkpoint[name])
-    for pattern, entries in kinds.items():  # experts: as many of each kind, and of one shape
+    for pattern, entries in kinds.items():  # experts: as many of each kind as the parameter has, all of one shape
         if len(entries) != shape[0] and not allow_mismatched_shapes:
             raise CheckpointError(
                 f"{target.name} is merged of {shape[0]} tensors named {pattern}, and the checkpoint has "

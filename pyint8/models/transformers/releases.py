@@ -1,4 +1,4 @@
-"""Which releases of transformers this package works with; importing it imports none."""
+"""Which releases of transformers this package works with; importing this module does not import transformers."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ BELOW = "6"
 
 
 def require_transformers() -> None:
-    """Refuse a transformers that is absent, or of a release that pyint8 was not made for; imports none.
+    """Refuse a transformers that is absent, or of an unsupported release; does not import it.
 
     Raises:
         MissingDependencyError: It is absent.
         DependencyVersionError: It is too old or too new.
     """
-    mend = f'`pip install "transformers>={LOWEST},<{BELOW}"`'
+    fix = f'`pip install "transformers>={LOWEST},<{BELOW}"`'
     try:
         version = Version(metadata.version("transformers"))
     except metadata.PackageNotFoundError:
-        raise MissingDependencyError(f"transformers models need transformers: {mend}") from None
+        raise MissingDependencyError(f"transformers models need transformers: {fix}") from None
     if not Version(LOWEST) <= version < Version(f"{BELOW}.dev0"):
         raise DependencyVersionError(
-            f"transformers {version} is installed, and pyint8 works with {LOWEST} and later, below {BELOW}: {mend}"
+            f"transformers {version} is installed, and pyint8 works with {LOWEST} and later, below {BELOW}: {fix}"
         )
     if version.release[:2] > Version(KNOWN).release:
         logger.info("transformers %s is newer than the releases known to work, %s to %s", version, LOWEST, KNOWN)

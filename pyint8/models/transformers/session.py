@@ -1,4 +1,4 @@
-"""What one load of a transformers model knows, from the checkpoint's headers to the last parameter."""
+"""The state of one load of a transformers model, from the checkpoint's headers to the last parameter."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ class LoadSession:
 
     Args:
         request: What was asked for.
-        preparation: What is under way already; whoever made it closes it.
-        recorder: Told of all that happens.
+        preparation: What the load has started already; closed by the caller.
+        recorder: Its report gets everything.
 
     Attributes:
         request: As given.
         recorder: As given.
         device_map: Modules to devices, once transformers has decided.
-        planned: The plan, once transformers has said how it renames.
-        on_files: Called when transformers has all files, and begins to build.
+        planned: The load with its plan, once transformers has given its conversions.
+        on_files: Called when transformers has all files, before it builds the model.
         on_start: Called when the stream has started.
     """
 
     def __init__(self, request: LoadRequest, preparation: Preparation, recorder: Recorder) -> None:
-        self.planned: PlannedLoad | None = None  # first: `close` looks at it
+        self.planned: PlannedLoad | None = None  # first: `close` reads it
         self.request = request
         self.recorder = recorder
         self.on_files: Callable[[], object] = lambda: None
@@ -59,7 +59,7 @@ class LoadSession:
 
     @staticmethod
     def for_drop_in(*, strict: bool) -> LoadSession:
-        """The session of a from_pretrained that is not within `pyint8.load`; `PYINT8_*` variables are its options."""
+        """The session of a from_pretrained outside of `pyint8.load`; `PYINT8_*` variables are its options."""
         request = LoadRequest(
             strict=strict, options=StreamOptions.from_environment(), arguments={"ignore_mismatched_sizes": True}
         )
@@ -67,17 +67,17 @@ class LoadSession:
 
     @staticmethod
     def active() -> LoadSession | None:
-        """The session of the `pyint8.load` that is under way in this context."""
+        """The session of the `pyint8.load` that is running in this context."""
         return _active.get()
 
     @property
     def is_drop_in(self) -> bool:
-        """Whether it is a from_pretrained of other code, instead of one within `pyint8.load`."""
+        """Whether it is a from_pretrained of other code, not one within `pyint8.load`."""
         return _active.get() is not self
 
     @property
     def reserves_memory(self) -> bool:
-        """Whether the GPUs' memory was seen to, and tensors lie in it already: once the stream has started."""
+        """Whether the GPUs' memory is reserved by the load itself: once the stream has started."""
         return self.planned is not None and self.planned.has_started
 
     @contextmanager
@@ -93,11 +93,11 @@ class LoadSession:
             self.close()
 
     def model_is_built(self) -> None:
-        """Its modules are all there, on meta; from now on tensors are real."""
+        """Called when all modules are made, on meta; from now on tensors are real."""
         self._building.end()
 
     def open_files(self, files: Sequence[str]) -> None:
-        """The files that transformers resolved; read again only if they are not those opened before, as they were."""
+        """Takes the files that transformers resolved; reads headers again only if files are others, or have changed."""
         self.on_files()
         known = self._checkpoint
         if known is None or set(known.files) != set(files) or known.has_changed:
@@ -107,31 +107,31 @@ class LoadSession:
     def set_conversions(
         self, model: Any, conversions: list[Any], dtype: torch.dtype, quantizer: Int8Quantizer
     ) -> PlannedLoad:
-        """Decides what every tensor is for, and which of the replaced modules are put back.
+        """Takes transformers' conversions; decides what every tensor is for, and which modules are put back.
 
         Raises:
             Pyint8Error: See `PlannedLoad`.
         """
         assert self._checkpoint is not None
-        self.model_is_built()  # and transformers has left the contexts in which it built it
+        self.model_is_built()  # again: now the contexts in which transformers built it have ended
         self.planned = PlannedLoad(model, self._checkpoint, conversions, dtype, quantizer, self.request)
         if self.device_map is not None:
             self._start(self.planned)
         return self.planned
 
     def set_device_map(self, device_map: Mapping[str, Any]) -> None:
-        """What transformers has decided."""
+        """Takes the device map that transformers has decided on."""
         self.device_map = device_map
         if self.planned is not None:
             self._start(self.planned)
 
     def make(self, name: str, loading_info: Any) -> dict[str, torch.Tensor]:
-        """The parameters of one target; called by transformers' loop."""
+        """The parameters of one target, by name; called by transformers' loop."""
         assert self.planned is not None
         self._start(self.planned)
         try:
             return self.planned.make(name, loading_info)
-        except SkipParameters:  # a conversion failed; transformers notes it and goes on
+        except SkipParameters:  # a conversion failed; transformers records it and goes on
             raise
         except BaseException:
             self.close()
@@ -141,7 +141,7 @@ class LoadSession:
         """Starts the stream, unless it has started."""
         if planned.has_started:
             return
-        if self.is_drop_in:  # from_pretrained began before there was a session
+        if self.is_drop_in:  # from_pretrained started before the session was made
             headers = self.recorder.report.seconds["read headers"]
             self.recorder.add_seconds("build", time.perf_counter() - self._made_at - headers)
         planned.start(self.device_map, self._preparation, self.recorder)
@@ -150,11 +150,11 @@ class LoadSession:
     def finish(self) -> None:
         """Waits for the last byte of the last parameter, and closes.
 
-        transformers reads the files too, by their paths: names before the stream, and later what is left on the disk.
+        transformers reads the files too, by their paths: names before the stream, tensors left on the disk later.
 
         Raises:
-            FileChangedError: A file is not the one any more whose header was read.
-            Pyint8Error: What stopped the stream.
+            FileChangedError: A path no longer leads to the file whose header was read.
+            Pyint8Error: The error that stopped the stream.
         """
         assert self._checkpoint is not None
         try:

@@ -1,4 +1,4 @@
-"""Int8 loads of programs whose calls cannot be changed: transformers' quantizer gives way to pyint8's for a while."""
+"""Int8 loads of programs whose calls cannot be changed: pyint8's quantizer replaces transformers' for a while."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _INT8 = "bitsandbytes_8bit"
 
 
 class _Registry:
-    """transformers', where blocks may overlap, in threads or not: the first in changes it, the last out restores it."""
+    """transformers' registry. Blocks may overlap, in threads or not: the first changes it, the last restores it."""
 
     def __init__(self) -> None:
         self._changing = threading.Lock()

@@ -1,6 +1,6 @@
 """Modules whose weight a model reads itself instead of calling them, found in its source.
 
-int8 codes would be taken for the weight there, or its dtype for one to compute in: `F.linear(x, self.proj.weight)`,
+Such code would take int8 codes for the weight, or int8 for a dtype to compute in: `F.linear(x, self.proj.weight)`,
 `x.to(self.proj.weight.dtype)`.
 """
 
@@ -21,13 +21,13 @@ __all__ = ["find_reads"]
 def find_reads(
     modules: Mapping[str, nn.Module], candidates: Collection[nn.Module], facts: Mapping[str, Any], *, training: bool
 ) -> dict[nn.Module, str]:
-    """The modules whose weight is read, with the function that does.
+    """The modules whose weight is read, with the function that reads it.
 
     Args:
         modules: All of a model, by name.
         candidates: Those that are to become int8.
         facts: Attributes that its modules or their configurations will have once it is loaded.
-        training: Whether what is done in training mode only counts too.
+        training: Whether code that runs in training mode only counts too.
     """
     interpreter = Interpreter(Model(candidates, facts, training=training))
     replaced = set(candidates)

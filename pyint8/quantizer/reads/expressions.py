@@ -1,4 +1,4 @@
-"""Expressions of a function at work: what they may stand for, and where weights get out."""
+"""Expressions of a function: their possible values, and where weights escape into a computation."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 
 class Expressions:
-    """One function at work.
+    """The expressions of one function that is being interpreted.
 
     Args:
-        interpreter: Whose it is.
-        function: Which.
+        interpreter: The interpreter it belongs to.
+        function: The function.
         names: Its variables.
     """
 
@@ -48,11 +48,11 @@ class Expressions:
         self.model = interpreter.model
 
     def use(self, value: Value) -> None:
-        """A value gets where it is computed with."""
+        """A value is used in a computation."""
         self.interpreter.use(value, self.function)
 
     def value(self, node: ast.expr) -> Value:
-        """What an expression may stand for."""
+        """The possible values of an expression."""
         match node:
             case ast.Constant(value=value):
                 return (value,)
@@ -77,7 +77,7 @@ class Expressions:
                 return self._operation(node)
 
     def _operation(self, node: ast.expr) -> Value:
-        """An expression of which nothing is known unless the model decides it."""
+        """An operator: its result is unknown unless the model determines it."""
         match node:
             case ast.Compare(left=left, ops=[operation], comparators=[right]):
                 return known.compared(self.value(left), operation, self.value(right))
@@ -105,7 +105,7 @@ class Expressions:
         return UNKNOWN
 
     def _look_at(self, node: ast.AST) -> None:
-        """Evaluates what is only compared, or told."""
+        """Evaluates operands that are only compared or formatted."""
         if isinstance(node, ast.expr):
             self.value(node)
 
@@ -130,11 +130,11 @@ class Expressions:
                 return (place[name],)
         try:
             return (closed[name].cell_contents,)
-        except (KeyError, ValueError):  # a local that is not set, or set later
+        except (KeyError, ValueError):  # a local variable that is not set yet
             return UNKNOWN
 
     def attribute(self, owners: Value, name: str) -> Value:
-        """What an attribute of one of these may be."""
+        """The possible values of an attribute of any of these owners."""
         return merged(*(self._attribute_of(owner, name) for owner in owners))
 
     def _attribute_of(self, owner: Any, name: str) -> Value:
@@ -153,7 +153,7 @@ class Expressions:
         return self.interpreter.call(function, [(found.owner,)], {})
 
     def _either(self, every: bool, parts: Sequence[ast.expr]) -> Value:
-        """`and` (with `every`) and `or`: what is looked at in turn, until one decides."""
+        """`and` (with `every`) and `or`: the operands in order, until one decides."""
         seen: list[Value] = []
         for part in parts:
             seen.append(self.value(part))
@@ -164,7 +164,7 @@ class Expressions:
         return seen[-1] if decided else merged(*seen)
 
     def items(self, values: Value) -> Value:
-        """What iterating over one of these may give."""
+        """The possible items of any of these."""
         return merged(*(known.items(one) for one in values))
 
     def _item(self, containers: Value, index: ast.expr) -> Value:
@@ -173,7 +173,7 @@ class Expressions:
         return merged(*(known.item(one, at, sliced=isinstance(index, ast.Slice)) for one in containers))
 
     def assign(self, target: ast.expr, value: Value) -> None:
-        """Gives a variable, or several, their value; what is set elsewhere is out of sight, so computed with."""
+        """Assigns to variables; a value that is stored elsewhere is lost from sight, so counts as used."""
         match target:
             case ast.Name(id=name):
                 self.names[name] = value
@@ -203,7 +203,7 @@ class Expressions:
         return merged(*(self._result(one, arguments, keywords) for one in self.value(node.func)))
 
     def _result(self, function: Any, arguments: list[Value], keywords: dict[str, Value]) -> Value:
-        """What a call may give. A weight that is handed to a function counts as read, whatever that does with it."""
+        """The possible results of a call. A weight that is passed to an unknown function counts as read."""
         if function is super:
             return self._super(arguments)
         result = known.result(self.model, function, arguments)
@@ -229,8 +229,8 @@ class Expressions:
 
 
 def _called(function: Any, is_given_modules: bool) -> FunctionType | None:
-    """The function to run for a call. Modules (whose own methods are run anyway) and functions outside of classes have
-    nothing to tell unless they are given modules."""
+    """The function to interpret for a call. Modules, whose methods are interpreted anyway, and functions outside of
+    classes are skipped unless they are passed modules."""
     if isinstance(function, Method):
         return unwrapped(function.function)
     if not is_given_modules:

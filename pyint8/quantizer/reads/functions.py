@@ -1,6 +1,6 @@
 """The functions of a model's classes: which could read the weights of other modules, and their source.
 
-Which could is told from their bytecode, at once: in most models none does, and to parse source takes time.
+Bytecode shows which could. In most models none does, which saves parsing their source.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from typing import Any
 
 from torch import nn
 
-# What is called while a model is made, changed or saved, not while it computes.
+# Methods that are called while a model is built, changed or saved, not while it computes.
 _NOT_COMPUTING = re.compile(
     r"__(?!call__)|_*(init|initialize|reset|tie|untie|resize|get_resized|rescale|prune|freeze|load|save|set)(_|$)"
 )
-# Packages whose functions call the modules they are given, or take weights as tensors.
+# Packages whose functions call the modules they are passed, or take weights as tensors.
 _OPAQUE = re.compile(r"(torch|transformers(?!\.models\.)|accelerate|bitsandbytes)(\.|$)")
 _READ = ("weight", "parameters")
-# A function as a class's instances have it, and, after it, those above that it calls by `super()`.
+# A method as instances have it, followed by the overridden ones that it calls by `super()`.
 Method = tuple[FunctionType, ...]
 
 
 def is_opaque(function_or_class: Any) -> bool:
-    """Whether there is no need to look into it."""
+    """Whether its source need not be examined."""
     return _OPAQUE.match(getattr(function_or_class, "__module__", None) or "torch") is not None
 
 
 def functions_to_read(modules: Mapping[str, nn.Module]) -> Iterator[tuple[nn.Module, FunctionType]]:
-    """Each of the modules, by name, with each of its methods that could read a weight, itself or by what it calls."""
+    """Every module, by name, with each of its methods that could read a weight, directly or through calls."""
     classes: set[type] = {type(module) for module in modules.values()}
     methods = {cls: _methods(cls) for cls in classes}
     readers = {name for own in methods.values() for name, method in own.items() if any(map(_could_read, method))}
@@ -60,7 +60,7 @@ def _is_wanted(name: str, method: Method, readers: Collection[str]) -> bool:
 
 
 def _add_callers(readers: set[str], classes: Collection[Mapping[str, Method]]) -> None:
-    """Adds the names of methods that mention one of `readers`, until there are no more."""
+    """Adds the names of methods that mention one of `readers`, until none is left."""
     known = 0
     while known < len(readers):
         known = len(readers)
@@ -71,7 +71,7 @@ def _add_callers(readers: set[str], classes: Collection[Mapping[str, Method]]) -
 
 
 def _givers(modules: Mapping[str, nn.Module], methods: Mapping[type, Mapping[str, Method]]) -> set[str]:
-    """The names of the modules around one whose `forward` reads the weight of a module it is given."""
+    """The names of the parents of modules whose `forward` reads the weight of a module passed to it."""
     classes = {cls for cls, own in methods.items() if any(map(_reads_argument, own.get("forward", ())))}
     given = [name for name, module in modules.items() if type(module) in classes]
     return {name[: dot.start()] for name in given for dot in re.finditer(r"^|\.", name)}
@@ -79,7 +79,7 @@ def _givers(modules: Mapping[str, nn.Module], methods: Mapping[type, Mapping[str
 
 @lru_cache(maxsize=4096)
 def _methods(cls: type) -> dict[str, Method]:
-    """Functions and properties of a class and those it derives from."""
+    """Functions and properties of a class and its bases."""
     found: dict[str, Method] = {}
     for base in reversed(cls.__mro__):
         for name, value in () if is_opaque(base) else vars(base).items():
@@ -91,7 +91,7 @@ def _methods(cls: type) -> dict[str, Method]:
 
 
 def unwrapped(attribute: Any) -> FunctionType | None:
-    """The function as it was written, under decorators, properties and the like; None if there is none."""
+    """The original function under decorators, properties and the like; None if there is none."""
     for inner in ("fget", "func", "__func__"):
         attribute = (inspect.getattr_static(attribute, inner, None) and getattr(attribute, inner)) or attribute
     try:
@@ -135,7 +135,7 @@ def _helpers(function: FunctionType) -> list[FunctionType]:
 
 
 def _mentions(function: FunctionType, names: Collection[str]) -> bool:
-    """Whether it speaks of one of these methods; of "forward" everybody does."""
+    """Whether it names one of these methods; "forward" is named everywhere, so does not count."""
     return any(name != "forward" and name in names for name in _names(function.__code__))
 
 
@@ -145,7 +145,7 @@ def _names(code: CodeType) -> frozenset[str]:
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
-    """It, and that of functions, lambdas and comprehensions within."""
+    """Its code object, and those of the functions, lambdas and comprehensions inside it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -153,7 +153,7 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _reads(code: CodeType) -> bool:
-    return "weight" in code.co_consts or any(source != "self" for source in _sources(code))  # a constant: of getattr
+    return "weight" in code.co_consts or any(source != "self" for source in _sources(code))  # getattr's
 
 
 def _reads_argument(function: FunctionType) -> bool:
@@ -163,7 +163,7 @@ def _reads_argument(function: FunctionType) -> bool:
 
 
 def _sources(code: CodeType) -> Iterator[Any]:
-    """What stands before each `.weight` or `.parameters`: the name of a variable or an attribute, or anything else."""
+    """What precedes each `.weight` or `.parameters`: the name of a variable or an attribute, or something else."""
     if any(name in code.co_names for name in _READ):
         for before, instruction in pairwise(dis.get_instructions(code)):
             if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and instruction.argval in _READ:
@@ -171,19 +171,19 @@ def _sources(code: CodeType) -> Iterator[Any]:
 
 
 def names_read(function: FunctionType) -> set[str]:
-    """The names of attributes whose weight it reads, for want of source: of all it knows of them."""
+    """The names of attributes whose weight it reads, from bytecode, for functions without source."""
     return {source for code in _codes(function.__code__) for source in _sources(code) if isinstance(source, str)}
 
 
 @lru_cache(maxsize=4096)
 def source_of(function: FunctionType) -> ast.FunctionDef | None:
-    """Its syntax tree; None where its source is not to be had."""
+    """Its syntax tree; None where its source is not available."""
     code = function.__code__
     lines = linecache.getlines(code.co_filename, function.__globals__)[code.co_firstlineno - 1 :]
     try:
         block = "".join(inspect.getblock(lines))
         found = ast.parse(f"if True:\n{block}" if block[:1].isspace() else block)
-    except (SyntaxError, tokenize.TokenError):  # the file is another by now
+    except (SyntaxError, tokenize.TokenError):  # the file has changed since
         return None
     nodes = (node for node in ast.walk(found) if isinstance(node, ast.FunctionDef))
     return next((node for node in nodes if node.name == code.co_name), None)

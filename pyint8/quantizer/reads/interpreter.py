@@ -1,8 +1,8 @@
-"""Running code without running it: with the model's own objects where it has them, along every path else.
+"""An abstract interpreter: it follows code with the model's own objects where they are known, else along every path.
 
-What is looked for is where the weight of a module that is to become int8 gets into a computation, or its dtype into a
-cast. Conditions are decided where the model decides them (`self.config.pretraining_tp > 1`; `weight.dtype !=
-torch.int8`, as that is what it will be); of all others both branches count.
+It looks for places where the weight of a module that is to become int8 enters a computation, or its dtype a cast.
+Conditions are evaluated where the model determines them (`self.config.pretraining_tp > 1`; `weight.dtype !=
+torch.int8`, since it will be int8); otherwise both branches count.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ logger = logging.getLogger(__name__)
 
 
 class Interpreter:
-    """Runs functions, each once for the same arguments.
+    """Interprets functions, each once for the same arguments.
 
     Attributes:
-        model: What they can get hold of.
-        read: The modules whose weight is read, with the name of a function that does.
+        model: The objects that code can reach.
+        read: The modules whose weight is read, with the name of a function that reads it.
     """
 
     def __init__(self, model: Model) -> None:
@@ -37,13 +37,13 @@ class Interpreter:
         self._results: dict[Any, Value] = {}
 
     def enter(self, module: nn.Module, function: FunctionType) -> None:
-        """Runs a method of `module` as anybody may call it."""
+        """Interprets a method of `module`, called with unknown arguments."""
         if source_of(function) is None:
             self._read_by_name(module, function)
             return
         try:
             returned = self.call(function, [(module,)], {})
-        except Exception:  # code of a kind that was not foreseen here must not keep a model from loading
+        except Exception:  # unforeseen code must not keep a model from loading
             logger.debug("%s cannot be followed", function.__qualname__, exc_info=True)
             self._read_by_name(module, function)
             return
@@ -51,19 +51,19 @@ class Interpreter:
             self.use(returned, function)
 
     def call(self, function: FunctionType, arguments: Sequence[Value], keywords: Mapping[str, Value]) -> Value:
-        """What it returns."""
+        """The possible results."""
         tree = source_of(function)
         if tree is None:
             return UNKNOWN
         names = bound(tree.args, arguments, keywords)
         key = (function, *names.items())
         if key not in self._results:
-            self._results[key] = UNKNOWN  # for when it calls itself
+            self._results[key] = UNKNOWN  # for recursive calls
             self._results[key] = Frame(self, function, names).run(tree.body)
         return self._results[key]
 
     def use(self, value: Value, function: FunctionType) -> None:
-        """Notes that `function` lets a value get where it is computed with."""
+        """Notes that `function` computes with a value."""
         for one in value:
             if isinstance(one, (Weight, WeightDtype)):
                 self.read.setdefault(one.module, function.__qualname__)
@@ -72,7 +72,7 @@ class Interpreter:
                     self.use(item, function)
 
     def _read_by_name(self, module: nn.Module, function: FunctionType) -> None:
-        """Without following it, all modules below count that have the name of one whose weight it reads."""
+        """For functions without source: all modules below count that have the name of one whose weight is read."""
         leaves = names_read(function)
         for name, below in module.named_modules():
             if name.rpartition(".")[2] in leaves and self.model.is_candidate(below):
@@ -80,16 +80,16 @@ class Interpreter:
 
 
 class Frame(Expressions):
-    """One function at work: its statements."""
+    """The statements of one function that is being interpreted."""
 
     def run(self, body: Sequence[ast.stmt]) -> Value:
-        """What it returns."""
+        """The possible results."""
         self.returned: Value = ()
         self._block(body)
         return self.returned or (None,)
 
     def _block(self, statements: Sequence[ast.stmt]) -> bool:
-        """Runs them in turn; whether what comes after is never reached."""
+        """Interprets statements in order; whether what follows them is never reached."""
         return any(self._statement(statement) for statement in statements)
 
     def _statement(self, node: ast.stmt) -> bool:
@@ -111,7 +111,7 @@ class Frame(Expressions):
         return False
 
     def _step(self, node: ast.stmt) -> None:
-        """A statement after which the next is reached."""
+        """A statement that the next one follows."""
         match node:
             case ast.Assign(targets=targets, value=value):
                 for target in targets:
@@ -124,7 +124,7 @@ class Frame(Expressions):
                 self.value(value)
             case ast.For(target=target, iter=iterated, body=body, orelse=orelse):
                 self.assign(target, self.items(self.value(iterated)))
-                self._maybe(body, body, orelse)  # twice: a variable may be of the round before
+                self._maybe(body, body, orelse)  # twice: a variable may be set in the previous iteration
             case ast.While(test=test, body=body, orelse=orelse):
                 self.value(test)
                 self._maybe(body, body, orelse)
@@ -132,7 +132,7 @@ class Frame(Expressions):
                 self._maybe(body, *(handler.body for handler in handlers), orelse, finalbody)
 
     def _branch(self, condition: bool | None, body: Sequence[ast.stmt], orelse: Sequence[ast.stmt]) -> bool:
-        """Runs what a condition (None for one that may be either) lets run, as `_block` does."""
+        """Interprets the branches that a condition (None if unknown) permits; returns as `_block` does."""
         if condition is not None:
             return self._block(body if condition else orelse)
         before = dict(self.names)
@@ -146,14 +146,14 @@ class Frame(Expressions):
         return ends and ends_too
 
     def _maybe(self, *blocks: Sequence[ast.stmt]) -> None:
-        """Runs blocks each of which may not run, or not to its end."""
+        """Interprets blocks, each of which may be skipped or left early."""
         for block in blocks:
             before = dict(self.names)
             self._block(block)
             self._join(before)
 
     def _join(self, others: Mapping[str, Value]) -> None:
-        """Variables may be what they are, or what they are in `others`."""
+        """Variables may have their values here, or those in `others`."""
         names = {**others, **self.names}
         self.names = {name: merged(self.names.get(name, UNKNOWN), others.get(name, UNKNOWN)) for name in names}
 
@@ -164,6 +164,6 @@ class Frame(Expressions):
                 self.assign(item.optional_vars, value)
 
     def _define(self, arguments: ast.arguments, body: Sequence[ast.stmt]) -> None:
-        """A function within this one, which may be called with anything."""
+        """A nested function, which may be called with anything."""
         inner = Frame(self.interpreter, self.function, self.names | bound(arguments, (), {}))
         self.use(inner.run(body))

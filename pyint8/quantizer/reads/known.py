@@ -1,4 +1,4 @@
-"""What Python and torch do themselves with values: truth, comparisons, items, and functions that are built in."""
+"""What Python and torch themselves do with values: truth, comparisons, items, built-in functions."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _COMPARISONS: dict[type, Callable[[Any, Any], Any]] = {
     ast.In: lambda one, items: one in items,
     ast.NotIn: lambda one, items: one not in items,
 }
-# Functions that ask nothing of a weight but what it is.
+# Functions that use nothing of a weight but its type or identity.
 _ASK = (len, type, id, print, range, repr, str, callable, torch.is_tensor)
 
 
@@ -60,12 +60,12 @@ def _truth(one: Any) -> bool | None:
         return True if isinstance(one, (WeightDtype, Method)) else None
     try:
         return bool(one)
-    except Exception:  # an object's own idea of truth
+    except Exception:  # an object's own __bool__
         return None
 
 
 def compared(left: Value, operation: ast.cmpop, right: Value) -> Value:
-    """What a comparison gives: a weight's dtype compares as int8."""
+    """The result of a comparison; a weight's dtype compares as int8."""
     found = {_compared(one, operation, other) for one in left for other in right}
     return tuple(found) if len(found) == 1 else UNKNOWN
 
@@ -73,12 +73,12 @@ def compared(left: Value, operation: ast.cmpop, right: Value) -> Value:
 def _compared(left: Any, operation: ast.cmpop, right: Any) -> Any:
     try:
         return bool(_COMPARISONS[type(operation)](_plain(left), _plain(right)))
-    except Exception:  # they do not compare, or one is not known
+    except Exception:  # they are not comparable, or one is unknown
         return ANYTHING
 
 
 def _plain(one: Any) -> Any:
-    """What is compared: stands for itself, but for a dtype and for several items."""
+    """The operand as it is compared: itself, but for a weight's dtype and for sequences."""
     if isinstance(one, WeightDtype):
         return torch.int8
     if isinstance(one, Many):
@@ -92,7 +92,7 @@ def _plain(one: Any) -> Any:
 
 
 def _parts(container: Any) -> list[Value] | dict[Any, Value] | None:
-    """What is in a sequence or a mapping; None if it is neither, or not known."""
+    """The items of a sequence or mapping; None if it is neither, or unknown."""
     if isinstance(container, Many):
         return list(container.items)
     if isinstance(container, (nn.ModuleList, nn.Sequential)):
@@ -105,13 +105,13 @@ def _parts(container: Any) -> list[Value] | dict[Any, Value] | None:
 
 
 def items(container: Any) -> Value:
-    """What iterating over it may give."""
+    """The possible items when iterating over it."""
     parts = _parts(container)
     return UNKNOWN if parts is None else tuple(parts) if isinstance(parts, dict) else merged(*parts)
 
 
 def item(container: Any, at: Value, *, sliced: bool) -> Value:
-    """What `container[at]` may be, or a slice of it."""
+    """The possible values of `container[at]`, or of a slice."""
     parts = _parts(container)
     if parts is None:
         return (container,) if isinstance(container, Weight) else UNKNOWN
@@ -138,7 +138,7 @@ def unpacked(whole: Any, number: int, count: int) -> Value:
 
 
 def result(model: Model, function: Any, arguments: Sequence[Value]) -> Value | None:
-    """What a function of Python's or torch's own gives; None for all but those that are known here."""
+    """The result of a function of Python or torch; None for those not known here."""
     if isinstance(function, Returns):
         return function.value
     if isinstance(function, Method):
@@ -154,7 +154,7 @@ def result(model: Model, function: Any, arguments: Sequence[Value]) -> Value | N
 
 
 def _of_torch(module: nn.Module, name: str, arguments: Sequence[Value]) -> Value | None:
-    """What the methods of torch's own modules give that lead to other modules."""
+    """The results of methods of torch's modules that lead to other modules."""
     match name:
         case "parameters":
             return (Parameters(module),)
@@ -190,13 +190,13 @@ def _of_python(model: Model, function: Any, arguments: Sequence[Value]) -> Value
 
 
 def _has(model: Model, owner: Any, name: Any) -> Value:
-    """What hasattr gives."""
+    """The result of hasattr."""
     found = model.has(owner, name) if isinstance(name, str) else None
     return UNKNOWN if found is None else (found,)
 
 
 def _got(model: Model, owner: Any, name: Any, default: Sequence[Value]) -> Value:
-    """What getattr gives."""
+    """The result of getattr."""
     if isinstance(name, NamePattern) and isinstance(owner, nn.Module):
         return tuple(child for key, child in owner.named_children() if re.fullmatch(name.pattern, key))
     if not isinstance(name, str):
@@ -214,7 +214,7 @@ def _next(model: Model, iterator: Any) -> Value:
 
 
 def _is_instance(model: Model, one: Any, kinds: Value) -> Any:
-    """Whether it is one of the kinds: as what it will be, if it is to become int8."""
+    """The result of isinstance; a module that is to become int8 counts as what it will be."""
     wanted = [kind for value in kinds for kind in (items(value) if _parts(value) is not None else (value,))]
     own: tuple[type, str]
     if isinstance(one, Weight):
@@ -231,5 +231,5 @@ def _is_instance(model: Model, one: Any, kinds: Value) -> Any:
 
 
 def _only(value: Value) -> Any:
-    """The alternative, if there is one."""
+    """The alternative, if there is exactly one."""
     return value[0] if len(value) == 1 else ANYTHING

@@ -1,7 +1,7 @@
-"""What an expression in a module's code may stand for, as far as the model at hand tells.
+"""The possible values of an expression in a module's code, as far as the model at hand determines them.
 
 A value is a tuple of alternatives: objects of the model (modules, numbers of its configuration, functions), `ANYTHING`,
-or one of the stand-ins below for what the code would get of a weight, were it int8.
+or one of the stand-ins below for what the code would see of a weight if it were int8.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pyint8.quantizer.reads.functions import is_set_later
 
 
 class _Anything:
-    """An alternative of which nothing is known."""
+    """An unknown alternative."""
 
 
 ANYTHING = _Anything()
@@ -45,7 +45,7 @@ class WeightDtype:
 
 @dataclass(frozen=True)
 class Parameters:
-    """What `module.parameters()` gives."""
+    """The result of `module.parameters()`."""
 
     module: nn.Module
 
@@ -68,7 +68,7 @@ class Property:
 
 @dataclass(frozen=True)
 class Super:
-    """What `super()` gives: the methods of `owner` that come after those of `cls`."""
+    """The result of `super()`: the methods of `owner` that come after those of `cls`."""
 
     owner: Any
     cls: type
@@ -104,7 +104,7 @@ class Lookup:
 
 
 STAND_INS = (_Anything, Weight, WeightDtype, Parameters, Method, Property, Super, Returns, Many, NamePattern, Lookup)
-# Attributes of a weight that tell nothing of its values and its dtype.
+# Attributes of a weight that reveal neither its values nor its dtype.
 _OF_ANY_TENSOR = (
     *("device", "get_device", "is_cuda", "is_cpu", "is_meta", "requires_grad", "requires_grad_", "is_leaf", "grad"),
     *("shape", "size", "ndim", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "layout"),
@@ -116,7 +116,7 @@ _PLAIN = (bool, int, float, str, type(None), tuple, list, dict, torch.dtype, Mod
 
 
 def merged(*values: Value) -> Value:
-    """Any of the alternatives of any of them."""
+    """The alternatives of all of them."""
     found: list[Any] = []
     for one in itertools.chain(*values):
         if not any(one is other for other in found):
@@ -125,14 +125,14 @@ def merged(*values: Value) -> Value:
 
 
 def holds_module(value: Value) -> bool:
-    """Whether a module may be among what it stands for."""
+    """Whether a module may be among its alternatives."""
     return any(
         isinstance(one, nn.Module) or (isinstance(one, Many) and any(map(holds_module, one.items))) for one in value
     )
 
 
 def bound(arguments: ast.arguments, given: Sequence[Value], keywords: Mapping[str, Value]) -> dict[str, Value]:
-    """Values of a function's parameters; unknown where they were not given, as anybody may give them."""
+    """Values of a function's parameters; unknown where they were not given, as callers may pass anything."""
     positional = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
     names = dict.fromkeys([*positional, *(argument.arg for argument in arguments.kwonlyargs)], UNKNOWN)
     names |= {name: _hashable(value) for name, value in zip(positional, given, strict=False)}
@@ -148,7 +148,7 @@ def _hashable(value: Value) -> Value:
 
 
 class Model:
-    """What code can get hold of from a module on.
+    """The objects that code can reach from a module.
 
     Args:
         candidates: The modules that are to become int8.
@@ -165,7 +165,7 @@ class Model:
         return id(value) in self._candidates
 
     def attribute(self, owner: Any, name: str) -> Value | None:
-        """What `owner.name` may be; None if `owner` is a weight, and that its values or its dtype get out."""
+        """What `owner.name` may be; None if `owner` is a weight and the attribute reveals its values or dtype."""
         if isinstance(owner, Weight):
             return _of_weight(owner, name)
         if isinstance(owner, WeightDtype):
@@ -184,12 +184,12 @@ class Model:
             return None
         if name in self._facts or inspect.getattr_static(owner, name, ANYTHING) is not ANYTHING:
             return True
-        if isinstance(owner, nn.Module):  # what it has not may be set later
+        if isinstance(owner, nn.Module):  # a missing one may be set later
             return True if any(name in vars(owner)[kind] for kind in ("_modules", "_parameters", "_buffers")) else None
         return False
 
     def first_parameter(self, module: nn.Module) -> Value:
-        """What `next(module.parameters())` gives."""
+        """The result of `next(module.parameters())`."""
         for name, _ in module.named_parameters():
             owner, _, leaf = name.rpartition(".")
             return self._of_module(module.get_submodule(owner), leaf)
@@ -231,7 +231,7 @@ def _of_super(owner: Super, name: str) -> Value:
 
 
 def _bound(attribute: Any, owner: Any) -> Value:
-    """A class's attribute, as its instance gives it."""
+    """A class's attribute, as its instance returns it."""
     if isinstance(attribute, staticmethod):
         return (attribute.__func__,)
     if inspect.isfunction(attribute):
@@ -242,7 +242,7 @@ def _bound(attribute: Any, owner: Any) -> Value:
 
 
 def _of_object(owner: Any, name: str) -> Value:
-    """Of what is no module: looked up without running code, but for a configuration's other names for its fields."""
+    """Of an object that is no module: looked up without running code, except for a configuration's aliases."""
     if isinstance(owner, STAND_INS):
         return UNKNOWN
     if hasattr(type(owner), "attribute_map"):

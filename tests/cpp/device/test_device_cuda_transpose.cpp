@@ -1,5 +1,7 @@
 #include <algorithm>
 #include <array>
+#include <chrono>
+#include <thread>
 
 #include "cuda_support.hpp"
 
@@ -123,6 +125,37 @@ TEST_CASE("kernels that do not load are an error with the compiler's log, and ma
   CHECK(contains(error_of([&] { device.transpose_to_half(weight.job, 0); }).message(), "cuLaunchKernel"));
   Caller caller(0);
   device.transpose_to_half(weight.job, caller.stream());
+  caller.synchronize();
+  CHECK(weight.is_transposed());
+}
+
+TEST_CASE("a device that goes lets its kernels end before their code goes") {
+  Accounts accounts;
+  Caller caller(0);
+  auto device = std::make_unique<CudaDevice>(fake_driver(), 0);
+  const Weight weight(ElementType::kFloat, false, 3, 3, 3);
+  Gate gate(caller);
+  device->transpose_to_half(weight.job, caller.stream());
+  std::jthread opener([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    gate.open();
+  });
+  SUBCASE("asking works") {}
+  SUBCASE("asking fails once: no context") {
+    fake_cuda_fail_after("cuCtxPushCurrent_v2", 1, 2);
+  }
+  SUBCASE("asking fails once: an error of earlier work") {
+    fake_cuda_fail_after("cuEventSynchronize", 1, 719);
+  }
+  SUBCASE("asking fails twice") {
+    fake_cuda_fail_after("cuCtxPushCurrent_v2", 1, 2);
+    fake_cuda_fail_after("cuEventSynchronize", 1, 719);
+    device.reset();
+    CHECK(counters().modules == 1);  // left behind: a kernel may still need it
+    accounts.ignore();
+  }
+  device.reset();
+  CHECK(counters().violations == 0);
   caller.synchronize();
   CHECK(weight.is_transposed());
 }

@@ -89,7 +89,9 @@ std::uint32_t bits_of(ElementType type, float value) {
 }
 
 std::uint32_t through_bfloat16(ElementType type, std::uint32_t bits) {
-  return float_to_half(bfloat16_to_float(float_to_bfloat16(value_of(type, bits))));
+  const float value =
+      value_of(type, bits);  // which is not rounded again where it is bfloat16: a NaN keeps its bits
+  return float_to_half(type == ElementType::kBFloat16 ? value : bfloat16_to_float(float_to_bfloat16(value)));
 }
 
 template <typename Check>

@@ -146,6 +146,24 @@ TEST_CASE("what is in the page cache is read from there, though direct reads wer
   cached_pages = 0;
 }
 
+TEST_CASE("pages of 64 KiB: what lies within one is asked for as the page it lies in") {
+  const TempFile temporary(random_bytes(3 * 65536, 8));
+  const File file(temporary.path(), true);
+  if (!file.direct()) return;
+  const Aligned out = aligned_bytes(2 * 65536);
+  page_bytes = 65536;
+  for (const auto& [pages, direct] : {std::pair<std::size_t, std::size_t>{2, 0}, {1, 1}}) {
+    cached_pages = pages;
+    for (const auto& [offset, capacity] : {std::pair{0, 2 * 65536}, {4096, 65536}, {65536 - 4096, 8192}}) {
+      const std::size_t before = direct_reads();
+      file.read_at(out.get(), 8192, static_cast<std::size_t>(capacity), static_cast<std::uint64_t>(offset));
+      CHECK(direct_reads() == before + direct);
+    }
+  }
+  cached_pages = 0;
+  page_bytes = 4096;
+}
+
 TEST_CASE("a read that is not aligned, in whatever way, does not give up the direct twin") {
   const Bytes content = random_bytes(4 * kDirectAlignment, 11);
   const TempFile temporary(content);

@@ -123,7 +123,6 @@ Wish random_wish(Random& random, std::size_t row_bytes) {
   if (wish.kind == Kind::kCast && wish.stored == wish.dtype) wish.dtype = ElementType::kHalf;
   wish.columns = pick(random, 1, row_bytes / size_of(wish.stored));
   wish.rows = pick(random, 1, std::max<std::size_t>(1, kMostElements / wish.columns));
-  if (wish.kind == Kind::kAsStored) wish.landed = false;
   return wish;
 }
 

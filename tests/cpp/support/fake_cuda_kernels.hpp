@@ -155,7 +155,8 @@ inline void quantize_rows(const void* half, void* codes, void* scales, int rows,
   for (std::int64_t row = 0; row < rows; ++row) {
     float largest = 0;
     for (std::int64_t i = row * columns; i < (row + 1) * columns; ++i) {
-      largest = std::fmax(largest, std::fabs(load(Element::kHalf, from, i)));
+      const float size = std::fabs(load(Element::kHalf, from, i));
+      if (size > largest) largest = size;  // never for NaN
     }
     static_cast<float*>(scales)[row] = largest;
     for (std::int64_t i = row * columns; i < (row + 1) * columns; ++i) {

@@ -206,6 +206,16 @@ CuResult cuMemcpyHtoDAsync_v2(CuDevicePtr to, const void* from, std::size_t nbyt
   return kSuccess;
 }
 
+CuResult cuMemcpyDtoDAsync_v2(CuDevicePtr to, CuDevicePtr from, std::size_t nbytes, CuStream handle) {
+  BEGIN_IN_CONTEXT("cuMemcpyDtoDAsync_v2");
+  Stream* stream = find_stream(handle, call.context);
+  RETURN_IF(stream == nullptr || stream->context() != call.context, kInvalidHandle);
+  driver().put(*stream, {{from, nbytes, false}, {to, nbytes, true}}, [=] {
+    std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), nbytes);
+  });
+  return kSuccess;
+}
+
 // Device memory is the host's; for programs that have no allocator of their own.
 CuResult cuMemAlloc_v2(CuDevicePtr* memory, std::size_t nbytes) {
   BEGIN_IN_CONTEXT("cuMemAlloc_v2");

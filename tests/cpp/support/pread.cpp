@@ -9,11 +9,18 @@
 #include <atomic>
 #include <cerrno>
 #include <cstdarg>
+#include <cstdint>
 
 namespace pyint8::testing {
 namespace {
 
 std::atomic<std::size_t> direct{0}, all{0};
+
+// This machine's pages are smaller than those that a test pretends, so a mapping may begin inside one.
+bool is_inside_a_page(const void* address) {
+  static const auto first = reinterpret_cast<std::uintptr_t>(address);
+  return (reinterpret_cast<std::uintptr_t>(address) - first) % page_bytes != 0;
+}
 
 }  // namespace
 
@@ -29,9 +36,20 @@ std::size_t all_reads() {
 extern "C" int mincore(void* address, std::size_t nbytes, unsigned char* pages) noexcept {
   using namespace pyint8::testing;
   static const auto real = reinterpret_cast<decltype(&mincore)>(::dlsym(RTLD_NEXT, "mincore"));
-  if (const int failed = real(address, nbytes, pages)) return failed;
-  for (std::size_t page = 0; page * 4096 < nbytes; ++page) pages[page] = page < cached_pages ? 1 : 0;
+  if (page_bytes == 4096) {
+    if (const int failed = real(address, nbytes, pages)) return failed;
+  } else if (is_inside_a_page(address)) {
+    errno = EINVAL;
+    return -1;
+  }
+  for (std::size_t page = 0; page * page_bytes < nbytes; ++page) pages[page] = page < cached_pages ? 1 : 0;
   return 0;
+}
+
+extern "C" long sysconf(int name) noexcept {
+  using namespace pyint8::testing;
+  static const auto real = reinterpret_cast<decltype(&sysconf)>(::dlsym(RTLD_NEXT, "sysconf"));
+  return name == _SC_PAGESIZE ? static_cast<long>(page_bytes) : real(name);
 }
 
 extern "C" int open(const char* path, int flags, ...) {

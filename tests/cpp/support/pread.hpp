@@ -1,5 +1,5 @@
-// Stands before libc's pread, mincore and open in the tests: to make reads fail, to see which go past the
-// page cache, to say what is in it, and to do something between the two times that a file is opened.
+// Stands before libc's pread, mincore, sysconf and open in the tests: to make reads fail, to see which go
+// past the page cache, to say what is in it, and to do something between the two times that a file is opened.
 #pragma once
 
 #include <atomic>
@@ -20,6 +20,10 @@ inline thread_local std::deque<Fate> fates;
 
 // What mincore answers: so many pages of a range that is asked about are in the page cache.
 inline std::atomic<std::size_t> cached_pages = 0;
+
+// Of the machine, as sysconf tells it; mincore then takes whole pages only, counted from the first address it
+// is asked about.
+inline std::atomic<std::size_t> page_bytes = 4096;
 
 // Called before a file is opened for direct reads, on this thread.
 inline thread_local std::function<void()> before_direct_open;

@@ -39,6 +39,7 @@ class SpyDevice final : public Device {
   std::unique_ptr<Stream> make_stream() override { return nullptr; }
   void prepare_kernels() override {}
   void transpose_to_half(const TransposeJob&, StreamHandle) override {}
+  void copy_on_device(Address, Address, std::size_t, StreamHandle) override {}
   void cast(const CastJob&, StreamHandle) override {}
   void quantize(Quantizer, const QuantizeJob&, StreamHandle) override {}
 

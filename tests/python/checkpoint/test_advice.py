@@ -19,7 +19,7 @@ from torch import nn
 import pyint8
 from pyint8.checkpoint import open_checkpoint
 from pyint8.errors import CheckpointError, CheckpointNotFoundError, HeaderError, OptionError
-from pyint8.streaming.stream import read_tensor
+from pyint8.streaming.reading import read_tensor
 
 Copy = Callable[..., Path]
 TENSORS = {"a": torch.arange(4.0), "b": torch.arange(6.0)}

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from pyint8.checkpoint import EntryInMemory, read_pickled
 from pyint8.errors import CheckpointError, Pyint8Error
-from pyint8.streaming.stream import read_tensor
+from pyint8.streaming.reading import read_tensor
 
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 Records = list[tuple[str, bytes]]

@@ -23,8 +23,8 @@ from pyint8 import StreamOptions
 from pyint8.checkpoint import Entry, EntryInMemory, open_checkpoint, read_pickled
 from pyint8.errors import CheckpointError, CheckpointNotFoundError, Pyint8Error, TruncatedError
 from pyint8.report import Recorder
+from pyint8.streaming.reading import open_stream
 from pyint8.streaming.requests import TensorRequest
-from pyint8.streaming.stream import open_stream
 
 CPU = torch.device("cpu")
 TINY = StreamOptions(threads=2, slot_bytes=8192, host_scratch=1 << 20)
@@ -223,8 +223,9 @@ def test_a_plain_pickle_is_refused(tmp_path: Path) -> None:
         (lambda: {1: torch.zeros(3)}, "a tensor is named 1; names are strings"),
         (lambda: {"x": torch.zeros(3, 3).to_sparse()}, "torch.sparse_coo; save it as an ordinary one"),
         (lambda: {"x": torch.quantize_per_tensor(torch.zeros(3), 1.0, 0, torch.qint8)}, "torch cannot read it"),
+        (lambda: {"x": torch.zeros(3).byte().view(torch.bits8)}, "a tensor of dtype bits8 cannot be loaded"),
     ],
-    ids=["nested", "list", "number", "sparse", "quantized"],
+    ids=["nested", "list", "number", "sparse", "quantized", "bits"],
 )
 def test_what_is_no_state_dict_is_refused(tmp_path: Path, state: Callable[[], Any], words: str) -> None:
     path = tmp_path / "x.pt"

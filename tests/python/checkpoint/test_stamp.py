@@ -16,13 +16,15 @@ from streams import over
 from torch import nn
 
 import pyint8
-from pyint8 import _core, loader
+from pyint8 import _core
 from pyint8.checkpoint import Checkpoint, open_checkpoint, read_header, read_pickled, stamp
 from pyint8.errors import FileChangedError
-from pyint8.streaming.head_start import HeadStart
+from pyint8.operations import load as operation
+from pyint8.streaming.head_start import FirstTensors, HeadStart
 from pyint8.streaming.prefetch import PageCachePrefetch
+from pyint8.streaming.reading import read_tensor
 from pyint8.streaming.requests import TensorRequest
-from pyint8.streaming.stream import TensorStream, read_tensor
+from pyint8.streaming.stream import TensorStream
 from pyint8.streaming.transport import Transport
 
 CPU = torch.device("cpu")
@@ -113,7 +115,7 @@ def equal(model: Any, other: Any) -> bool:
 
 def test_overwritten_while_it_is_read(road: Road, monkeypatch: pytest.MonkeyPatch) -> None:
     way, folder = road
-    after(monkeypatch, Transport, "_file", once(overwritten, folder / FILE))
+    after(monkeypatch, Transport, "file", once(overwritten, folder / FILE))
     with pytest.raises(FileChangedError, match=SAYS) as caught:
         way(folder)
     assert caught.value.path == str(folder / FILE)
@@ -141,7 +143,7 @@ def test_a_module_of_ones_own_gets_its_layers_back(tmp_path: Path, monkeypatch: 
     own = module()
     layers = list(own)  # type: ignore[call-overload]
     save(tmp_path / FILE, module().state_dict())
-    after(monkeypatch, Transport, "_file", once(overwritten, tmp_path / FILE))
+    after(monkeypatch, Transport, "file", once(overwritten, tmp_path / FILE))
     with pytest.raises(FileChangedError):
         load(tmp_path, model=own, config=pyint8.Int8Config(skip_modules=[]))
     assert list(own) == layers  # type: ignore[call-overload]
@@ -151,7 +153,7 @@ def test_replaced_while_the_old_file_is_open(tmp_path: Path, monkeypatch: pytest
     """The old one is read to its end."""
     save(tmp_path / FILE, module().state_dict())
     old = fill(tmp_path)
-    after(monkeypatch, Transport, "_file", once(replaced, tmp_path / FILE))
+    after(monkeypatch, Transport, "file", once(replaced, tmp_path / FILE))
     assert equal(fill(tmp_path), old)
     assert not equal(fill(tmp_path), old)
 
@@ -166,7 +168,7 @@ def test_changed_before_transformers_has_looked_at_it(
     """As if the load had begun a moment later: the new header, and the new values."""
     folder = copy_of("llama", "bf16")
     old = load(folder)
-    after(monkeypatch, loader, "find_checkpoint", once(change, folder / FILE))
+    after(monkeypatch, operation, "find_checkpoint", once(change, folder / FILE))
     new = load(folder)
     assert not equal(new, old)
     assert equal(new, load(folder))
@@ -176,7 +178,7 @@ def test_early_tensors_of_the_file_as_it_was_are_not_used(tmp_path: Path, monkey
     monkeypatch.setattr("pyint8.streaming.head_start._WORTHWHILE_BYTES", 1)
     options = pyint8.StreamOptions(threads=2)
     save(tmp_path / FILE, {"x": torch.zeros(1000)})
-    start = HeadStart(CPU, list(open_checkpoint(tmp_path).values()), 1 << 30, options)
+    start = HeadStart([FirstTensors(CPU, list(open_checkpoint(tmp_path).values()), 1 << 30)], options)
     transport, early = start.take()
     replaced(tmp_path / FILE)
     wanted = [TensorRequest(entry, CPU) for entry in open_checkpoint(tmp_path).values()]
@@ -194,14 +196,14 @@ def test_replaced_by_one_with_other_names(copy_of: Copy, monkeypatch: pytest.Mon
         save(path.with_name("new"), tensors)
         os.replace(path.with_name("new"), path)
 
-    after(monkeypatch, Transport, "_file", once(without_norm, folder / FILE))
+    after(monkeypatch, Transport, "file", once(without_norm, folder / FILE))
     with pytest.raises(FileChangedError, match=SAYS):
         load(folder)
 
 
 def test_cut_before_transformers_opens_it(copy_of: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = copy_of("llama", "bf16")
-    after(monkeypatch, Transport, "_file", once(lambda path: os.truncate(path, 100), folder / FILE))
+    after(monkeypatch, Transport, "file", once(lambda path: os.truncate(path, 100), folder / FILE))
     with pytest.raises(FileChangedError, match="changed while it was loaded"):
         load(folder)
 
@@ -211,7 +213,7 @@ def test_cut_before_transformers_opens_it(copy_of: Copy, monkeypatch: pytest.Mon
 
 def test_replaced_before_accelerate_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / FILE, module().state_dict())
-    after(monkeypatch, Transport, "_file", once(replaced, tmp_path / FILE))
+    after(monkeypatch, Transport, "file", once(replaced, tmp_path / FILE))
     config = pyint8.Int8Config(skip_modules=["2"], fp32_cpu_offload=True)
     device_map = {"0": "cpu", "1": "cpu", "2": "disk"}
     with pytest.raises(FileChangedError, match=SAYS):
@@ -269,7 +271,7 @@ def test_reading_ahead(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_head_start(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyint8.streaming.head_start._WORTHWHILE_BYTES", 1)
-    start = HeadStart(CPU, list(checkpoint.values()), 1 << 30, pyint8.StreamOptions(threads=1))
+    start = HeadStart([FirstTensors(CPU, list(checkpoint.values()), 1 << 30)], pyint8.StreamOptions(threads=1))
     with pytest.raises(FileChangedError, match=SAYS):
         start.take()
 

@@ -287,8 +287,9 @@ def test_a_weight_quantized_in_pieces_equals_the_whole(tmp_path, shape, transpos
     from pyint8.checkpoint import open_checkpoint
     from pyint8.config import StreamOptions
     from pyint8.quantizer import weights
+    from pyint8.streaming.reading import open_stream
     from pyint8.streaming.requests import TensorRequest
-    from pyint8.streaming.stream import StreamSource, open_stream
+    from pyint8.streaming.source import StreamSource
 
     generator = torch.Generator().manual_seed(3)
     tensors = {name: torch.randn(*shape, generator=generator).bfloat16() for name in ("a", "b")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from pyint8 import StreamOptions
 from pyint8.checkpoint import Checkpoint, open_checkpoint
 from pyint8.streaming import first_tensors
+from pyint8.streaming.head_start import FirstTensors
 
 TENSORS = ["h.10.weight", "h.9.weight", "a.weight", "h.9.bias"]
 
@@ -20,6 +22,12 @@ TENSORS = ["h.10.weight", "h.9.weight", "a.weight", "h.9.bias"]
 def checkpoint(tmp_path: Path) -> Checkpoint:
     save_file({name: torch.zeros(100, 10, dtype=torch.bfloat16) for name in TENSORS}, tmp_path / "x.safetensors")
     return open_checkpoint(tmp_path / "x.safetensors")
+
+
+def told(part: FirstTensors) -> dict[str, Any]:
+    memory = {"reserved": part.reserved, "if_free": part.if_free}
+    found = {"device": str(part.device), "names": [entry.name for entry in part.entries], "nbytes": part.nbytes}
+    return found | {name: nbytes for name, nbytes in memory.items() if nbytes}
 
 
 @pytest.fixture
@@ -31,8 +39,9 @@ def begun(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
 
-        def head_start(device: torch.device, entries: Any, nbytes: int, _: Any, **more: int) -> dict[str, Any]:
-            return {"device": str(device), "names": [entry.name for entry in entries], "nbytes": nbytes, **more}
+        def head_start(parts: Sequence[FirstTensors], _: Any, **more: int) -> Any:
+            made = [told(part) | more for part in parts]
+            return made[0] if len(made) == 1 else made
 
         monkeypatch.setattr(first_tensors, "HeadStart", head_start)
         return first_tensors.start_head_start(checkpoint, device_map, max_memory, StreamOptions())  # type: ignore[return-value]
@@ -41,7 +50,7 @@ def begun(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 IN_ORDER = ["a.weight", "h.9.bias", "h.9.weight", "h.10.weight"]
-ALL = {"names": IN_ORDER, "nbytes": 3800, "reserved": 4000}  # 4000 elements: at least as many bytes in the model
+ALL = {"names": IN_ORDER, "nbytes": 3000, "reserved": 4000}  # 4000 elements: at least as many bytes in the model
 NOTHING: dict[str, Any] = {"names": [], "nbytes": 0}
 
 
@@ -72,10 +81,22 @@ def test_another_gpu_than_the_first(begun: Any) -> None:
 
 @pytest.mark.parametrize("device_map", ["auto", "balanced", "balanced_low_0", "sequential"])
 def test_a_planned_map_gets_them_if_there_is_plenty_of_room(begun: Any, device_map: str) -> None:
-    # Twice the checkpoint's 8000 bytes and the first tensors' 3800 must fit in 0.8 of what is free.
-    assert begun(device_map) == {"device": "cuda:0", **ALL, "if_free": 24750}
+    # Twice the checkpoint's 8000 bytes and the first tensors' 3000 must fit in 0.8 of what is free.
+    assert begun(device_map) == {"device": "cuda:0", **ALL, "if_free": 23750}
     assert begun(device_map, max_memory={0: 10**9}) == {"device": "cuda:0", **NOTHING, "gpus": 1}
-    assert begun(device_map, gpus=4) == {"device": "cuda:0", **NOTHING, "gpus": 4}
+
+
+def test_an_even_map_begins_everywhere_with_what_is_likely_there(begun: Any) -> None:
+    parts = begun("balanced", gpus=2)
+    assert [part["device"] for part in parts] == ["cuda:0", "cuda:1"]
+    # Of a.weight, h.9.bias, h.9.weight, h.10.weight, a quarter each, the last is beyond 0.6.
+    assert [part["names"] for part in parts] == [["h.9.bias", "h.9.weight", "h.10.weight", "a.weight"], ["a.weight"]]
+    # 0.8 of half of 4000 bytes, and room for the largest weight.
+    assert [(part["nbytes"], part["reserved"], part["if_free"], part["gpus"]) for part in parts] == [
+        (600, 2000, 11875, 2)
+    ] * 2
+    for uneven in ("sequential", "balanced_low_0"):
+        assert begun(uneven, gpus=4) == {"device": "cuda:0", **NOTHING, "gpus": 4}
 
 
 @pytest.mark.parametrize("device_map", [{"a": 0, "h": "cpu"}, {"a": 0, "h": "disk"}, {"a": 0, "h": 1}], ids=str)

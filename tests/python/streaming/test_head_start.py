@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from streams import CPU, MIB, TINY, bytes_of, over, requests, stored, unstamped, write
 
 from pyint8.checkpoint import Checkpoint
 from pyint8.errors import ReadError, TruncatedError
-from pyint8.streaming.head_start import HeadStart
+from pyint8.streaming.head_start import FirstTensors, HeadStart, _has_room
 from pyint8.streaming.requests import TensorRequest
 from pyint8.streaming.transport import Transport
 
@@ -27,7 +28,7 @@ def every_size_is_worthwhile(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("in_bands", [False, True])
 @pytest.mark.parametrize("nbytes", [0, 60, 1_000_000, 10_000_000])
 def test_what_was_begun_early_is_taken_over(mixed: Checkpoint, nbytes: int, in_bands: bool) -> None:
-    start = HeadStart(CPU, list(mixed.values()), nbytes, TINY)
+    start = HeadStart([FirstTensors(CPU, list(mixed.values()), nbytes)], TINY)
     transport, early = start.take()
     with over(requests(mixed, in_bands=in_bands), transport, early) as stream:
         for name, entry in mixed.items():
@@ -39,7 +40,7 @@ def test_what_was_begun_early_is_taken_over(mixed: Checkpoint, nbytes: int, in_b
 
 @pytest.mark.usefixtures("every_size_is_worthwhile")
 def test_early_tensors_are_bands_of_no_more_than_the_scratch_has(mixed: Checkpoint) -> None:
-    start = HeadStart(CPU, [mixed["large"]], 1 << 30, TINY)
+    start = HeadStart([FirstTensors(CPU, [mixed["large"]], 1 << 30)], TINY)
     with over([TensorRequest(mixed["large"], CPU, in_bands=True)], *start.take()) as stream:
         sizes = [band.nbytes for _, band in stream.bands("large")]
     assert max(sizes) <= MIB // 8
@@ -48,7 +49,7 @@ def test_early_tensors_are_bands_of_no_more_than_the_scratch_has(mixed: Checkpoi
 
 @pytest.mark.usefixtures("every_size_is_worthwhile")
 def test_an_early_tensor_had_whole_is_the_memory_it_landed_in(mixed: Checkpoint) -> None:
-    start = HeadStart(CPU, [mixed["large"]], 1 << 30, TINY)
+    start = HeadStart([FirstTensors(CPU, [mixed["large"]], 1 << 30)], TINY)
     with over([TensorRequest(mixed["large"], CPU, in_bands=True)], *start.take()) as stream:
         tensor = stream.whole("large")
     assert bytes_of(tensor) == stored(mixed["large"])
@@ -57,14 +58,14 @@ def test_an_early_tensor_had_whole_is_the_memory_it_landed_in(mixed: Checkpoint)
 
 @pytest.mark.usefixtures("every_size_is_worthwhile")
 def test_what_was_begun_early_and_is_not_wanted_is_dropped(mixed: Checkpoint) -> None:
-    start = HeadStart(CPU, list(mixed.values()), 1 << 30, TINY)
+    start = HeadStart([FirstTensors(CPU, list(mixed.values()), 1 << 30)], TINY)
     with over([TensorRequest(mixed["last"], CPU)], *start.take()) as stream:
         assert bytes_of(stream.whole("last")) == stored(mixed["last"])
 
 
 def test_small_tensors_are_not_begun_early(tmp_path: Path) -> None:
     checkpoint = write(tmp_path / "x.safetensors", {"small": ("U8", (MIB - 1,)), "large": ("U8", (MIB,))})
-    start = HeadStart(CPU, list(checkpoint.values()), 1 << 30, TINY)
+    start = HeadStart([FirstTensors(CPU, list(checkpoint.values()), 1 << 30)], TINY)
     transport, early = start.take()
     assert set(early) == {"large"}
     transport.close()
@@ -81,7 +82,7 @@ def test_a_head_start_asks_once(mixed: Checkpoint, monkeypatch: pytest.MonkeyPat
         return submit(self, lane, reads, **more)
 
     monkeypatch.setattr(Transport, "submit", counted)
-    start = HeadStart(CPU, list(mixed.values()), 1 << 30, TINY)
+    start = HeadStart([FirstTensors(CPU, list(mixed.values()), 1 << 30)], TINY)
     transport, early = start.take()
     transport.close()
     assert asked == [len(early)]
@@ -90,14 +91,14 @@ def test_a_head_start_asks_once(mixed: Checkpoint, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.usefixtures("every_size_is_worthwhile")
 def test_a_head_start_that_nobody_takes(mixed: Checkpoint) -> None:
-    HeadStart(CPU, list(mixed.values()), 1 << 30, TINY).close()
+    HeadStart([FirstTensors(CPU, list(mixed.values()), 1 << 30)], TINY).close()
 
 
 @pytest.mark.usefixtures("every_size_is_worthwhile")
 def test_a_head_start_that_fails_fails_when_it_is_taken(tmp_path: Path) -> None:
     checkpoint = write(tmp_path / "x.safetensors", {"x": ("U8", (100,))})
     (tmp_path / "x.safetensors").unlink()
-    start = HeadStart(CPU, list(checkpoint.values()), 1 << 30, TINY)
+    start = HeadStart([FirstTensors(CPU, list(checkpoint.values()), 1 << 30)], TINY)
     with pytest.raises(ReadError, match="cannot open the file"):
         start.take()
 
@@ -107,7 +108,56 @@ def test_a_file_cut_while_it_is_begun_early_names_the_tensor(tmp_path: Path) -> 
     checkpoint = write(tmp_path / "x.safetensors", {"x": ("U8", (100,)), "y": ("U8", (100_000,))})
     os.truncate(checkpoint["y"].path, checkpoint["y"].offset + 10)
     entries = unstamped(checkpoint)
-    start = HeadStart(CPU, list(entries.values()), 1 << 30, TINY)
+    start = HeadStart([FirstTensors(CPU, list(entries.values()), 1 << 30)], TINY)
     with over(requests(entries), *start.take()) as stream, pytest.raises(TruncatedError) as caught:
         list(map(stream.whole, checkpoint))
     assert caught.value.tensor == "y"
+
+
+@pytest.mark.usefixtures("every_size_is_worthwhile")
+def test_a_head_start_ends_where_the_device_is_full(mixed: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not fit is left to the load, which may need less at a time."""
+    given: list[int] = []
+    make = torch.UntypedStorage
+
+    def limited(nbytes: int, **where: Any) -> torch.UntypedStorage:
+        if len(given) == 2:
+            raise torch.OutOfMemoryError
+        given.append(nbytes)
+        return make(nbytes, **where)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "UntypedStorage", limited)
+        transport, early = HeadStart([FirstTensors(CPU, list(mixed.values()), 1 << 30)], TINY).take()
+    assert list(early) == list(mixed)[:2]
+    with over(requests(mixed), transport, early) as stream:
+        assert all(bytes_of(stream.whole(name)) == stored(entry) for name, entry in mixed.items())
+
+
+@pytest.mark.parametrize(
+    ("free", "held", "gives", "has_room", "asked"),
+    [
+        (120, 0, True, True, [60]),
+        (99, 0, True, False, []),
+        (80, 20, True, True, [60]),
+        (80, 30, True, True, []),  # half of it is held from an earlier load
+        (120, 0, False, False, [60]),
+    ],
+)
+def test_a_head_start_needs_room(
+    free: int, held: int, gives: bool, has_room: bool, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocated: list[int] = []
+
+    def empty(size: int, **_: Any) -> None:
+        allocated.append(size)
+        if not gives:
+            raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "memory_reserved", lambda _: 1000 + held)
+        patch.setattr(torch.cuda, "memory_allocated", lambda _: 1000)
+        patch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 1 << 30))
+        patch.setattr(torch, "empty", empty)
+        assert _has_room(FirstTensors(torch.device("cuda"), reserved=60, if_free=100)) is has_room
+    assert allocated == asked

@@ -17,9 +17,12 @@ from streams import unstamped
 from pyint8 import StreamOptions, _core
 from pyint8.checkpoint import Checkpoint, open_checkpoint
 from pyint8.errors import TruncatedError
+from pyint8.streaming.head_start import EarlyTensor
 from pyint8.streaming.pour import Made
-from pyint8.streaming.requests import TensorRequest, ToDtype, ToInt8
-from pyint8.streaming.stream import open_stream
+from pyint8.streaming.reading import open_stream
+from pyint8.streaming.requests import Part, TensorRequest, ToDtype, ToInt8
+from pyint8.streaming.stream import TensorStream
+from pyint8.streaming.transport import ReadRequest, Transport
 
 __all__ = ["driver"]  # a fixture
 
@@ -97,6 +100,60 @@ def test_what_stays_as_stored_may_be_of_any_dtype(driver: FakeDriver, tmp_path: 
     assert all(found is not None and torch.equal(found.tensor, tensors[name]) for name, found in made.items())
 
 
+@pytest.mark.parametrize("to", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parts_land_in_their_place(driver: FakeDriver, tmp_path: Path, dtype: torch.dtype, to: torch.dtype) -> None:
+    experts = {f"{number}.{kind}": random_weight(30, 70, dtype, number) for number in range(5) for kind in "ab"}
+    entries = checkpoint_of(tmp_path, experts)
+    requests = [
+        TensorRequest(
+            entries[f"{number}.{kind}"],
+            GPU,
+            becomes=ToDtype(to),
+            part=Part("fused", (5, 60, 70), (number * 60 + row) * 70),
+        )
+        for kind, row in (("a", 0), ("b", 30))
+        for number in range(5)
+    ]
+    made = pour(driver, requests)
+    expected = torch.stack([torch.cat([experts[f"{n}.a"], experts[f"{n}.b"]]) for n in range(5)]).to(to)
+    wholes = {id(found.tensor): found.tensor for found in made.values() if found is not None}
+    (fused,) = wholes.values()
+    assert torch.equal(fused, expected)
+
+
+@pytest.mark.parametrize("becomes", [ToInt8(torch.bfloat16), ToDtype(torch.float16), ToDtype(torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("part", [None, Part("whole", (2, 300, 200), 60000)], ids=["whole", "part"])
+def test_what_landed_early_is_made_of_where_it_is(
+    driver: FakeDriver, tmp_path: Path, becomes: ToInt8 | ToDtype, part: Part | None
+) -> None:
+    weight = random_weight(300, 200, torch.bfloat16)
+    entries = checkpoint_of(tmp_path, {"weight": weight})
+    transport = Transport(OPTIONS, driver.lane)
+    lane, entry = transport.lane(GPU), entries["weight"]
+    storage = torch.UntypedStorage(entry.nbytes)
+    ticket = transport.submit(lane, [ReadRequest(entry.path, entry.offset, entry.nbytes, storage, stamp=entry.stamp)])
+    early = {"weight": EarlyTensor(entry, lane, storage, ticket)}
+    part = part if isinstance(becomes, ToDtype) else None
+    request = TensorRequest(entry, GPU, True, becomes=becomes, part=part)
+    stream = TensorStream([request], transport, early=early, quantizer=driver.quantizer)
+    if isinstance(becomes, ToDtype) and becomes.dtype == torch.bfloat16 and part is None:
+        assert not stream.makes("weight")  # it is there
+        found = stream.whole("weight")
+    else:
+        made = stream.made("weight")
+        assert made is not None
+        found = made.tensor
+    stream.finish()
+    transport.close()
+    assert transport.stats()["bytes_delivered"] == entry.nbytes  # nothing was read twice
+    if isinstance(becomes, ToInt8):
+        assert torch.equal(found, quantized(weight.half())[0])
+    else:
+        assert torch.equal(found if part is None else found[1], weight.to(becomes.dtype))
+    stream.close()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 70000.0])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_rows_that_int8_cannot_hold_are_marked(
@@ -159,6 +216,21 @@ def test_a_consumer_that_does_not_open_is_one_warning(
     assert "quantized by Python operators, more slowly: cuStreamCreate" in record.getMessage()
 
 
+def test_a_build_without_kernels_says_so_once(
+    driver: FakeDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    entries = checkpoint_of(tmp_path, {f"{n}": random_weight(30, 40, torch.float16) for n in range(3)})
+    monkeypatch.setattr(_core, "has_kernels", lambda: False)
+    for device in (GPU, torch.device("cpu")):
+        with caplog.at_level(logging.WARNING, "pyint8"):
+            made = pour(
+                driver, [TensorRequest(e, device, True, becomes=ToInt8(torch.float16)) for e in entries.values()]
+            )
+        assert made == dict.fromkeys(entries)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("this build of pyint8 has no GPU kernels, so weights on ")
+
+
 def test_a_file_that_is_too_short_names_the_tensor(driver: FakeDriver, tmp_path: Path) -> None:
     weights = {name: random_weight(90, 70, torch.bfloat16) for name in ("first", "second", "third")}
     entries = unstamped(checkpoint_of(tmp_path, weights))
@@ -177,3 +249,15 @@ def test_weights_that_nobody_takes_are_given_back(driver: FakeDriver, tmp_path: 
     with open_stream(requests, OPTIONS, opener=driver.lane, quantizer=driver.quantizer) as stream:
         kept = stream.made("003")
     assert kept is not None
+
+
+def test_what_nobody_closes_is_closed_when_it_goes(driver: FakeDriver, tmp_path: Path) -> None:
+    weights = {f"{number:03}": random_weight(90, 70, torch.bfloat16, number) for number in range(100)}
+    entries = checkpoint_of(tmp_path, weights)
+    requests = [TensorRequest(e, GPU, True, becomes=ToInt8(torch.bfloat16)) for e in entries.values()]
+    transport = Transport(OPTIONS, driver.lane)
+    stream = TensorStream(requests, transport, quantizer=driver.quantizer)
+    assert stream.made("000") is not None  # and is dropped, while it may not have come
+    in_use = {id(memory) for memory in transport._in_use}
+    assert len(in_use) == 2 + 2 * len(weights)
+    del stream, transport  # the driver's fixture sees that nothing is left

@@ -22,8 +22,10 @@ from pyint8.errors import CancelledError, CheckpointError, DeviceError, ReadErro
 from pyint8.report import Recorder
 from pyint8.streaming.extension import _core
 from pyint8.streaming.lane import Lane, open_lane
+from pyint8.streaming.reading import open_stream
 from pyint8.streaming.requests import TensorRequest
-from pyint8.streaming.stream import StreamSource, TensorStream, open_stream
+from pyint8.streaming.source import StreamSource
+from pyint8.streaming.stream import TensorStream
 from pyint8.streaming.transport import Transport
 
 pytestmark = pytest.mark.usefixtures("nothing_left")

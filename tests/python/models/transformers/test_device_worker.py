@@ -19,6 +19,7 @@ import pyint8
 from pyint8 import errors
 from pyint8.models.assembly import Assembly
 from pyint8.models.transformers import parameters
+from pyint8.models.transformers.compat import SkipParameters
 from pyint8.models.transformers.device_worker import DeviceWorker
 from pyint8.models.transformers.parameters import ParameterMaker
 from pyint8.streaming.stream import TensorStream
@@ -45,7 +46,7 @@ def two_devices(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
     monkeypatch.setattr(ParameterMaker, "_landing_device", landing_device)
     monkeypatch.setattr(ParameterMaker, "_make", noting)
-    monkeypatch.setattr(parameters, "_are_fed_side_by_side", lambda devices: len(devices) > 1)
+    monkeypatch.setattr(parameters, "_are_several_gpus", lambda devices: len(devices) > 1)
     return seen
 
 
@@ -82,7 +83,7 @@ def test_an_error_on_a_thread_is_that_of_the_load(copy_of: Any, monkeypatch: pyt
     folder = copy_of("llama", "bf16")
     file = folder / "model.safetensors"
     size = os.path.getsize(file)
-    build, opened = ParameterMaker.__init__, Transport._file
+    build, opened = ParameterMaker.__init__, Transport.file
 
     def cut(*args: Any) -> int:
         number = opened(*args)
@@ -94,7 +95,7 @@ def test_an_error_on_a_thread_is_that_of_the_load(copy_of: Any, monkeypatch: pyt
         time.sleep(0.5)  # the workers have come to the end
         os.truncate(file, size)  # so that transformers, which looks at the header, does not mind
 
-    monkeypatch.setattr(Transport, "_file", cut)
+    monkeypatch.setattr(Transport, "file", cut)
     monkeypatch.setattr(ParameterMaker, "__init__", begin)
     with pytest.raises(errors.FileChangedError) as caught:
         pyint8.load(folder, **KWARGS)
@@ -123,3 +124,16 @@ def fail(*args: Any, **kwargs: Any) -> None:
 def test_an_interrupt_ends_all_threads(checkpoints: CheckpointStore) -> None:
     with pytest.raises(KeyboardInterrupt):
         pyint8.load(checkpoints.folder(ZOO["llama"], "bf16"), **KWARGS)
+
+
+def test_a_conversion_that_fails_takes_no_other_with_it() -> None:
+    def make(name: str) -> dict[str, torch.Tensor]:
+        if name == "bad":
+            raise SkipParameters
+        return {name: torch.ones(1)}
+
+    worker = DeviceWorker(torch.device("cpu"), ["bad", "good"], make)
+    with pytest.raises(SkipParameters):
+        worker.take("bad")
+    assert worker.take("good").keys() == {"good"}
+    worker.stop()

@@ -109,6 +109,12 @@ def test_a_module_of_ones_own_without_any_weight_to_quantize(tmp_path: Path) -> 
     assert type(net[0]) is nn.Linear
 
 
+def test_a_module_of_ones_own_that_has_none(tmp_path: Path) -> None:
+    save_file({"0.wait": torch.ones(8)}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="is it the checkpoint of this model"):
+        pyint8.load(tmp_path / "x.safetensors", "cpu", model=nn.Sequential(nn.LayerNorm(8)))
+
+
 class SavesItself(nn.Sequential):
     def save_pretrained(self, folder: Any) -> None:
         """As diffusers' models have it."""

@@ -1,0 +1,78 @@
+"""Conversions that only put tensors side by side, so that each can land in its place: merges of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+
+from pyint8.checkpoint import Checkpoint, Entry, EntryInMemory
+from pyint8.models.transformers.compat import Concatenate, MergeModulelist, WeightConverter
+from pyint8.models.transformers.plan import Target
+from pyint8.streaming.requests import Part
+
+_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
+
+
+def find_parts(target: Target, checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Part]:
+    """Where each source of `target` lies in what its converter makes of them, by checkpoint name.
+
+    Empty where the converter does more than stack experts along a new first dimension (and concatenate what it stacked
+    along the next one), or where the sources do not fit together, which the converter itself says best.
+
+    Args:
+        target: One parameter and its sources.
+        checkpoint: Has the sources.
+        dtype: What the parameter will be.
+    """
+    converter = target.converter
+    if converter is None or not _is_plain_merge(converter):
+        return {}
+    found = dict(target.sources)
+    stacks = [
+        [checkpoint[name] for name, matched in found.items() if matched == pattern]
+        for pattern in converter.source_patterns
+    ]
+    if not _fit_together([entry for stack in stacks for entry in stack], dtype) or not _are_even(stacks):
+        return {}
+    return _side_by_side(target.name, stacks)
+
+
+def _is_plain_merge(converter: WeightConverter) -> bool:
+    kinds = [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations]
+    merge, concatenate = (MergeModulelist, 0), (Concatenate, 1)
+    patterns = len(converter.source_patterns)
+    is_merge = kinds == [merge, concatenate] or (kinds == [merge] and patterns == 1)
+    return is_merge and len(converter.target_patterns) == 1 and not converter.force_cpu
+
+
+def _fit_together(entries: Sequence[Entry], dtype: torch.dtype) -> bool:
+    """Whether all are plain bytes of one dtype, which is, or can be cast to, `dtype` on the way."""
+    return (
+        len({entry.torch_dtype for entry in entries}) == 1
+        and (entries[0].torch_dtype == dtype or {entries[0].torch_dtype, dtype} <= _DTYPES)
+        and all(e.nbytes and e.stride is None and not isinstance(e, EntryInMemory) for e in entries)
+    )
+
+
+def _are_even(stacks: Sequence[Sequence[Entry]]) -> bool:
+    """Whether each stack has as many entries, of one shape, and all but the rows of that is the same for all stacks."""
+    shapes = [{entry.torch_shape for entry in stack} for stack in stacks]
+    if any(len(shape) != 1 for shape in shapes) or len({len(stack) for stack in stacks}) != 1:
+        return False
+    (first, *others) = [next(iter(shape)) for shape in shapes]
+    return len(first) > 0 and all(len(other) > 0 and other[1:] == first[1:] for other in others)
+
+
+def _side_by_side(name: str, stacks: Sequence[Sequence[Entry]]) -> dict[str, Part]:
+    """Stack by stack within each element of the new first dimension."""
+    rows = [stack[0].torch_shape[0] for stack in stacks]
+    row_elements = prod(stacks[0][0].torch_shape[1:])
+    shape = (len(stacks[0]), sum(rows), *stacks[0][0].torch_shape[1:])
+    parts: dict[str, Part] = {}
+    for number, stack in enumerate(stacks):
+        for index, entry in enumerate(stack):
+            first_row = index * sum(rows) + sum(rows[:number])
+            parts[entry.name] = Part(name, shape, first_row * row_elements)
+    return parts

@@ -241,6 +241,21 @@ TEST_CASE("a wait brings all that is done, and is over in time if nothing is") {
   CHECK(tensors.came());
 }
 
+TEST_CASE("what landed in its place is only waited for") {
+  const Accounts accounts;
+  Random random(11);
+  Tensors tensors({{Kind::kAsStored, {}, {}, 1, 3 * kSlot}}, random);
+  Callers callers(1);
+  Gpus gpus(tensors, callers, kLeast, kOptions);
+  Request request = tensors[0].request(gpus.engine, 0, callers[0].stream());
+  const Read read{std::get<Range>(request.from), std::get<ToValues>(request.to).values};
+  request.from = Landed{gpus.engine.submit(0, {&read, 1}, callers[0].stream(), true), read.to};
+  gpus.wait(0, gpus.consumers[0].submit({&request, 1}, callers[0].stream()));
+  gpus.synchronize();
+  CHECK(tensors.came());
+  CHECK(fake_cuda_calls("cuMemcpyDtoDAsync_v2") == 0);
+}
+
 TEST_CASE("nothing at all may be submitted") {
   const Accounts accounts;
   Random random(8);

@@ -46,12 +46,13 @@ class ConsumerLoad final : public Load {
  public:
   void run() override {
     Gpus gpus(tensors_, callers_, kLeast, kOptions);
-    for (std::uint32_t i = 0; i < 7; ++i) gpus.submit(i % 2, tensors_[i]);
+    for (std::uint32_t i = 0; i < 8; ++i) gpus.submit(i % 2, tensors_[i]);
     for (const Ticket ticket : {0, 1, 2}) {
       for (const std::uint32_t gpu : {0, 1}) gpus.wait(gpu, ticket);
     }
-    gpus.submit(1, tensors_[7]);
-    for (const std::uint32_t gpu : {0, 1}) gpus.wait(gpu, 3);
+    gpus.submit(1, tensors_[8]);
+    gpus.wait(0, 3);
+    gpus.wait(1, 4);
     gpus.engine.close();
     for (Consumer& consumer : gpus.consumers) consumer.close();
   }
@@ -69,6 +70,7 @@ class ConsumerLoad final : public Load {
                     {Kind::kCast, ElementType::kFloat, ElementType::kHalf, 9, 21},
                     {Kind::kCast, ElementType::kHalf, ElementType::kFloat, 9, 21, true},
                     {Kind::kAsStored, {}, {}, 1, 3 * kSlot},
+                    {Kind::kAsStored, {}, {}, 1, 3 * kSlot, true},
                     {Kind::kInt8, ElementType::kFloat, ElementType::kHalf, 40, 33}},
                    random_};
   Callers callers_{2};

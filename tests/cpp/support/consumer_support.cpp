@@ -133,7 +133,8 @@ std::vector<Wish> random_wishes(Random& random, std::size_t count, std::size_t r
 }
 
 std::vector<Wish> every_wish(std::size_t rows, std::size_t columns) {
-  std::vector<Wish> wishes = {{Kind::kAsStored, ElementType::kHalf, ElementType::kHalf, rows, columns}};
+  std::vector<Wish> wishes = {{Kind::kAsStored, {}, {}, rows, columns},
+                              {Kind::kAsStored, {}, {}, rows, columns, true}};
   for (const Kind kind : {Kind::kInt8, Kind::kTransposed, Kind::kCast}) {
     for (const ElementType stored : kTypes) {
       for (const ElementType dtype : kTypes) {

@@ -159,7 +159,46 @@ TEST_CASE("an error of a submission wakes those who wait for earlier ones") {
   CHECK(error.message() == "there is no file 7");
   waiting.join();
   CHECK(error_of([&] { gpus.submit(0, tensors[1]); }).message() == "there is no file 7");
+  std::jthread closing([&] { gpus.engine.close(); });
+  soon();
+  CHECK(code_of_wait(gpus, 0) == ErrorCode::kInvalidArgument);  // the first error, not what came of it
   gate.open();
+}
+
+TEST_CASE("after an error nothing more is begun") {
+  const Accounts accounts;
+  Random random(11);
+  Tensors tensors({endless(), {Kind::kInt8, ElementType::kFloat, ElementType::kHalf, 200, 60}}, random);
+  Callers callers(1);
+  Gpus gpus(tensors, callers, kLeast, kOptions);
+  Gate gate(callers[0]);
+  gpus.submit(0, tensors[0]);
+  std::array<Request, 2> requests = {request_of(tensors[1], gpus), request_of(tensors[1], gpus)};
+  std::get<Range>(requests[0].from).file = 7;  // planned for, but never read
+  CHECK(error_of([&] { gpus.consumers[0].submit(requests, callers[0].stream()); }).message() ==
+        "there is no file 7");
+  gate.open();
+  soon();
+  gpus.engine.close();
+  gpus.consumers[0].close();
+  CHECK(tensors[1].is_untouched());
+}
+
+TEST_CASE("closing waits for the kernels, even if asking for it fails once") {
+  const Accounts accounts;
+  Random random(12);
+  Tensors tensors({{Kind::kInt8, ElementType::kFloat, ElementType::kHalf, 3, 8}}, random);
+  Callers callers(1);
+  Gpus gpus(tensors, callers, kLeast, kOptions);
+  Gate gate(callers[0]);
+  gpus.wait(0, gpus.submit(0, tensors));
+  fake_cuda_fail_after("cuCtxPushCurrent_v2", 1, 719);
+  std::jthread opener([&] {
+    soon();
+    gate.open();
+  });
+  CHECK(error_of([&] { gpus.consumers[0].close(); }).code() == ErrorCode::kDriver);
+  CHECK(tensors.came());
 }
 
 TEST_CASE("an engine that is closed first cancels its consumers") {

@@ -11,14 +11,6 @@
 namespace pyint8::testing {
 namespace {
 
-constexpr std::size_t kSlot = 8192;
-constexpr std::size_t kLeast = 8 * kScratchAlignment;  // scratch: bands of one alignment each
-constexpr EngineOptions kOptions = {.threads = 2, .slots_per_thread = 2, .slot_bytes = kSlot};
-
-void soon() {
-  std::this_thread::sleep_for(std::chrono::milliseconds(20));
-}
-
 // Submits tensors in many batches and waits in a random order meanwhile; looks at each on its caller's stream
 // once that waits for it.
 class Mix {

@@ -11,14 +11,6 @@
 namespace pyint8::testing {
 namespace {
 
-constexpr std::size_t kSlot = 8192;
-constexpr std::size_t kLeast = 8 * kScratchAlignment;  // scratch: bands of one alignment each
-constexpr EngineOptions kOptions = {.threads = 2, .slots_per_thread = 2, .slot_bytes = kSlot};
-
-void soon() {
-  std::this_thread::sleep_for(std::chrono::milliseconds(20));
-}
-
 // More than the slots hold: behind a gate, it does not come.
 Wish endless() {
   return {Kind::kAsStored, {}, {}, 1, 40 * kSlot};

@@ -3,12 +3,21 @@
 
 #include <deque>
 #include <memory>
+#include <thread>
 
 #include "cuda_support.hpp"
 #include "engine_support.hpp"
 #include "quantize/consumer.hpp"
 
 namespace pyint8::testing {
+
+inline constexpr std::size_t kSlot = 8192;
+inline constexpr std::size_t kLeast = 8 * kScratchAlignment;  // scratch: bands of one alignment each
+inline constexpr EngineOptions kOptions = {.threads = 2, .slots_per_thread = 2, .slot_bytes = kSlot};
+
+inline void soon() {
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));
+}
 
 enum class Kind { kInt8, kTransposed, kCast, kAsStored };
 

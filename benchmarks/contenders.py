@@ -88,7 +88,7 @@ def _raw_engine(folder: Path) -> tuple[Any, dict[str, Any]]:
 
     from pyint8.checkpoint import open_checkpoint
     from pyint8.config import StreamOptions
-    from pyint8.streaming.chunks import TensorRequest
+    from pyint8.streaming.requests import TensorRequest
     from pyint8.streaming.stream import TensorStream
     from pyint8.streaming.transport import Transport
 

@@ -146,8 +146,8 @@ class Transport:
             stack.callback(self.engine.close)  # the first to go
 
     def __del__(self) -> None:
-        if hasattr(self, "engine"):
-            self.close()  # nobody did, for whom a load failed halfway; memory must not go before those who write to it
+        if getattr(self, "_consumers", None):  # a load failed halfway; memory must not go before those who write to it
+            self.close()
 
     def file(self, path: str, stamp: FileStamp | None) -> int:
         """The engine's number of a file, which it opens.

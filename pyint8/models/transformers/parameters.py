@@ -99,6 +99,7 @@ class ParameterMaker:
         except BaseException:
             self.close()
             raise
+        self._serve_themselves = all(stream.serves_itself for stream in self._streams.values())
 
     def close(self) -> None:
         """Gives back threads, files and memory; the report keeps what the engine did."""
@@ -122,7 +123,7 @@ class ParameterMaker:
         """The parameters of one target, by name; targets are taken in the order of the plan."""
         if len(self._groups) == 1:
             return self._make(name, next(iter(self._streams.values())), loading_info)
-        if all(stream.serves_itself for stream in self._streams.values()):
+        if self._serve_themselves:
             stream = self._streams[self._landing_device(self._plan.targets[name])]
             return self._make(name, stream, loading_info)
         if not self._makers:

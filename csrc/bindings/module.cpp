@@ -72,10 +72,11 @@ ElementType element_type(const std::string& dtype) {
   throw Error(ErrorCode::kInvalidArgument, "no kernel reads " + dtype + "; F16, BF16 and F32 are read");
 }
 
-// Where rows come from: (file, offset), or (ticket, address) of what has landed.
+// Where rows come from: (false, file, offset), or (true, ticket, address) of what has landed.
 using FromTuple = std::tuple<bool, std::uint64_t, std::uint64_t>;
-// What becomes of them: ("int8", through bfloat16, transposed, codes, scales), or (dtype, values): "" leaves
-// values as they are stored.
+// What becomes of them: int8 codes by (through bfloat16, transposed, codes, scales), or (dtype, values),
+// where
+// "" leaves values as they are stored.
 using Int8Tuple = std::tuple<bool, bool, Address, Address>;
 using ValuesTuple = std::tuple<std::string, Address>;
 using RequestTuple = std::tuple<FromTuple, std::string, std::size_t, std::size_t,

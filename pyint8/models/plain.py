@@ -251,9 +251,8 @@ class _Filler:
         for name, tensor in rest:
             if name in self._loaded or tensor.is_meta:
                 continue
-            is_buffer = not isinstance(
-                tensor, nn.Parameter
-            )  # its values were computed, in a dtype that the module chose
+            # The values of a buffer were computed, in a dtype that the module chose.
+            is_buffer = not isinstance(tensor, nn.Parameter)
             dtype = tensor.dtype if is_buffer else self._target_dtype(tensor.dtype)
             moved = tensor.data.to(landing_device(device_of(name, self.device_map)), dtype)
             self._quantizer.health.watch_cast(name, moved, [tensor.dtype], partial(first_overflow, name, tensor.data))

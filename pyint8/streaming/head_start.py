@@ -31,6 +31,10 @@ class EarlyTensor:
     storage: torch.UntypedStorage
     ticket: int
 
+    def is_for(self, entry: Entry, lane: Lane) -> bool:
+        """Whether this is what an entry is wanted as, where it is wanted."""
+        return self.entry == entry and self.lane is lane
+
     @property
     def memory(self) -> torch.Tensor:
         """The storage as uint8."""

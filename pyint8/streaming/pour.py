@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pyint8.checkpoint import EntryInMemory
 from pyint8.errors import DeviceError
 from pyint8.streaming.extension import _core
-from pyint8.streaming.requests import TensorRequest, ToDtype, ToInt8
+from pyint8.streaming.requests import KERNEL_DTYPES, TensorRequest, ToDtype, ToInt8, is_plain, kernels_cast
 
 if TYPE_CHECKING:
     from pyint8.checkpoint import Entry
@@ -28,8 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_KERNEL_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-_NAMES = {dtype: name for name, dtype in _KERNEL_DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in KERNEL_DTYPES.items()}
 _MOST_ROWS = 2**31 - 1  # that bitsandbytes counts
 # The consumer's, of which one holds the fp16 form of a band: a row fits in each.
 _PARTS = 8
@@ -57,18 +55,15 @@ class Made:
 def can_pour(request: TensorRequest, lane: Lane, quantizer: int | None) -> bool:
     """Whether the consumer of `lane` can make what a request is for."""
     entry = request.entry
-    if not lane.on_gpu or isinstance(entry, EntryInMemory) or entry.stride is not None or not entry.nbytes:
+    if not lane.on_gpu or not is_plain(entry):
         return False
     if isinstance(request.becomes, ToInt8):
         return quantizer is not None and _can_quantize(entry, request.becomes, lane)
-    if isinstance(request.becomes, ToDtype):
-        same = request.becomes.dtype == entry.torch_dtype
-        return same or (entry.dtype in _KERNEL_DTYPES and request.becomes.dtype in _NAMES)
-    return False
+    return isinstance(request.becomes, ToDtype) and kernels_cast(entry.torch_dtype, request.becomes.dtype)
 
 
 def _can_quantize(entry: Entry, becomes: ToInt8, lane: Lane) -> bool:
-    if entry.dtype not in _KERNEL_DTYPES or becomes.model_dtype not in _NAMES or len(entry.torch_shape) != 2:
+    if entry.dtype not in KERNEL_DTYPES or becomes.model_dtype not in _NAMES or len(entry.torch_shape) != 2:
         return False
     row_bytes = entry.nbytes // entry.torch_shape[0]
     return max(entry.torch_shape) <= _MOST_ROWS and row_bytes <= _band_bytes(lane.scratch_bytes // 2)
@@ -119,7 +114,7 @@ class Pour:
         rows = sum(_marks(request) for request in requests)
         self._marks = torch.zeros(rows, dtype=torch.uint8, device=lane.device)
         self._marks_used = 0
-        transposed = max((r.entry.numel for r in requests if _is_transposed(r)), default=0)
+        transposed = max((r.entry.numel for r in requests if r.is_transposed), default=0)
         self._consumer = transport.open_consumer(lane, scratch_bytes, transposed, quantizer)
         self._fill(_FIRST_REQUESTS)
         self._fill(len(requests))
@@ -295,17 +290,13 @@ def _warn_of_missing_kernels(lanes: set[Lane]) -> None:
 
 def _comes_early(request: TensorRequest, lane: Lane, early: dict[str, EarlyTensor]) -> bool:
     tensor = early.get(request.entry.name)
-    return tensor is not None and tensor.entry == request.entry and tensor.lane is lane
+    return tensor is not None and tensor.is_for(request.entry, lane)
 
 
 def _is_there(request: TensorRequest, lane: Lane, early: dict[str, EarlyTensor]) -> bool:
     """Whether what is on its way is the result itself."""
     same = isinstance(request.becomes, ToDtype) and request.becomes.dtype == request.entry.torch_dtype
     return same and request.part is None and _comes_early(request, lane, early)
-
-
-def _is_transposed(request: TensorRequest) -> bool:
-    return isinstance(request.becomes, ToInt8) and request.becomes.transposed
 
 
 def _marks(request: TensorRequest) -> int:

@@ -7,8 +7,23 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pyint8.checkpoint import EntryInMemory
+
 if TYPE_CHECKING:
     from pyint8.checkpoint import Entry
+
+# What the extension's kernels read and write, by the names of the safetensors format.
+KERNEL_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+def is_plain(entry: Entry) -> bool:
+    """Whether its values are bytes of a file, one behind the other, so that they can land without Python."""
+    return entry.nbytes > 0 and entry.stride is None and not isinstance(entry, EntryInMemory)
+
+
+def kernels_cast(stored: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether values become `dtype` on their way to a GPU: they are that already, or a kernel casts them."""
+    return stored == dtype or {stored, dtype} <= set(KERNEL_DTYPES.values())
 
 
 @dataclass(frozen=True)
@@ -69,10 +84,14 @@ class TensorRequest:
     part: Part | None = None
 
     @property
+    def is_transposed(self) -> bool:
+        """Whether it becomes int8, and is stored as [in, out]."""
+        return isinstance(self.becomes, ToInt8) and self.becomes.transposed
+
+    @property
     def out_rows(self) -> int:
         """Rows of what becomes int8."""
-        is_transposed = isinstance(self.becomes, ToInt8) and self.becomes.transposed
-        return self.entry.torch_shape[1 if is_transposed else 0]
+        return self.entry.torch_shape[1 if self.is_transposed else 0]
 
     @property
     def final_bytes(self) -> int:

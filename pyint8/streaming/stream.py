@@ -175,7 +175,7 @@ class TensorStream:
         """The whole entry as one chunk, if an early tensor has it on the right device."""
         entry = request.entry
         tensor = early.get(entry.name)
-        if tensor is None or tensor.entry != entry or tensor.lane is not self._lane(request.device):
+        if tensor is None or not tensor.is_for(entry, self._lane(request.device)):
             return []
         del early[entry.name]
         rows = entry.torch_shape[0] if entry.torch_shape else 1

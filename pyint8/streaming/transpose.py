@@ -9,11 +9,9 @@ import torch
 from pyint8.errors import DeviceError
 from pyint8.streaming.extension import _core
 from pyint8.streaming.lane import Lane
+from pyint8.streaming.requests import KERNEL_DTYPES
 
 logger = logging.getLogger(__name__)
-
-_KERNEL_DTYPES = frozenset({"F16", "BF16", "F32"})
-_MODEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 
 
 class Transposer:
@@ -36,7 +34,7 @@ class Transposer:
     def _transpose_with_kernel(
         self, lane: Lane, band: torch.Tensor, dtype: str, model_dtype: torch.dtype, out: torch.Tensor
     ) -> bool:
-        if not self._kernels or dtype not in _KERNEL_DTYPES or model_dtype not in _MODEL_DTYPES:
+        if not self._kernels or dtype not in KERNEL_DTYPES or model_dtype not in KERNEL_DTYPES.values():
             return False
         rows, columns = band.shape
         try:

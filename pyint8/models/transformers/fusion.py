@@ -7,12 +7,10 @@ from math import prod
 
 import torch
 
-from pyint8.checkpoint import Checkpoint, Entry, EntryInMemory
+from pyint8.checkpoint import Checkpoint, Entry
 from pyint8.models.transformers.compat import Concatenate, MergeModulelist, WeightConverter
 from pyint8.models.transformers.plan import Target
-from pyint8.streaming.requests import Part
-
-_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
+from pyint8.streaming.requests import Part, is_plain, kernels_cast
 
 
 def find_parts(target: Target, checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Part]:
@@ -51,8 +49,8 @@ def _fit_together(entries: Sequence[Entry], dtype: torch.dtype) -> bool:
     """Whether all are plain bytes of one dtype, which is, or can be cast to, `dtype` on the way."""
     return (
         len({entry.torch_dtype for entry in entries}) == 1
-        and (entries[0].torch_dtype == dtype or {entries[0].torch_dtype, dtype} <= _DTYPES)
-        and all(e.nbytes and e.stride is None and not isinstance(e, EntryInMemory) for e in entries)
+        and kernels_cast(entries[0].torch_dtype, dtype)
+        and all(is_plain(entry) for entry in entries)
     )
 
 

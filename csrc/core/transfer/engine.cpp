@@ -245,6 +245,27 @@ void Engine::require_unchanged() const {
   for (const auto& file : files_) file->require_unchanged();
 }
 
+// Without the lock: whoever waits for a ticket meanwhile must be told that it will not come. The first error,
+// of one device: the others must be waited for in any case.
+std::exception_ptr Engine::await_copies() {
+  std::unique_lock lock(mutex_);
+  const std::size_t count = devices_.size();
+  lock.unlock();
+  std::exception_ptr error;
+  for (std::uint32_t lane = 0; lane < count; ++lane) {
+    // Twice: where asking itself failed, copies may still read the slots that go next.
+    for (int attempt = 0; attempt < 2; ++attempt) {
+      try {
+        device(lane).synchronize();
+        break;
+      } catch (const Error&) {
+        if (error == nullptr) error = std::current_exception();
+      }
+    }
+  }
+  return error;
+}
+
 void Engine::close() {
   {
     const std::lock_guard lock(mutex_);
@@ -252,19 +273,8 @@ void Engine::close() {
   }
   progress_.notify_all();
   workers_.stop();
+  const std::exception_ptr error = await_copies();
   const std::lock_guard lock(mutex_);
-  std::exception_ptr error;  // of one device: the other devices must be waited for in any case
-  for (const auto& device : devices_) {
-    // Twice: where asking itself failed, copies may still read the slots that go next.
-    for (int attempt = 0; attempt < 2; ++attempt) {
-      try {
-        device->synchronize();
-        break;
-      } catch (const Error&) {
-        if (error == nullptr) error = std::current_exception();
-      }
-    }
-  }
   rings_.clear();
   slots_.reset();
   for (auto& events : spare_events_) events.clear();

@@ -116,6 +116,7 @@ class Engine {
                   std::uint64_t offset);
   void complete(const Job& job);
   std::unique_ptr<Event> take_event(std::uint32_t lane);
+  std::exception_ptr await_copies();
 
   const EngineOptions options_;
 

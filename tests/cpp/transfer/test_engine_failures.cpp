@@ -1,6 +1,7 @@
 // What is left when something goes wrong: nothing.
 #include <algorithm>
 #include <atomic>
+#include <future>
 #include <thread>
 
 #include "cuda_support.hpp"
@@ -138,6 +139,29 @@ TEST_CASE("close while busy ends the copies, and after it no destination is writ
   std::this_thread::sleep_for(std::chrono::milliseconds(20));
   CHECK(after == to);
   CHECK(error_of([&] { engine.wait(59, 0, kPatience); }).code() == ErrorCode::kCancelled);
+}
+
+TEST_CASE("who waits while close waits for copies is told at once") {
+  const Accounts accounts;
+  const Checkpoint checkpoint({kSlot});
+  Bytes to(kSlot);
+  Caller caller(0);
+  const std::size_t threads = running_threads();
+  Engine engine(kOptions);
+  checkpoint.open(engine);
+  add_lane(engine, 0);
+  const std::size_t of_device = running_threads() - threads - kOptions.threads;
+  Gate gate(caller);
+  const Read read = whole(to);
+  wait_for(engine, engine.submit(0, {&read, 1}, caller.stream(), false), caller.stream());
+  const Ticket ticket = engine.submit(0, {&read, 1}, caller.stream(), false);
+  std::jthread closing([&] { engine.close(); });
+  CHECK(threads_become(threads + of_device + 1));  // the workers have ended: what is left is the copy
+  auto waiting =
+      std::async([&] { return error_of([&] { engine.wait(ticket, caller.stream(), kPatience); }).code(); });
+  CHECK(waiting.wait_for(kPatience / 2) == std::future_status::ready);
+  gate.open();
+  CHECK(waiting.get() == ErrorCode::kCancelled);
 }
 
 TEST_CASE("a lane whose driver fails at the end does not keep the others from being waited for") {

@@ -41,6 +41,11 @@ extern "C" int open(const char* path, int flags, ...) {
   va_start(rest, flags);
   const mode_t mode = (flags & (O_CREAT | O_TMPFILE)) != 0 ? va_arg(rest, mode_t) : 0;
   va_end(rest);
+  if (interrupted_opens > 0) {
+    --interrupted_opens;
+    errno = EINTR;
+    return -1;
+  }
   if ((flags & O_DIRECT) != 0 && before_direct_open) before_direct_open();
   return real(path, flags, mode);
 }

@@ -21,6 +21,9 @@ inline thread_local std::deque<Fate> fates;
 // What mincore answers: so many pages of a range that is asked about are in the page cache.
 inline std::atomic<std::size_t> cached_pages = 0;
 
+// So many of the next opens on this thread are interrupted by a signal.
+inline thread_local std::size_t interrupted_opens = 0;
+
 // Called before a file is opened for direct reads, on this thread.
 inline thread_local std::function<void()> before_direct_open;
 

@@ -185,7 +185,7 @@ def load(
             max_memory=max_memory,
             headroom=headroom,
             config=config,
-            offload_folder=offload_folder,
+            offload_folder=_checked_folder(offload_folder),
             strict=strict and (config is None or config.strict),
             options=options,
             arguments=hub_and_model_kwargs,
@@ -245,6 +245,12 @@ def _load_as(model: Any, request: LoadRequest, preparation: Preparation, recorde
     from pyint8.models.plain import fill_module
 
     return fill_module(model, request, preparation, recorder)
+
+
+def _checked_folder(offload_folder: Any) -> str | None:
+    from pyint8.placement.offload import check_folder  # with torch
+
+    return check_folder(offload_folder)
 
 
 def _decoded(path: Any) -> str:

@@ -17,7 +17,14 @@ from safetensors import SafetensorError
 
 from pyint8.checkpoint.find import HUB_ARGUMENTS, cached_file, named_by_adapter
 from pyint8.config import METHOD, Int8Config
-from pyint8.errors import CheckpointNotFoundError, FileChangedError, ModelNotSupportedError, OptionError
+from pyint8.errors import (
+    CheckpointNotFoundError,
+    FileChangedError,
+    ModelNotSupportedError,
+    OptionError,
+    Pyint8Error,
+    WriteError,
+)
 from pyint8.host import garbage
 from pyint8.models.keywords import unknown_keyword
 from pyint8.models.request import LoadRequest
@@ -72,7 +79,7 @@ def load_pretrained(
         stack.enter_context(recorder.phase("build"))
         session.on_files = lambda: stack.enter_context(garbage.paused())  # downloads are complete
         session.on_start = lambda: stack.enter_context(_without_progress_bar())  # ours is shown
-        stack.enter_context(_named_problems(request.path, model_class, arguments))
+        stack.enter_context(_named_problems(request, model_class, arguments))
         model, recorder.report.loading_info = model_class.from_pretrained(
             request.path, output_loading_info=True, **placement, **arguments
         )
@@ -101,14 +108,24 @@ def _resolve(model_class: Any, request: LoadRequest) -> tuple[Any, dict[str, Any
 
 
 @contextmanager
-def _named_problems(path: str, model_class: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
+def _named_problems(request: LoadRequest, model_class: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
     """Turns from_pretrained's errors about wrong calls into errors that say what to do."""
+    path, offload_folder = request.path, request.offload_folder
     try:
         yield
-    except SafetensorError as error:  # in files whose headers pyint8 has read
+    except SafetensorError as error:
+        if re.search(r"\bserializing", str(error)):
+            raise _unwritten(error, offload_folder) from error
+        # In files whose headers pyint8 has read.
         raise FileChangedError(
             f"a file of {path} changed while it was loaded ({error}); load it again, once nothing writes to it"
         ) from error
+    except Pyint8Error:
+        raise
+    except OSError as error:
+        if offload_folder is None or not _is_within(error.filename, offload_folder):
+            raise
+        raise _unwritten(error, offload_folder) from error
     except TypeError as error:
         found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if found is None or found[1] not in arguments:
@@ -118,6 +135,22 @@ def _named_problems(path: str, model_class: Any, arguments: Mapping[str, Any]) -
         if _ASKS_FOR_TRUST not in str(error):
             raise
         raise _untrusted(path) from error
+
+
+def _is_within(path: Any, folder: str) -> bool:
+    """Whether an error is about a folder, a file in it, or one of those that it lies in."""
+    return isinstance(path, str) and (path.startswith(folder) or folder.startswith(path))
+
+
+def _unwritten(error: Exception, folder: str | None) -> WriteError:
+    """Of a weight that transformers writes to the offload folder."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(found[1]) if found else getattr(error, "errno", None)
+    return WriteError(
+        f"a weight cannot be offloaded there ({error}); make room, or choose another offload_folder",
+        path=folder,
+        errno=number,
+    )
 
 
 def _untrusted(path: str) -> ModelNotSupportedError:

@@ -65,6 +65,9 @@ class PinnedMemory final : public HostMemory {
     const auto address = reinterpret_cast<std::uintptr_t>(map_);
     data_ = reinterpret_cast<std::byte*>((address + kHugePage - 1) / kHugePage * kHugePage);
     ::madvise(data_, nbytes, MADV_HUGEPAGE);
+    // A fork would make the pages copy-on-write: the first write would give this process other pages than the
+    // bus reads.
+    ::madvise(map_, mapped_, MADV_DONTFORK);
     const CuResult result = context_->api().host_register(data_, nbytes, kHostRegisterPortable);
     if (result != 0) {
       ::munmap(map_, mapped_);

@@ -218,10 +218,7 @@ TEST_CASE("a path that cannot be opened, or not be read") {
   CHECK_FALSE(absent.offset().has_value());
   CHECK(contains(absent.message(), "No such file"));
 
-  const File folder("/tmp", false);
-  std::byte out;
-  CHECK(error_of([&] { folder.read_at(&out, 1, 1, 0); }).system_errno() == EISDIR);
-
+  CHECK(error_of([] { File("/tmp", false); }).system_errno() == EISDIR);
   if (::geteuid() == 0) return;  // root may read everything
   const TempFile forbidden(random_bytes(10, 9));
   ::chmod(forbidden.path().c_str(), 0);

@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -34,6 +35,15 @@ extern "C" int mincore(void* address, std::size_t nbytes, unsigned char* pages) 
   return 0;
 }
 
+extern "C" int pthread_create(pthread_t* thread, const pthread_attr_t* attributes, void* (*start)(void*),
+                              void* argument) noexcept {
+  using namespace pyint8::testing;
+  static const auto real = reinterpret_cast<decltype(&pthread_create)>(::dlsym(RTLD_NEXT, "pthread_create"));
+  if (threads_left == 0) return EAGAIN;
+  if (threads_left > 0) --threads_left;
+  return real(thread, attributes, start, argument);
+}
+
 extern "C" int open(const char* path, int flags, ...) {
   using namespace pyint8::testing;
   static const auto real = reinterpret_cast<decltype(&open)>(::dlsym(RTLD_NEXT, "open"));
@@ -54,6 +64,7 @@ extern "C" ssize_t pread(int descriptor, void* out, size_t nbytes, off_t offset)
   using namespace pyint8::testing;
   static const auto real = reinterpret_cast<decltype(&pread)>(::dlsym(RTLD_NEXT, "pread"));
   ++all;
+  if (read_milliseconds > 0) ::usleep(1000 * read_milliseconds);
   if ((::fcntl(descriptor, F_GETFL) & O_DIRECT) != 0) ++direct;
   if (fates.empty()) return real(descriptor, out, nbytes, offset);
   const Fate fate = fates.front();

@@ -1,5 +1,6 @@
-// Stands before libc's pread, mincore and open in the tests: to make reads fail, to see which go past the
-// page cache, to say what is in it, and to do something between the two times that a file is opened.
+// Stands before libc's pread, mincore, open and pthread_create in the tests: to make these fail, to see which
+// go past the page cache, to say what is in it, and to do something between the two times that a file is
+// opened.
 #pragma once
 
 #include <atomic>
@@ -17,6 +18,12 @@ struct Fate {
 
 // Of the next calls on this thread.
 inline thread_local std::deque<Fate> fates;
+
+// How long each read takes, as on slow storage.
+inline std::atomic<unsigned> read_milliseconds = 0;
+
+// How many more threads the operating system starts; negative for as many as are asked for.
+inline std::atomic<int> threads_left = -1;
 
 // What mincore answers: so many pages of a range that is asked about are in the page cache.
 inline std::atomic<std::size_t> cached_pages = 0;

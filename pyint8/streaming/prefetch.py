@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pyint8.host.memory import available_memory
 from pyint8.host.page_cache import cold_steps
-from pyint8.streaming.extension import _core
+from pyint8.streaming.extension import _core, open_engine
 
 if TYPE_CHECKING:
     from pyint8.checkpoint import Checkpoint
@@ -35,7 +35,7 @@ class PageCachePrefetch:
             if not reads:
                 continue
             if self._engine is None:
-                self._engine = _core.Engine(
+                self._engine = open_engine(
                     threads=options.worker_threads(), slots_per_thread=1, slot_bytes=_STEP, direct_io=False
                 )
                 lane = self._engine.add_discarding_device()

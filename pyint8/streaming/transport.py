@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pyint8.streaming.extension import _core
+from pyint8.host import ending
+from pyint8.streaming.extension import _core, open_engine
 from pyint8.streaming.lane import Lane, LaneOpener, open_lane
 
 if TYPE_CHECKING:
@@ -51,7 +52,9 @@ class Transport:
         self._consumers: list[tuple[_core.Consumer, list[torch.Tensor]]] = []  # with the memory that each was given
         self._files: dict[tuple[str, FileStamp | None], int] = {}
         threads = options.worker_threads(gpus)
-        self.engine = _core.Engine(
+        self._process = os.getpid()
+        ending.begin(self)
+        self.engine = open_engine(
             threads=threads,
             slots_per_thread=options.slots_per_thread,
             slot_bytes=options.slot_size(threads),
@@ -129,12 +132,15 @@ class Transport:
 
     def close(self) -> None:
         """Stops reading, joins the workers, waits for copies under way, gives back pinned memory and scratch."""
+        if os.getpid() != self._process:  # a forked child has no part in any of it
+            return
         try:
             self.engine.close()
             for consumer, _ in self._consumers:
                 consumer.close()
         finally:
             self._consumers.clear()
+            ending.end(self)
         for lane in self._opened:
             lane.release()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from io import BufferedReader, FileIO
 from typing import BinaryIO
 
 from pyint8.errors import ReadError
@@ -20,24 +21,29 @@ _KINDS = {
 # What transformers and PEFT open in a folder, apart from tokenizers.
 _OPENED = (".json", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".py")
 
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+
 
 def open_file(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a regular file for reading, in binary.
 
-    A pipe without a writer would block, and a device may give bytes without end: neither is opened for longer than it
-    takes to see what it is. Links are followed. (Signals: Python itself retries what they interrupt.)
+    A pipe without a writer would block, and a device may give bytes without end: neither is opened, or, if it takes the
+    place of a file that very moment, only until it is seen. Links are followed. (Python itself retries what
+    a signal interrupts.)
 
     Raises:
         ReadError: It is a pipe, a device, a socket or a folder.
         OSError: The operating system refused.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    require_regular(path, os.stat(path).st_mode)
+    # By one call, which no signal interrupts: between two, Ctrl-C could leave the descriptor open.
+    raw = next(map(FileIO, map(os.open, [path], [_FLAGS])))
     try:
-        require_regular(path, os.fstat(descriptor).st_mode)
-        os.set_blocking(descriptor, True)
-        return os.fdopen(descriptor, "rb")
+        require_regular(path, os.fstat(raw.fileno()).st_mode)
+        os.set_blocking(raw.fileno(), True)
+        return BufferedReader(raw)
     except BaseException:
-        os.close(descriptor)
+        raw.close()
         raise
 
 

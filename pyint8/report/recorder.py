@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -75,6 +76,15 @@ class Recorder:
 
 _listening = threading.Lock()
 _listeners: list[list[LoadReport]] = []
+
+
+def _renew_lock() -> None:
+    """In a forked child: the thread that had the lock is not there."""
+    global _listening
+    _listening = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def test_a_file_cut_while_it_is_streamed(copy_of: Copy, monkeypatch: pytest.Monk
     folder = copy_of("llama")
     entry = read_header(folder / FILE).entries[Q_PROJ]
     size = (folder / FILE).stat().st_size
-    stream, opened = TensorStream.__init__, Transport._file
+    stream, opened = TensorStream.__init__, Transport.file
 
     def cut(*args: Any) -> int:
         number = opened(*args)
@@ -55,7 +55,7 @@ def test_a_file_cut_while_it_is_streamed(copy_of: Copy, monkeypatch: pytest.Monk
         time.sleep(0.5)  # the workers have come to the end
         os.truncate(folder / FILE, size)  # so that transformers, which looks at the header, does not mind
 
-    monkeypatch.setattr(Transport, "_file", cut)
+    monkeypatch.setattr(Transport, "file", cut)
     monkeypatch.setattr(TensorStream, "__init__", begin)
     with pytest.raises(errors.FileChangedError, match="changed while it was loaded; load it again") as caught:
         pyint8.load(folder, "cpu")

@@ -38,6 +38,15 @@ from pyint8.streaming.preparation import Preparation
 # at once leave weights on meta, without an error. It also imports configurations and models when they are first named.
 _load_lock = threading.RLock()
 
+
+def _renew_lock() -> None:
+    """In a forked child: the thread that has the lock is not there."""
+    global _load_lock
+    _load_lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
 # For finding a checkpoint and its code; the other arguments may be for the configuration or the model.
 _FINDING_ARGUMENTS = frozenset({*HUB_ARGUMENTS, "code_revision", "trust_remote_code"})
 

@@ -45,8 +45,9 @@ class LoadSession:
         on_start: Called when the stream has started.
     """
 
+    planned: PlannedLoad | None = None  # `close` reads it, also where `__init__` was interrupted
+
     def __init__(self, request: LoadRequest, preparation: Preparation, recorder: Recorder) -> None:
-        self.planned: PlannedLoad | None = None  # first: `close` reads it
         self.request = request
         self.recorder = recorder
         self.on_files: Callable[[], object] = lambda: None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +20,12 @@ class _Registry:
     """transformers' registry. Blocks may overlap, in threads or not: the first changes it, the last restores it."""
 
     def __init__(self) -> None:
-        self._changing = threading.Lock()
+        self.renew_lock()
         self._blocks = 0
         self._genuine: Any = None
+
+    def renew_lock(self) -> None:
+        self._changing = threading.Lock()
 
     def enter(self) -> None:
         with self._changing:
@@ -38,6 +42,7 @@ class _Registry:
 
 
 _registry = _Registry()
+os.register_at_fork(after_in_child=_registry.renew_lock)
 
 
 @contextmanager

@@ -154,7 +154,7 @@ def _rebuild_refused(
 
 
 class ReadError(_RefusedError):
-    """The operating system refused to open or read a file; `errno` says why."""
+    """The operating system refused to open or read a file, or what that takes (a thread, memory); `errno` says why."""
 
 
 class WriteError(_RefusedError):

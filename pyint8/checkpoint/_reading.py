@@ -51,6 +51,8 @@ def os_errors(path: str) -> Iterator[None]:
     except OSError as error:
         advice = _ADVICE.get(error.errno or 0, "check the disk, then try again")
         raise ReadError(f"cannot be read: {error.strerror or error}; {advice}", path=path, errno=error.errno) from error
+    except ValueError as error:  # NUL, or half of a surrogate pair
+        raise CheckpointNotFoundError(f"no file can have the name {path!r} ({error}); correct it") from error
 
 
 class JsonError(ValueError):

@@ -95,17 +95,34 @@ def base_of_adapter(path: str, kwargs: Mapping[str, Any]) -> str | None:
         return None
     if find_spec("peft") is None:
         raise MissingDependencyError(f"{path} holds a PEFT adapter, which needs peft: `pip install peft`")
+    _refuse_pickled_adapter(os.path.dirname(description), kwargs)
     try:
-        base = _json_in(description)["base_model_name_or_path"]
+        described = _json_in(description)
+        base = described["base_model_name_or_path"]
     except (ValueError, RecursionError, KeyError, TypeError):
         base = None
     if not isinstance(base, str):
         raise ModelNotSupportedError(
             f"{description} names no base model; load that with pyint8, then model.load_adapter({path!r})"
         )
+    if not isinstance(described.get("peft_type"), str):
+        raise ModelNotSupportedError(f"{description} names no kind of adapter (`peft_type`); save the adapter again")
     with named_by_adapter(path, base):
         check_path(base, kwargs, is_plain=False)
     return base
+
+
+def _refuse_pickled_adapter(folder: str, kwargs: Mapping[str, Any]) -> None:
+    """Of a folder of its own; transformers, which loads adapters, looks for adapter_model.safetensors there alone."""
+    names = [os.path.join(folder, f"adapter_model.{format}") for format in ("safetensors", "bin")]
+    has_safetensors, has_pickle = map(os.path.exists, names)
+    if has_pickle and not has_safetensors and kwargs.get("use_safetensors") is not False:
+        raise ModelNotSupportedError(
+            'transformers loads no adapter from a pickle; convert it, in its folder: python -c "import torch, '
+            "safetensors.torch as s; s.save_file(torch.load('adapter_model.bin', weights_only=True), "
+            "'adapter_model.safetensors')\"",
+            path=names[1],
+        )
 
 
 def _adapter_config(path: str, kwargs: Mapping[str, Any]) -> str | None:

@@ -60,13 +60,13 @@ def paused() -> Iterator[None]:
     """
     block = object()
     try:
-        _pauses.begin(block)
-        yield
-    finally:
         try:
+            _pauses.begin(block)
+            yield
+        finally:
             _pauses.end(block)
-        finally:  # again: Ctrl-C may have come in between
-            _pauses.end(block)
+    finally:  # again: Ctrl-C may have come in between
+        _pauses.end(block)
 
 
 def _move_to_oldest_generation() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from pyint8.host.memory import available_memory
@@ -30,6 +31,10 @@ class PageCachePrefetch:
     def __init__(self, checkpoint: Checkpoint, options: StreamOptions) -> None:
         self._engine: _core.Engine | None = None
         left = 0 if options.direct_io else available_memory() // 2
+        with suppress(OSError):  # the load itself meets it again, and says what to do
+            self._begin(checkpoint, options, left)
+
+    def _begin(self, checkpoint: Checkpoint, options: StreamOptions, left: int) -> None:
         for path, stamp in checkpoint.stamps.items():
             reads = [(offset, nbytes) for offset, nbytes in cold_steps(path, _STEP) if (left := left - nbytes) >= 0]
             if not reads:

@@ -115,7 +115,7 @@ def equal(model: Any, other: Any) -> bool:
 
 def test_overwritten_while_it_is_read(road: Road, monkeypatch: pytest.MonkeyPatch) -> None:
     way, folder = road
-    after(monkeypatch, Transport, "_file", once(overwritten, folder / FILE))
+    after(monkeypatch, Transport, "file", once(overwritten, folder / FILE))
     with pytest.raises(FileChangedError, match=SAYS) as caught:
         way(folder)
     assert caught.value.path == str(folder / FILE)
@@ -143,7 +143,7 @@ def test_a_module_of_ones_own_gets_its_layers_back(tmp_path: Path, monkeypatch: 
     own = module()
     layers = list(own)  # type: ignore[call-overload]
     save(tmp_path / FILE, module().state_dict())
-    after(monkeypatch, Transport, "_file", once(overwritten, tmp_path / FILE))
+    after(monkeypatch, Transport, "file", once(overwritten, tmp_path / FILE))
     with pytest.raises(FileChangedError):
         load(tmp_path, model=own, config=pyint8.Int8Config(skip_modules=[]))
     assert list(own) == layers  # type: ignore[call-overload]
@@ -153,7 +153,7 @@ def test_replaced_while_the_old_file_is_open(tmp_path: Path, monkeypatch: pytest
     """The old one is read to its end."""
     save(tmp_path / FILE, module().state_dict())
     old = fill(tmp_path)
-    after(monkeypatch, Transport, "_file", once(replaced, tmp_path / FILE))
+    after(monkeypatch, Transport, "file", once(replaced, tmp_path / FILE))
     assert equal(fill(tmp_path), old)
     assert not equal(fill(tmp_path), old)
 
@@ -196,14 +196,14 @@ def test_replaced_by_one_with_other_names(copy_of: Copy, monkeypatch: pytest.Mon
         save(path.with_name("new"), tensors)
         os.replace(path.with_name("new"), path)
 
-    after(monkeypatch, Transport, "_file", once(without_norm, folder / FILE))
+    after(monkeypatch, Transport, "file", once(without_norm, folder / FILE))
     with pytest.raises(FileChangedError, match=SAYS):
         load(folder)
 
 
 def test_cut_before_transformers_opens_it(copy_of: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = copy_of("llama", "bf16")
-    after(monkeypatch, Transport, "_file", once(lambda path: os.truncate(path, 100), folder / FILE))
+    after(monkeypatch, Transport, "file", once(lambda path: os.truncate(path, 100), folder / FILE))
     with pytest.raises(FileChangedError, match="changed while it was loaded"):
         load(folder)
 
@@ -213,7 +213,7 @@ def test_cut_before_transformers_opens_it(copy_of: Copy, monkeypatch: pytest.Mon
 
 def test_replaced_before_accelerate_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / FILE, module().state_dict())
-    after(monkeypatch, Transport, "_file", once(replaced, tmp_path / FILE))
+    after(monkeypatch, Transport, "file", once(replaced, tmp_path / FILE))
     config = pyint8.Int8Config(skip_modules=["2"], fp32_cpu_offload=True)
     device_map = {"0": "cpu", "1": "cpu", "2": "disk"}
     with pytest.raises(FileChangedError, match=SAYS):

@@ -16,6 +16,7 @@ from pyint8.errors import CancelledError
 
 _PATIENCE_SECONDS = 10.0
 _POLL_SECONDS = 0.005
+_AFTERMATH_SECONDS = 2.0
 
 
 class _Ending:
@@ -28,15 +29,19 @@ class _Ending:
 
     def __call__(self) -> None:
         self.has_begun = True
+        threads = self._others()
         for stop in self.stops:
             stop()
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while self._others() and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
+        for thread in threads:  # most end with the error, and free tensors, which is native code too
+            thread.join(_AFTERMATH_SECONDS / len(threads))
 
-    def _others(self) -> bool:
-        threads = list(self.under_way.values())
-        return any(thread.is_alive() for thread in threads if thread is not threading.current_thread())
+    def _others(self) -> set[threading.Thread]:
+        """The other threads that something is under way in."""
+        threads = set(self.under_way.values()) - {threading.current_thread()}
+        return {thread for thread in threads if thread.is_alive()}
 
 
 _ending = _Ending()

@@ -143,10 +143,12 @@ def test_nothing_is_left(road: Road) -> None:
     before, left = state(), []
     for line in lines if EVERY_LINE else random.Random(0).sample(lines, SAMPLE):
         was_interrupted = interrupted_at(line, road)
+        gc.collect()  # a from_pretrained that fails leaves a model that is a cycle
         after = state()
         if after != before or not (was_interrupted or is_in_finalizer(line)):
             left.append((line, was_interrupted, {name: after[name] for name in after if after[name] != before[name]}))
             gc.enable()
+            before = state()
     assert not left, "\n" + "\n".join(map(str, left))
     again = road()
     assert again.keys() == expected.keys()

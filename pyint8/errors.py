@@ -120,8 +120,8 @@ class NonFiniteWeightError(CheckpointError):
     """NaN or infinity in a weight, or a value that float16 cannot hold."""
 
 
-class ReadError(Pyint8Error, OSError):
-    """The operating system refused to open or read a file; `errno` says why."""
+class _RefusedError(Pyint8Error, OSError):
+    """The operating system refused something."""
 
     # Twice: type checkers know no shorter way to say "the base's keywords and one more".
     def __init__(
@@ -139,13 +139,26 @@ class ReadError(Pyint8Error, OSError):
     __str__ = Pyint8Error.__str__
 
     def __reduce__(self) -> Any:
-        return _rebuild_read, (self.problem, self.path, self.tensor, self.offset, self.errno)
+        return _rebuild_refused, (type(self), self.problem, self.path, self.tensor, self.offset, self.errno)
 
 
-def _rebuild_read(
-    problem: str, path: str | None, tensor: str | None, offset: int | None, errno: int | None
-) -> ReadError:
-    return ReadError(problem, path=path, tensor=tensor, offset=offset, errno=errno)
+def _rebuild_refused(
+    kind: type[_RefusedError],
+    problem: str,
+    path: str | None,
+    tensor: str | None,
+    offset: int | None,
+    errno: int | None,
+) -> _RefusedError:
+    return kind(problem, path=path, tensor=tensor, offset=offset, errno=errno)
+
+
+class ReadError(_RefusedError):
+    """The operating system refused to open or read a file, or what that takes (a thread, memory); `errno` says why."""
+
+
+class WriteError(_RefusedError):
+    """The operating system refused to write a file, such as on a full disk; `errno` says why."""
 
 
 class DeviceError(Pyint8Error, RuntimeError):

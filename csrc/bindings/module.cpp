@@ -1,8 +1,10 @@
 // Arguments, the GIL and errors; nothing else.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <unistd.h>
 
 #include <optional>
+#include <system_error>
 #include <tuple>
 #include <variant>
 
@@ -136,10 +138,13 @@ void transpose(Engine& engine, std::uint32_t lane, Address from, const std::stri
 }
 
 // An engine joins its workers when it goes; they may be in a slow read, and other Python threads need not
-// wait. So a consumer does.
+// wait. So a consumer does. A process that was forked since has no such threads, and leaks both.
 struct WithoutGil {
+  pid_t process = ::getpid();
+
   template <typename T>
   void operator()(T* owned) const {
+    if (::getpid() != process) return;
     const py::gil_scoped_release released;
     delete owned;
   }
@@ -177,6 +182,8 @@ PYBIND11_MODULE(_core, module) {
       if (pointer) std::rethrow_exception(pointer);
     } catch (const Error& error) {
       raise(error);
+    } catch (const std::system_error& error) {
+      raise(refused_thread(error));
     }
   });
 

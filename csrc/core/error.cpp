@@ -1,6 +1,5 @@
 #include "error.hpp"
 
-#include <system_error>
 #include <utility>
 
 namespace pyint8 {
@@ -44,6 +43,11 @@ Error Error::io(const std::string& what, int system_errno, std::string path,
   error.offset_ = offset;
   error.errno_ = system_errno;
   return error;
+}
+
+Error refused_thread(const std::system_error& error) {
+  return Error::io("cannot start a thread (raise `ulimit -u`, or end other processes)", error.code().value(),
+                   "", std::nullopt);
 }
 
 }  // namespace pyint8

@@ -5,6 +5,7 @@
 #include <exception>
 #include <optional>
 #include <string>
+#include <system_error>
 
 namespace pyint8 {
 
@@ -45,5 +46,8 @@ class Error : public std::exception {
   std::optional<std::uint64_t> offset_;
   int errno_ = 0;
 };
+
+// The error of a thread that the operating system did not start.
+Error refused_thread(const std::system_error& error);
 
 }  // namespace pyint8

@@ -9,7 +9,7 @@ import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pyint8.errors import CheckpointNotFoundError, ReadError
+from pyint8.errors import CheckpointNotFoundError, Pyint8Error, ReadError
 
 MAX_DEPTH = 127
 """The deepest nesting of JSON that safetensors' own parser (serde_json) follows."""
@@ -28,7 +28,9 @@ LFS_POINTER = "this is text, probably a Git LFS pointer instead of the file; run
 _ADVICE = {
     errno.EACCES: "give this user permission to read it",
     errno.EPERM: "give this user permission to read it",
+    errno.EAGAIN: "another program holds the file for itself; let it end",
     errno.EISDIR: "give the path of a file",
+    errno.ENXIO: "give the path of a file",
     errno.EMFILE: "close files or raise the limit of open files (ulimit -n)",
     errno.ENFILE: "close files or raise the limit of open files (ulimit -n)",
 }
@@ -42,11 +44,15 @@ def os_errors(path: str) -> Iterator[None]:
     """Turn the operating system's errors about `path` into `CheckpointNotFoundError` or `ReadError` with its errno."""
     try:
         yield
+    except Pyint8Error:
+        raise
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointNotFoundError("there is no such file or folder; check the path", path=path) from error
     except OSError as error:
         advice = _ADVICE.get(error.errno or 0, "check the disk, then try again")
         raise ReadError(f"cannot be read: {error.strerror or error}; {advice}", path=path, errno=error.errno) from error
+    except ValueError as error:  # NUL, or half of a surrogate pair
+        raise CheckpointNotFoundError(f"no file can have the name {path!r} ({error}); correct it") from error
 
 
 class JsonError(ValueError):

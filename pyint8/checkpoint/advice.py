@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 
 from pyint8.errors import first_names
+from pyint8.host.files import open_file
 
 _FROM_FRAMEWORK = "load it with transformers 4 and from_{}=True, then call save_pretrained(new_folder)"
 _FROM_GGUF = (
@@ -69,7 +70,7 @@ def advice_for_folder(names: Sequence[str], looked_for: Sequence[str]) -> str:
 
 
 def _is_tensorflow_table(path: str) -> bool:
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - len(_TENSORFLOW_TABLE)))
         return file.read() == _TENSORFLOW_TABLE
 

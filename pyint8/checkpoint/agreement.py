@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -78,11 +79,21 @@ def weight_map_of(path: str, raw: bytes) -> dict[str, str]:
         raise CheckpointError(
             "the index is not a JSON object with a non-empty object `weight_map`; download it again", path=path
         )
+    holds_safetensors = ".safetensors.index." in os.path.basename(path)
+    if isinstance(index, dict) and not isinstance(index.get("metadata", {}), dict):
+        raise CheckpointError("the `metadata` of the index is no JSON object; download it again", path=path)
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or shard in ("", ".", "..") or any(c in shard for c in "/\\\0"):
             raise CheckpointError(
                 f"the index puts the tensor in {abbreviated(shard)}, which is not the plain name of a file beside the "
                 "index; do not trust this checkpoint, or correct the index",
+                path=path,
+                tensor=name,
+            )
+        if holds_safetensors and not shard.endswith(".safetensors"):
+            raise CheckpointError(
+                f"the index is of safetensors files and puts the tensor in {abbreviated(shard)}; do not trust this "
+                "checkpoint, or correct the index",
                 path=path,
                 tensor=name,
             )

@@ -17,7 +17,9 @@ from pyint8.errors import (
     OptionError,
     Pyint8Error,
 )
+from pyint8.host.files import open_file, require_files
 
+from ._reading import os_errors
 from .index import Checkpoint, open_checkpoint
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -34,12 +36,20 @@ def check_path(path: str, kwargs: Mapping[str, Any], *, is_plain: bool) -> None:
         path.encode()
     except UnicodeEncodeError:
         raise OptionError(f"{path!r} is not UTF-8, and safetensors opens no such paths; rename the folder") from None
+    _refuse_pipes(path, kwargs.get("subfolder") or "")
     if os.path.isfile(path) and not is_plain:
         raise OptionError(f"{path} is a file; give the folder with its config.json, or pass model=module to fill one")
     if not os.path.exists(path) and (path.startswith((".", "~", os.sep)) or path.count("/") > 1 or not path):
         raise CheckpointNotFoundError("there is no such folder, and it cannot be a hub id; check the path", path=path)
     if not os.path.exists(path) and not any(kwargs.get(name) is not None for name in HUB_ARGUMENTS):
         _refuse_mistyped_folder(path, kwargs)
+
+
+def _refuse_pipes(path: str, subfolder: str) -> None:
+    for folder in (path, os.path.join(path, subfolder)):
+        if os.path.isdir(folder):
+            with os_errors(folder):
+                require_files(folder)
 
 
 def _refuse_mistyped_folder(path: str, kwargs: Mapping[str, Any]) -> None:
@@ -85,18 +95,34 @@ def base_of_adapter(path: str, kwargs: Mapping[str, Any]) -> str | None:
         return None
     if find_spec("peft") is None:
         raise MissingDependencyError(f"{path} holds a PEFT adapter, which needs peft: `pip install peft`")
+    _refuse_pickled_adapter(os.path.dirname(description), kwargs)
     try:
-        with open(description, encoding="utf-8") as file:
-            base = json.load(file)["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError):
+        described = _json_in(description)
+        base = described["base_model_name_or_path"]
+    except (ValueError, RecursionError, KeyError, TypeError):
         base = None
     if not isinstance(base, str):
         raise ModelNotSupportedError(
             f"{description} names no base model; load that with pyint8, then model.load_adapter({path!r})"
         )
+    if not isinstance(described.get("peft_type"), str):
+        raise ModelNotSupportedError(f"{description} names no kind of adapter (`peft_type`); save the adapter again")
     with named_by_adapter(path, base):
         check_path(base, kwargs, is_plain=False)
     return base
+
+
+def _refuse_pickled_adapter(folder: str, kwargs: Mapping[str, Any]) -> None:
+    """Of a folder of its own; transformers, which loads adapters, looks for adapter_model.safetensors there alone."""
+    names = [os.path.join(folder, f"adapter_model.{format}") for format in ("safetensors", "bin")]
+    has_safetensors, has_pickle = map(os.path.exists, names)
+    if has_pickle and not has_safetensors and kwargs.get("use_safetensors") is not False:
+        raise ModelNotSupportedError(
+            'transformers loads no adapter from a pickle; convert it, in its folder: python -c "import torch, '
+            "safetensors.torch as s; s.save_file(torch.load('adapter_model.bin', weights_only=True), "
+            "'adapter_model.safetensors')\"",
+            path=names[1],
+        )
 
 
 def _adapter_config(path: str, kwargs: Mapping[str, Any]) -> str | None:
@@ -175,13 +201,18 @@ def cached_file(hub_id: str, file: str, kwargs: Mapping[str, Any]) -> str | None
     return found if isinstance(found, str) else None
 
 
+def _json_in(path: str) -> Any:
+    with os_errors(path), open_file(path) as file:
+        raw = file.read()
+    return json.loads(raw.decode("utf-8"))
+
+
 def _weights_named_in_config(folder: str) -> str | None:
     """The file, or index, that the configuration's `transformers_weights` puts in place of the usual ones."""
     try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-            name = json.load(file)["transformers_weights"]
+        name = _json_in(os.path.join(folder, "config.json"))["transformers_weights"]
         path = os.path.normpath(os.path.join(folder, name))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, RecursionError, KeyError, TypeError):  # no such file is one too
         return None
     is_inside = os.path.commonpath([os.path.abspath(folder), os.path.abspath(path)]) == os.path.abspath(folder)
     return path if is_inside else None  # transformers refuses it

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 from pyint8.errors import CheckpointNotFoundError, OptionError, first_names
+from pyint8.host.files import open_file
 
 from ._reading import os_errors
 from .advice import advice_for_file, advice_for_folder
@@ -215,7 +216,7 @@ def _indexes_that_mention(folder: str, files: Iterable[str]) -> Iterator[tuple[s
 
 
 def _read_bytes(path: str) -> bytes:
-    with os_errors(path), open(path, "rb") as file:
+    with os_errors(path), open_file(path) as file:
         return file.read()
 
 

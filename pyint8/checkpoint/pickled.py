@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pyint8.errors import CheckpointError, Pyint8Error
+from pyint8.host.files import open_file
 
 from ._reading import ARCHIVE_PREFIX, LEGACY_PREFIX, LFS_POINTER, LFS_PREFIX, os_errors
 from .archive import AGAIN, TorchArchive
@@ -55,7 +56,7 @@ def is_pickled(path: str) -> bool:
         CheckpointNotFoundError: There is no such file.
         ReadError: The operating system refused to open or read it; `errno` says why.
     """
-    with os_errors(path), open(path, "rb") as file:
+    with os_errors(path), open_file(path) as file:
         return file.read(len(LEGACY_PREFIX)).startswith((ARCHIVE_PREFIX, LEGACY_PREFIX))
 
 
@@ -69,7 +70,7 @@ def read_pickled(path: str | os.PathLike[str]) -> PickledFile:
         ReadError: The operating system refused to open or read it; `errno` says why.
     """
     path = os.fspath(path)
-    with os_errors(path), open(path, "rb") as file, reading(path, file) as stamp:
+    with os_errors(path), open_file(path) as file, reading(path, file) as stamp:
         start = file.read(9)
         _refuse_other_formats(path, start)
         entries = _entries_in_archive(path, file) if start.startswith(ARCHIVE_PREFIX) else None

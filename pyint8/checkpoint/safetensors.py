@@ -12,6 +12,7 @@ import os
 from dataclasses import dataclass
 
 from pyint8.errors import HeaderError, TruncatedError
+from pyint8.host.files import open_file
 
 from ._reading import (
     ARCHIVE_PREFIX,
@@ -85,7 +86,7 @@ def read_header(path: str | os.PathLike[str]) -> SafetensorsFile:
 
 
 def _read(path: str) -> tuple[FileStamp, bytes]:
-    with os_errors(path), open(path, "rb") as file, reading(path, file) as stamp:
+    with os_errors(path), open_file(path) as file, reading(path, file) as stamp:
         prefix = file.read(_LENGTH_BYTES)
         if len(prefix) < _LENGTH_BYTES:
             raise TruncatedError(

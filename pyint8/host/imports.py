@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from types import ModuleType
 
 importing = threading.RLock()
 """Held while pyint8 imports torch, transformers and what needs them: two threads that import packages with circular
-imports at the same time can find modules half initialized."""
+imports at the same time can find modules half initialized. A fork waits for it: the child would have modules that stay
+half initialized, and locks on them that nobody opens."""
+
+os.register_at_fork(before=importing.acquire, after_in_parent=importing.release, after_in_child=importing.release)
 
 
 def imported(name: str) -> ModuleType | None:

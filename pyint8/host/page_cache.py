@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+from pyint8.host.files import open_file
+
 # How many places of a file are looked at before it is searched for cold parts.
 _SAMPLES = 16
 
@@ -16,10 +18,10 @@ def cold_steps(path: str, step: int) -> Iterator[tuple[int, int]]:
     the first byte of the next step would say nothing.)
 
     Raises:
-        OSError: The file cannot be opened.
+        OSError: The file cannot be opened, or is none (`ReadError`).
     """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
+    with open_file(path) as file:
+        descriptor = file.fileno()
         size = os.fstat(descriptor).st_size
         sampled = range(0, size, max(1, size // _SAMPLES))
         if all(is_cached(descriptor, offset) for offset in sampled):
@@ -28,8 +30,6 @@ def cold_steps(path: str, step: int) -> Iterator[tuple[int, int]]:
             nbytes = min(step, size - offset)
             if not is_cached(descriptor, offset + nbytes - 1):
                 yield offset, nbytes
-    finally:
-        os.close(descriptor)
 
 
 def is_cached(descriptor: int, offset: int) -> bool:

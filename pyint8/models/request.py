@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,7 +38,7 @@ class LoadRequest:
     dtype: torch.dtype | str | Mapping[str, torch.dtype | str] | None = "auto"
     budget: MemoryBudget = field(default_factory=MemoryBudget)
     config: Int8Config | None = None
-    offload_folder: str | os.PathLike[str] | None = None
+    offload_folder: str | None = None
     strict: bool = True
     options: StreamOptions = field(default_factory=StreamOptions)
     arguments: Mapping[str, Any] = field(default_factory=dict)

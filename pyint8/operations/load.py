@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 from pyint8.checkpoint.find import base_of_adapter, check_path, find_checkpoint
 from pyint8.config import Int8Config, StreamOptions
 from pyint8.errors import OptionError
-from pyint8.host import garbage
+from pyint8.host import ending, garbage
 from pyint8.host.imports import importing
 from pyint8.host.memory import peak_resident_bytes
 from pyint8.host.processes import processes
@@ -169,6 +169,7 @@ def load(
     options = StreamOptions.from_environment() if options is None else options
     with ExitStack() as stack:
         recorder = stack.enter_context(Recorder(progress))
+        stack.enter_context(ending.awaited(recorder))
         # Before anything heavy is imported: bad folders fail at once, and the disk has something to do.
         with garbage.paused(), recorder.phase("read headers"):
             checkpoint = find_checkpoint(base or path, hub_and_model_kwargs)
@@ -185,7 +186,7 @@ def load(
             max_memory=max_memory,
             headroom=headroom,
             config=config,
-            offload_folder=offload_folder,
+            offload_folder=_checked_folder(offload_folder),
             strict=strict and (config is None or config.strict),
             options=options,
             arguments=hub_and_model_kwargs,
@@ -245,6 +246,12 @@ def _load_as(model: Any, request: LoadRequest, preparation: Preparation, recorde
     from pyint8.models.plain import fill_module
 
     return fill_module(model, request, preparation, recorder)
+
+
+def _checked_folder(offload_folder: Any) -> str | None:
+    from pyint8.placement.offload import check_folder  # with torch
+
+    return check_folder(offload_folder)
 
 
 def _decoded(path: Any) -> str:

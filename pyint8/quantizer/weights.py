@@ -112,8 +112,9 @@ def quantize(
     for row, half in _half_rows(source, transposed, model_dtype, device):
         some_codes, some_scales, _ = bitsandbytes.functional.int8_vectorwise_quant(half)
         health.watch(name, row, half, some_scales)
-        if len(half) == rows:
-            return _int8_params(some_codes, some_scales)
+        if len(half) == rows:  # the last; errors of a generator that is left before its end would be lost
+            codes, scales = some_codes, some_scales
+            continue
         if codes is None or scales is None:
             codes = torch.empty((rows, half.shape[1]), dtype=torch.int8, device=some_codes.device)
             scales = torch.empty(rows, dtype=torch.float32, device=some_codes.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -82,17 +83,33 @@ _listening = threading.Lock()
 _listeners: list[list[LoadReport]] = []
 
 
+def _renew_lock() -> None:
+    """In a forked child: the thread that had the lock is not there."""
+    global _listening
+    _listening = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
 @contextmanager
 def collected() -> Iterator[list[LoadReport]]:
     """Collects the reports of all loads that end while the block lasts, in any thread."""
     reports: list[LoadReport] = []
-    with _listening:
-        _listeners.append(reports)
     try:
-        yield reports
-    finally:
-        with _listening:
-            _listeners[:] = [each for each in _listeners if each is not reports]
+        try:
+            with _listening:
+                _listeners.append(reports)
+            yield reports
+        finally:
+            _stop_collecting(reports)
+    finally:  # again: Ctrl-C may have come in between
+        _stop_collecting(reports)
+
+
+def _stop_collecting(reports: list[LoadReport]) -> None:
+    with _listening:
+        _listeners[:] = [each for each in _listeners if each is not reports]
 
 
 def announce(report: LoadReport, what: str) -> None:

@@ -107,5 +107,6 @@ def first_gpu(device_map: Any) -> tuple[torch.device, bool] | None:
 
 
 def _natural_key(name: str) -> list[tuple[int, str]]:
-    """Sorts "layers.9" before "layers.10", as loops over layers take them."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    """Sorts "layers.9" before "layers.10", as loops over layers take them; numbers may have any length."""
+    parts = re.split(r"([0-9]+)", name)  # those at odd places are numbers
+    return [(len(part.lstrip("0")), part.lstrip("0")) if at % 2 else (-1, part) for at, part in enumerate(parts)]

@@ -91,8 +91,11 @@ class HeadStart:
         # A thread begins on the default streams; the caller may be on others.
         devices = [part.device for part in parts] if torch.cuda.is_initialized() else []
         self._streams = [torch.cuda.current_stream(device) for device in devices]
-        self._thread = threading.Thread(target=self._run, name="pyint8 head start")
-        self._thread.start()
+        self._thread: threading.Thread | None = threading.Thread(target=self._run, name="pyint8 head start")
+        try:
+            self._thread.start()
+        except RuntimeError:  # no more threads: the load then asks for everything itself
+            self._thread = None
 
     def take(self) -> tuple[Transport, dict[str, EarlyTensor]]:
         """The transport, now the caller's to close, and by name the tensors that are under way.
@@ -102,7 +105,7 @@ class HeadStart:
             ReadError: A file cannot be opened.
             DeviceError: The driver refuses, or memory cannot be pinned.
         """
-        self._thread.join()
+        self._join()
         if self._error is not None:
             self._transport.close()
             raise self._error
@@ -112,12 +115,16 @@ class HeadStart:
 
     def close(self) -> None:
         """Discards everything, unless a load has taken it. Idempotent."""
-        self._thread.join()
+        self._join()
         self._error = None  # breaks a reference cycle
         if self._taken:
             return
         self._transport.close()
         self._early.clear()
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
 
     def _run(self) -> None:
         try:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from pyint8.host.memory import available_memory
 from pyint8.host.page_cache import cold_steps
-from pyint8.streaming.extension import _core
+from pyint8.streaming.extension import _core, open_engine
 
 if TYPE_CHECKING:
     from pyint8.checkpoint import Checkpoint
@@ -30,12 +31,16 @@ class PageCachePrefetch:
     def __init__(self, checkpoint: Checkpoint, options: StreamOptions) -> None:
         self._engine: _core.Engine | None = None
         left = 0 if options.direct_io else available_memory() // 2
+        with suppress(OSError):  # the load itself meets it again, and says what to do
+            self._begin(checkpoint, options, left)
+
+    def _begin(self, checkpoint: Checkpoint, options: StreamOptions, left: int) -> None:
         for path, stamp in checkpoint.stamps.items():
             reads = [(offset, nbytes) for offset, nbytes in cold_steps(path, _STEP) if (left := left - nbytes) >= 0]
             if not reads:
                 continue
             if self._engine is None:
-                self._engine = _core.Engine(
+                self._engine = open_engine(
                     threads=options.worker_threads(), slots_per_thread=1, slot_bytes=_STEP, direct_io=False
                 )
                 lane = self._engine.add_discarding_device()

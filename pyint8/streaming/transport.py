@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pyint8.streaming.extension import _core
+from pyint8.host import ending
+from pyint8.streaming.extension import _core, open_engine
 from pyint8.streaming.lane import Lane, LaneOpener, open_lane
 
 if TYPE_CHECKING:
@@ -53,7 +54,9 @@ class Transport:
         self._in_use: list[torch.Tensor] = []  # memory that consumers were given, until they are closed
         self._files: dict[tuple[str, FileStamp | None], int] = {}
         threads = options.worker_threads(gpus)
-        self.engine = _core.Engine(
+        self._process = os.getpid()
+        ending.begin(self)
+        self.engine = open_engine(
             threads=threads,
             slots_per_thread=options.slots_per_thread,
             slot_bytes=options.slot_size(threads),
@@ -136,9 +139,12 @@ class Transport:
 
     def close(self) -> None:
         """Stops reading, joins the workers, waits for copies under way, gives back pinned memory and scratch."""
+        if os.getpid() != self._process:  # a forked child has no part in any of it
+            return
         with ExitStack() as stack:
             for lane in self._opened:
                 stack.callback(lane.release)
+            stack.callback(ending.end, self)
             stack.callback(self._in_use.clear)
             stack.callback(self._consumers.clear)
             for consumer in self._consumers:

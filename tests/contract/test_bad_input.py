@@ -189,7 +189,7 @@ CASES = [
         "shard is a folder",
         lambda f: ((f / SHARD).unlink(), (f / SHARD).mkdir()),
         errors.ReadError,
-        "Is a directory; give the path of a file",
+        "this is a folder and no file; put the file itself there",
         file=SHARD,
         model="llama_sharded",
         placed=False,
@@ -266,7 +266,7 @@ def test_refused_by_the_operating_system(copy_of: Copy, monkeypatch: pytest.Monk
     def refuse(path: Any, *args: Any, **kwargs: Any) -> Any:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
-    monkeypatch.setattr("pyint8.checkpoint.safetensors.open", refuse, raising=False)
+    monkeypatch.setattr("pyint8.checkpoint.safetensors.open_file", refuse)
     with pytest.raises(errors.ReadError, match="give this user permission to read it") as caught:
         pyint8.load(folder, "cpu")
     assert (caught.value.path, caught.value.errno) == (str(folder / FILE), errno.EACCES)

@@ -66,6 +66,9 @@ class PinnedMemory final : public HostMemory {
     const auto address = reinterpret_cast<std::uintptr_t>(map_);
     data_ = reinterpret_cast<std::byte*>((address + kHugePage - 1) / kHugePage * kHugePage);
     ::madvise(data_, nbytes, MADV_HUGEPAGE);
+    // A fork would make the pages copy-on-write: the first write would give this process other pages than the
+    // bus reads.
+    ::madvise(map_, mapped_, MADV_DONTFORK);
     // The driver wants whole pages, which have 64 KiB on some aarch64.
     const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
     const std::size_t whole = (nbytes + page - 1) / page * page;

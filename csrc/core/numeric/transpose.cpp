@@ -4,6 +4,7 @@
 #include <array>
 #include <limits>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -186,6 +187,17 @@ void transpose_columns(const TransposeJob& job, ConvertRow convert, std::size_t 
   }
 }
 
+// False if the operating system refuses a thread.
+template <typename Work>
+bool starts(std::vector<std::jthread>& threads, const Work& work) {
+  try {
+    threads.emplace_back(work);
+  } catch (const std::system_error&) {
+    return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 void validate(const TransposeJob& job) {
@@ -211,11 +223,8 @@ void transpose_to_half(const TransposeJob& job, std::size_t threads) {
   for (std::size_t i = 0; i < count; ++i) {
     const std::size_t first = tiles * i / count * kTile;
     const std::size_t last = std::min(job.columns, tiles * (i + 1) / count * kTile);
-    if (i + 1 < count) {
-      helpers.emplace_back([&job, convert, first, last] { transpose_columns(job, convert, first, last); });
-    } else {
-      transpose_columns(job, convert, first, last);
-    }
+    const auto work = [&job, convert, first, last] { transpose_columns(job, convert, first, last); };
+    if (i + 1 == count || !starts(helpers, work)) work();
   }
 }
 

@@ -1,6 +1,7 @@
 #include "quantize/consumer.hpp"
 
 #include <string>
+#include <system_error>
 
 #include "error.hpp"
 
@@ -36,7 +37,11 @@ Consumer::Consumer(Engine& engine, std::uint32_t lane, const ConsumerOptions& op
       reached_(device_.make_event()),
       scratch_((kParts - 1) * band_bytes_) {
   device_.prepare_kernels();
-  thread_ = std::thread([this] { serve(); });
+  try {
+    thread_ = std::thread([this] { serve(); });
+  } catch (const std::system_error& error) {
+    throw refused_thread(error);
+  }
 }
 
 Consumer::~Consumer() {
@@ -47,6 +52,7 @@ Consumer::~Consumer() {
 }
 
 Ticket Consumer::submit(std::span<const Request> requests, StreamHandle stream) {
+  engine_.require_own_process();
   std::vector<Task> tasks;
   tasks.reserve(requests.size());
   const Room room{band_bytes_, options_.transposed_bytes};
@@ -246,6 +252,7 @@ void Consumer::keep_error() {
 }
 
 std::optional<Ticket> Consumer::wait(Ticket ticket, StreamHandle stream, std::chrono::milliseconds timeout) {
+  engine_.require_own_process();
   std::unique_lock lock(mutex_);
   if (ticket >= tasks_.size()) refuse("there is no ticket " + std::to_string(ticket));
   const bool has_come = changed_.wait_for(lock, timeout, [&] { return done_ > ticket || is_over(); });
@@ -258,11 +265,13 @@ std::optional<Ticket> Consumer::wait(Ticket ticket, StreamHandle stream, std::ch
 }
 
 Ticket Consumer::done() {
+  engine_.require_own_process();
   const std::lock_guard lock(mutex_);
   return done_;
 }
 
 void Consumer::close() {
+  if (!engine_.is_of_this_process()) return;
   {
     const std::lock_guard lock(mutex_);
     closed_ = true;

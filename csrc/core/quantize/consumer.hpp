@@ -50,7 +50,8 @@ struct ConsumerOptions {
 class Consumer {
  public:
   // `engine` outlives this, but may be closed before. Throws kDriver where the driver refuses, or there are
-  // no kernels, and kInvalidArgument where scratch cannot be cut.
+  // no kernels, kInvalidArgument where scratch cannot be cut, and kIo where no thread can be started. In a
+  // child that was forked since, this is as little use as the engine is.
   Consumer(Engine& engine, std::uint32_t lane, const ConsumerOptions& options);
   // Closes.
   ~Consumer();

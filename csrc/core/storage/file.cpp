@@ -20,20 +20,47 @@ const char* advice_for(int open_errno) {
   return "cannot open the file (is it there, and readable by this user?)";
 }
 
+// Without O_NONBLOCK, opening a pipe that nobody writes to would never return.
+int open_for_reading(const std::string& path, int flags = 0) {
+  int descriptor = -1;
+  do {
+    descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | flags);
+  } while (descriptor < 0 && errno == EINTR);
+  return descriptor;
+}
+
 int open_direct([[maybe_unused]] const std::string& path) {
 #ifdef O_DIRECT
-  return ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
+  return open_for_reading(path, O_DIRECT);
 #else
   return -1;
 #endif
 }
 
-FileStamp stamp_of(int descriptor, const std::string& path) {
+struct stat status_of(int descriptor, const std::string& path) {
   struct stat status{};
   if (::fstat(descriptor, &status) != 0)
     throw Error::io("cannot look at the file", errno, path, std::nullopt);
+  return status;
+}
+
+FileStamp stamp_of(int descriptor, const std::string& path) {
+  const struct stat status = status_of(descriptor, path);
   return {status.st_dev, status.st_ino, status.st_size,
           status.st_mtim.tv_sec * 1'000'000'000 + status.st_mtim.tv_nsec};
+}
+
+void require_regular(int descriptor, const std::string& path) {
+  const mode_t mode = status_of(descriptor, path).st_mode;
+  if (S_ISREG(mode)) return;
+  throw Error::io("this is no file, but a folder, a pipe or a device; put the file itself there",
+                  S_ISDIR(mode) ? EISDIR : EINVAL, path, std::nullopt);
+}
+
+// Some file systems pass O_NONBLOCK on to whoever serves the reads.
+void let_block(int descriptor) {
+  if (const int flags = ::fcntl(descriptor, F_GETFL); flags >= 0)
+    ::fcntl(descriptor, F_SETFL, flags & ~O_NONBLOCK);
 }
 
 Error changed() {
@@ -49,14 +76,17 @@ Descriptor::~Descriptor() {
 
 File::File(std::string path, bool direct, const std::optional<FileStamp>& expected)
     : path_(std::move(path)),
-      buffered_(::open(path_.c_str(), O_RDONLY | O_CLOEXEC)),
+      buffered_(open_for_reading(path_)),
       twin_(buffered_.number() >= 0 && direct ? open_direct(path_) : -1),
       direct_(twin_.number()) {
   if (buffered_.number() < 0) throw Error::io(advice_for(errno), errno, path_, std::nullopt);
   stamp_ = stamp_of(buffered_.number(), path_);
   if (expected.has_value()) require(buffered_.number(), *expected);
+  require_regular(buffered_.number(), path_);
+  let_block(buffered_.number());
   if (twin_.number() < 0) return;
   require(twin_.number(), stamp_);  // it was opened by the same path, but later
+  let_block(twin_.number());
   map_for_direct_reads();
 }
 

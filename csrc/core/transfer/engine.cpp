@@ -1,5 +1,7 @@
 #include "transfer/engine.hpp"
 
+#include <unistd.h>
+
 #include <optional>
 
 #include "error.hpp"
@@ -39,6 +41,7 @@ Error cancelled() {
 
 Engine::Engine(const EngineOptions& options)
     : options_(validated(options)),
+      process_(::getpid()),
       workers_(options_.threads, {.get_ready = [this](std::size_t worker) { await_slot(worker); },
                                   .run = [this](const Job& job, std::size_t worker) { run(job, worker); },
                                   .on_failure =
@@ -55,7 +58,12 @@ Engine::~Engine() {
   }
 }
 
+bool Engine::is_of_this_process() const {
+  return ::getpid() == process_;
+}
+
 std::uint32_t Engine::add_file(const std::string& path, const std::optional<FileStamp>& expected) {
+  require_own_process();
   auto file = std::make_unique<File>(path, options_.direct_io, expected);
   const std::lock_guard lock(mutex_);
   files_.push_back(std::move(file));
@@ -63,6 +71,7 @@ std::uint32_t Engine::add_file(const std::string& path, const std::optional<File
 }
 
 std::uint32_t Engine::add_device(std::unique_ptr<Device> device) {
+  require_own_process();
   const std::lock_guard lock(mutex_);
   devices_.push_back(std::move(device));
   spare_events_.emplace_back();
@@ -70,6 +79,7 @@ std::uint32_t Engine::add_device(std::unique_ptr<Device> device) {
 }
 
 Device& Engine::device(std::uint32_t lane) {
+  require_own_process();
   const std::lock_guard lock(mutex_);
   if (lane < devices_.size()) return *devices_[lane];
   throw Error(ErrorCode::kInvalidArgument, "there is no lane " + std::to_string(lane));
@@ -77,8 +87,8 @@ Device& Engine::device(std::uint32_t lane) {
 
 void Engine::make_rings(Device& device) {
   if (has_rings_) return;
-  slots_ = device.allocate_host(options_.threads * options_.ring_bytes());
-  for (std::size_t worker = 0; worker < options_.threads; ++worker) {
+  slots_ = device.allocate_host(workers_.size() * options_.ring_bytes());
+  for (std::size_t worker = 0; worker < workers_.size(); ++worker) {
     rings_.emplace_back(slots_->data() + worker * options_.ring_bytes(), options_.slot_bytes,
                         options_.slots_per_thread);
   }
@@ -156,7 +166,7 @@ void Engine::await_slot(std::size_t worker) {
 
 void Engine::run(const Job& job, std::size_t worker) {
   if (job.device->reads_in_place()) {
-    read_in_place(job);
+    if (!read_in_place(job)) return;
   } else {
     read_through_slot(job, rings_[worker]);
   }
@@ -164,13 +174,15 @@ void Engine::run(const Job& job, std::size_t worker) {
   complete(job);
 }
 
-void Engine::read_in_place(const Job& job) {
+bool Engine::read_in_place(const Job& job) {
   for (std::size_t i = 0; i < job.to.size(); ++i) {
+    if (workers_.is_stopped()) return false;
     const Segment& segment = job.piece.segments[i];
     timed_read(*job.source, reinterpret_cast<std::byte*>(job.to[i]), segment.nbytes, segment.nbytes,
                job.piece.offset + segment.piece_offset);
   }
   workers_.done(job.lane);
+  return true;
 }
 
 void Engine::read_through_slot(const Job& job, Ring& ring) {
@@ -217,6 +229,7 @@ void Engine::complete(const Job& job) {
 }
 
 bool Engine::wait(Ticket ticket, StreamHandle stream, std::chrono::milliseconds timeout) {
+  require_own_process();
   std::unique_lock lock(mutex_);
   if (ticket >= pending_.size()) {
     throw Error(ErrorCode::kInvalidArgument, "there is no ticket " + std::to_string(ticket));
@@ -241,8 +254,16 @@ void Engine::transpose_to_half(std::uint32_t lane, const TransposeJob& job, Stre
 }
 
 void Engine::require_unchanged() const {
+  require_own_process();
   const std::lock_guard lock(mutex_);
   for (const auto& file : files_) file->require_unchanged();
+}
+
+// After a fork the child has the engine, but neither its threads nor what they guarded with their locks.
+void Engine::require_own_process() const {
+  if (is_of_this_process()) return;
+  throw Error(ErrorCode::kCancelled,
+              "the stream belongs to the process that forked this one; load again here");
 }
 
 // Without the lock: whoever waits for a ticket meanwhile must be told that it will not come. The first error,
@@ -267,6 +288,7 @@ std::exception_ptr Engine::await_copies() {
 }
 
 void Engine::close() {
+  if (!is_of_this_process()) return;
   {
     const std::lock_guard lock(mutex_);
     closed_ = true;

@@ -5,6 +5,8 @@
 // destinations each have an event of their own.
 #pragma once
 
+#include <sys/types.h>
+
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -81,6 +83,12 @@ class Engine {
 
   Stats stats() const;
 
+  // False in a child that was forked since: there all calls throw kCancelled, `close` does nothing, and the
+  // engine must be leaked, as its threads cannot be joined.
+  bool is_of_this_process() const;
+  // Throws kCancelled there.
+  void require_own_process() const;
+
  private:
   struct Pending {  // one ticket
     Pending(std::uint32_t on, std::unique_ptr<Event> event) : lane(on), landed(std::move(event)) {}
@@ -110,7 +118,8 @@ class Engine {
   void await_slot(std::size_t worker);
   void run(const Job& job, std::size_t worker);
   static void await(Start& start, Device& to);
-  void read_in_place(const Job& job);
+  // False if the workers were stopped meanwhile.
+  bool read_in_place(const Job& job);
   void read_through_slot(const Job& job, Ring& ring);
   void timed_read(const Source& source, std::byte* out, std::size_t needed, std::size_t capacity,
                   std::uint64_t offset);
@@ -119,6 +128,7 @@ class Engine {
   std::exception_ptr await_copies();
 
   const EngineOptions options_;
+  const pid_t process_;
 
   mutable std::mutex mutex_;  // guards what follows, up to the condition
   std::deque<std::unique_ptr<Source>> files_;

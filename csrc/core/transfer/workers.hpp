@@ -2,14 +2,17 @@
 // kept and stops the rest.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <exception>
 #include <functional>
 #include <mutex>
 #include <optional>
+#include <system_error>
 #include <thread>
 #include <vector>
 
+#include "error.hpp"
 #include "transfer/lane_queue.hpp"
 
 namespace pyint8 {
@@ -25,13 +28,10 @@ class Workers {
     std::function<void()> on_failure;  // called once, after the first error is kept
   };
 
+  // Fewer threads than asked for do where the operating system refuses more; throws kIo if there is none.
   Workers(std::size_t threads, Role role) : role_(std::move(role)) {
-    try {
-      for (std::size_t i = 0; i < threads; ++i) threads_.emplace_back([this, i] { loop(i); });
-    } catch (...) {  // no more threads can be started: join the others
-      stop();
-      throw;
-    }
+    threads_.reserve(threads);
+    for (std::size_t i = 0; i < threads && start(i); ++i) continue;
   }
   ~Workers() { stop(); }
   Workers(const Workers&) = delete;
@@ -67,6 +67,11 @@ class Workers {
     jobs_.clear();
   }
 
+  // Whether jobs under way should end early: nobody waits for what they bring.
+  bool is_stopped() const { return stopped_; }
+
+  std::size_t size() const { return threads_.size(); }
+
   // The first error of a job, or null.
   std::exception_ptr error() const {
     const std::lock_guard lock(mutex_);
@@ -74,6 +79,17 @@ class Workers {
   }
 
  private:
+  // False if the operating system refuses another thread.
+  bool start(std::size_t worker) {
+    try {
+      threads_.emplace_back([this, worker] { loop(worker); });
+    } catch (const std::system_error& error) {
+      if (threads_.empty()) throw refused_thread(error);
+      return false;
+    }
+    return true;
+  }
+
   void loop(std::size_t worker) {
     while (wait_for_jobs()) {
       try {
@@ -112,10 +128,10 @@ class Workers {
   }
 
   Role role_;
-  mutable std::mutex mutex_;  // guards the three below
+  mutable std::mutex mutex_;  // guards the three below, but for reading the last
   LaneQueue<Job> jobs_;
   std::exception_ptr error_;
-  bool stopped_ = false;
+  std::atomic<bool> stopped_ = false;  // written with the lock held
   std::condition_variable wake_;
   std::mutex join_mutex_;
   std::vector<std::thread> threads_;

@@ -31,16 +31,25 @@ class DeviceWorker:
         where: Any = nullcontext()
         if device.type == "cuda":
             where = torch.cuda.stream(torch.cuda.current_stream(device))
-        self._thread = threading.Thread(target=self._run, args=(where, list(names), make), name=f"pyint8 {device}")
-        self._thread.start()
+        self._where, self._make = where, make
+        self._thread: threading.Thread | None = threading.Thread(
+            target=self._run, args=(where, list(names), make), name=f"pyint8 {device}"
+        )
+        try:
+            self._thread.start()
+        except RuntimeError:  # no more threads (`ulimit -u`): `take` makes the targets itself
+            self._thread = None
 
     def take(self, name: str) -> Made:
         """The parameters of the target `name`; waits until they are made.
 
         Raises:
             SkipParameters: Its conversion failed.
-            Exception: The error that stopped the thread.
+            Exception: The error that stopped the thread (or of making it, where there is none).
         """
+        if self._thread is None:
+            with self._where, torch.no_grad():
+                return self._make(name)
         with self._changed:
             self._changed.wait_for(lambda: name in self._made or self._error is not None)
             made = self._made.pop(name, None)
@@ -57,7 +66,8 @@ class DeviceWorker:
 
     def join(self) -> None:
         """Waits for the thread to end, and discards parameters that were not taken."""
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
         self._made.clear()
         self._error = None  # breaks a reference cycle
 

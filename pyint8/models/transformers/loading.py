@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
-from safetensors import SafetensorError
 
 from pyint8.checkpoint.find import HUB_ARGUMENTS, cached_file, named_by_adapter
 from pyint8.config import METHOD, Int8Config
-from pyint8.errors import CheckpointNotFoundError, FileChangedError, ModelNotSupportedError, OptionError
+from pyint8.errors import CheckpointNotFoundError, ModelNotSupportedError, OptionError
 from pyint8.host import garbage
-from pyint8.models.keywords import unknown_keyword
 from pyint8.models.request import LoadRequest
 from pyint8.models.transformers import hooks  # noqa: F401  registers pyint8's quantizer with transformers
+from pyint8.models.transformers.failures import (
+    ASKS_FOR_TRUST,
+    named_configuration,
+    named_failures,
+    named_problems,
+    untrusted,
+)
 from pyint8.models.transformers.session import LoadSession
 from pyint8.quantizer import Int8Quantizer
 from pyint8.report import Recorder
@@ -31,11 +35,17 @@ from pyint8.streaming.preparation import Preparation
 # at once leave weights on meta, without an error. It also imports configurations and models when they are first named.
 _load_lock = threading.RLock()
 
+
+def _renew_lock() -> None:
+    """In a forked child: the thread that has the lock is not there."""
+    global _load_lock
+    _load_lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
 # For finding a checkpoint and its code; the other arguments may be for the configuration or the model.
 _FINDING_ARGUMENTS = frozenset({*HUB_ARGUMENTS, "code_revision", "trust_remote_code"})
-
-# Part of transformers' error for a checkpoint that brings code.
-_ASKS_FOR_TRUST = "trust_remote_code=True"
 
 
 def load_pretrained(
@@ -67,12 +77,14 @@ def load_pretrained(
     }
     session = LoadSession(request, preparation, recorder)
     with _load_lock, ExitStack() as stack:
-        model_class, arguments = _resolve(model_class, request)
+        stack.enter_context(named_failures(request))
+        with named_configuration(request):
+            model_class, arguments = _resolve(model_class, request)
         stack.enter_context(session.activate())
         stack.enter_context(recorder.phase("build"))
         session.on_files = lambda: stack.enter_context(garbage.paused())  # downloads are complete
         session.on_start = lambda: stack.enter_context(_without_progress_bar())  # ours is shown
-        stack.enter_context(_named_problems(request.path, model_class, arguments))
+        stack.enter_context(named_problems(request, model_class, arguments))
         model, recorder.report.loading_info = model_class.from_pretrained(
             request.path, output_loading_info=True, **placement, **arguments
         )
@@ -100,33 +112,6 @@ def _resolve(model_class: Any, request: LoadRequest) -> tuple[Any, dict[str, Any
     return model_class, {**unused, **hub, "config": config}
 
 
-@contextmanager
-def _named_problems(path: str, model_class: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
-    """Turns from_pretrained's errors about wrong calls into errors that say what to do."""
-    try:
-        yield
-    except SafetensorError as error:  # in files whose headers pyint8 has read
-        raise FileChangedError(
-            f"a file of {path} changed while it was loaded ({error}); load it again, once nothing writes to it"
-        ) from error
-    except TypeError as error:
-        found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if found is None or found[1] not in arguments:
-            raise
-        raise unknown_keyword(found[1], model_class.__name__) from error
-    except ValueError as error:
-        if _ASKS_FOR_TRUST not in str(error):
-            raise
-        raise _untrusted(path) from error
-
-
-def _untrusted(path: str) -> ModelNotSupportedError:
-    return ModelNotSupportedError(
-        f"the checkpoint in {path} brings code of its own, which is not run unasked; read it, then pass "
-        "trust_remote_code=True"
-    )
-
-
 def _stored_quantization(config: Any) -> Any:
     """The quantization_config of a configuration or of its text model, as transformers looks for it."""
     return getattr(config, "quantization_config", None) or getattr(
@@ -147,8 +132,8 @@ def _read_config(config_class: Any, path: str, hub: dict[str, Any]) -> Any:
             ) from error
         if is_folder and isinstance(error, (OSError, StrictDataclassError)):
             raise ModelNotSupportedError(f"the configuration in {path} cannot be read: {error}") from error
-        if _ASKS_FOR_TRUST in str(error):
-            raise _untrusted(path) from error
+        if ASKS_FOR_TRUST in str(error):
+            raise untrusted(path) from error
         if isinstance(error, OSError):
             raise CheckpointNotFoundError(
                 f"there is no folder {path} here, and the configuration of the hub id {path} cannot be had "
@@ -221,10 +206,17 @@ def _without_progress_bar() -> Iterator[None]:
     if not logging.is_progress_bar_enabled():
         yield
         return
-    logging.disable_progress_bar()
     try:
-        yield
-    finally:
-        logging.enable_progress_bar()
-        if not hub_shown:
-            disable_progress_bars()
+        try:
+            logging.disable_progress_bar()
+            yield
+        finally:
+            _show_progress_bars(hub=hub_shown)
+    finally:  # again: Ctrl-C may have come in between
+        _show_progress_bars(hub=hub_shown)
+
+
+def _show_progress_bars(*, hub: bool) -> None:
+    transformers.utils.logging.enable_progress_bar()
+    if not hub:
+        disable_progress_bars()

@@ -45,8 +45,9 @@ class LoadSession:
         on_start: Called when the stream has started.
     """
 
+    planned: PlannedLoad | None = None  # `close` reads it, also where `__init__` was interrupted
+
     def __init__(self, request: LoadRequest, preparation: Preparation, recorder: Recorder) -> None:
-        self.planned: PlannedLoad | None = None  # first: `close` reads it
         self.request = request
         self.recorder = recorder
         self.on_files: Callable[[], object] = lambda: None
@@ -83,14 +84,22 @@ class LoadSession:
     @contextmanager
     def activate(self) -> Iterator[None]:
         """Makes this the session that transformers' quantizer finds; closes it at the end."""
-        token = _active.set(self)
-        self._building.__enter__()  # type: ignore[no-untyped-call]
+        before = _active.get()
         try:
-            yield
-        finally:
-            self.model_is_built()
-            _active.reset(token)
-            self.close()
+            try:
+                _active.set(self)
+                self._building.__enter__()  # type: ignore[no-untyped-call]
+                yield
+            finally:
+                self._deactivate(before)
+        finally:  # again: Ctrl-C may have come in between
+            self._deactivate(before)
+
+    def _deactivate(self, before: LoadSession | None) -> None:
+        """Idempotent."""
+        self.model_is_built()
+        _active.set(before)
+        self.close()
 
     def model_is_built(self) -> None:
         """Called when all modules are made, on meta; from now on tensors are real."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,33 +20,39 @@ class _Registry:
     """transformers' registry. Blocks may overlap, in threads or not: the first changes it, the last restores it."""
 
     def __init__(self) -> None:
-        self._changing = threading.Lock()
-        self._blocks = 0
+        self.renew_lock()
+        self._blocks: set[object] = set()
         self._genuine: Any = None
 
-    def enter(self) -> None:
-        with self._changing:
-            if self._blocks == 0:
-                self._genuine = AUTO_QUANTIZER_MAPPING[_INT8]
-                AUTO_QUANTIZER_MAPPING[_INT8] = StreamedInt8HfQuantizer
-            self._blocks += 1
+    def renew_lock(self) -> None:
+        self._changing = threading.Lock()
 
-    def leave(self) -> None:
+    def enter(self, block: object) -> None:
         with self._changing:
-            self._blocks -= 1
-            if self._blocks == 0:
+            if not self._blocks:
+                self._genuine = AUTO_QUANTIZER_MAPPING[_INT8]
+            self._blocks.add(block)
+            AUTO_QUANTIZER_MAPPING[_INT8] = StreamedInt8HfQuantizer
+
+    def leave(self, block: object) -> None:
+        """Idempotent, also if an earlier call was interrupted anywhere."""
+        with self._changing:
+            if self._blocks <= {block} and self._genuine is not None:
                 AUTO_QUANTIZER_MAPPING[_INT8] = self._genuine
+                self._genuine = None
+            self._blocks.discard(block)
 
 
 _registry = _Registry()
+os.register_at_fork(after_in_child=_registry.renew_lock)
 
 
 @contextmanager
 def takeover() -> Iterator[list[LoadReport]]:
     """See `pyint8.takeover`."""
-    _registry.enter()
+    block = object()
     try:
-        with collected() as reports:
+        with _taken_over(block), collected() as reports:
             yield reports
     except TypeError as error:
         if "unexpected keyword argument 'load_in_8bit'" not in str(error):
@@ -54,5 +61,15 @@ def takeover() -> Iterator[list[LoadReport]]:
             "transformers 5 has no load_in_8bit argument of from_pretrained; pass "
             "quantization_config=BitsAndBytesConfig(load_in_8bit=True)"
         ) from error
-    finally:
-        _registry.leave()
+
+
+@contextmanager
+def _taken_over(block: object) -> Iterator[None]:
+    try:
+        try:
+            _registry.enter(block)
+            yield
+        finally:
+            _registry.leave(block)
+    finally:  # again: Ctrl-C may have come in between
+        _registry.leave(block)

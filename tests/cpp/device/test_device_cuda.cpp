@@ -1,3 +1,7 @@
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <cerrno>
 #include <chrono>
@@ -71,6 +75,17 @@ TEST_CASE("host memory is pinned, counted, aligned to huge pages and given back"
   const std::size_t mapped = mapped_bytes();
   device.allocate_host(kLarge).reset();
   CHECK(mapped_bytes() < mapped + kLarge / 2);
+}
+
+TEST_CASE("a forked child does not have the pinned memory, so that its pages stay this process's own") {
+  CudaDevice device(fake_driver(), 0);
+  const auto memory = device.allocate_host(12345);
+  const pid_t child = ::fork();
+  if (child == 0) ::_exit(::msync(memory->data(), 4096, MS_ASYNC) != 0 && errno == ENOMEM ? 0 : 1);
+  int status = -1;
+  REQUIRE(::waitpid(child, &status, 0) == child);
+  CHECK(WIFEXITED(status));
+  CHECK(WEXITSTATUS(status) == 0);
 }
 
 TEST_CASE("memory that could not be pinned is unmapped") {

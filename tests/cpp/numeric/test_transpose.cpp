@@ -3,6 +3,7 @@
 
 #include "numeric/half.hpp"
 #include "numeric/transpose.hpp"
+#include "pread.hpp"
 #include "support.hpp"
 
 namespace pyint8::testing {
@@ -89,6 +90,14 @@ TEST_CASE("random shapes") {
                           pick(random, 0, 40), pick(random, 0, 4));
     });
   }
+}
+
+TEST_CASE("where the operating system refuses threads, fewer do the work") {
+  for (const int left : {0, 1, 2}) {
+    threads_left = left;
+    check_transposition(ElementType::kBFloat16, false, 1001, 777, 5, 4);
+  }
+  threads_left = -1;
 }
 
 TEST_CASE("a threaded transposition leaves no thread behind") {

@@ -7,6 +7,7 @@
 
 #include "consumer_support.hpp"
 #include "driver_failures.hpp"
+#include "pread.hpp"
 
 namespace pyint8::testing {
 namespace {
@@ -102,6 +103,38 @@ TEST_CASE("a ticket that there is not, and scratch that cannot be cut") {
   CHECK(error.message() == "scratch of 2047 bytes cannot be cut into bands");
   CHECK(error_of([&] { Consumer(gpus.engine, 1, {0, kLeast, 0, 0, nullptr}); }).message() ==
         "there is no lane 1");
+}
+
+TEST_CASE("a thread that is not started") {
+  const Accounts accounts;
+  Random random(3);
+  Tensors tensors({endless()}, random);
+  Callers callers(1);
+  Gpus gpus(tensors, callers, kLeast, kOptions);
+  threads_left = 1;  // that of the driver's stream
+  const Error error = error_of([&] { Consumer(gpus.engine, 0, {0, kLeast, 0, 0, nullptr}); });
+  threads_left = -1;
+  CHECK(error.code() == ErrorCode::kIo);
+  CHECK(error.system_errno() == EAGAIN);
+}
+
+TEST_CASE("a consumer of a process that forked belongs to that process") {
+  const Accounts accounts;
+  Random random(3);
+  Tensors tensors({endless()}, random);
+  Callers callers(1);
+  Gpus gpus(tensors, callers, kLeast, kOptions);
+  const Ticket ticket = gpus.submit(0, tensors);
+  CHECK(exit_code_of_child([&] {
+          if (error_code([&] { gpus.wait(0, ticket); }) != ErrorCode::kCancelled) return 1;
+          if (error_code([&] { gpus.submit(0, tensors); }) != ErrorCode::kCancelled) return 2;
+          if (error_code([&] { gpus.consumers[0].done(); }) != ErrorCode::kCancelled) return 3;
+          gpus.consumers[0].close();
+          return 0;
+        }) == 0);
+  gpus.wait(0, ticket);
+  gpus.synchronize();
+  CHECK(tensors.came());
 }
 
 TEST_CASE("a build without kernels has no consumer") {

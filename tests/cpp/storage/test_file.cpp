@@ -68,6 +68,30 @@ TEST_CASE("reads what lies at an offset, and no byte beyond its capacity") {
   }
 }
 
+TEST_CASE("an open that a signal interrupts is retried, of the twin too") {
+  const TempFile temporary(random_bytes(kOdd, 4));
+  interrupted_opens = 2;
+  const File file(temporary.path(), true);
+  CHECK(interrupted_opens == 0);
+}
+
+TEST_CASE("what is no file is refused at once, as it is where a file was expected") {
+  const TempFile temporary(random_bytes(kOdd, 5));
+  const std::string pipe = temporary.path() + ".pipe";
+  REQUIRE(::mkfifo(pipe.c_str(), 0600) == 0);
+  for (const std::string& path : {pipe, std::string("/dev/zero"), std::string("/tmp")}) {
+    for (const bool direct : {false, true}) {
+      const Error error = error_of([&] { File(path, direct); });
+      CHECK(error.code() == ErrorCode::kIo);
+      CHECK(contains(error.message(), "this is no file, but a folder, a pipe or a device"));
+      CHECK(error.path() == path);
+    }
+    const auto swapped_in = [&] { File(path, true, stamp_of(temporary.path())); };
+    check_changed(error_of(swapped_in), path);
+  }
+  ::unlink(pipe.c_str());
+}
+
 TEST_CASE("short reads and interruptions are retried") {
   const Bytes content = random_bytes(kOdd, 3);
   const TempFile temporary(content);
@@ -212,10 +236,7 @@ TEST_CASE("a path that cannot be opened, or not be read") {
   CHECK_FALSE(absent.offset().has_value());
   CHECK(contains(absent.message(), "No such file"));
 
-  const File folder("/tmp", false);
-  std::byte out;
-  CHECK(error_of([&] { folder.read_at(&out, 1, 1, 0); }).system_errno() == EISDIR);
-
+  CHECK(error_of([] { File("/tmp", false); }).system_errno() == EISDIR);
   if (::geteuid() == 0) return;  // root may read everything
   const TempFile forbidden(random_bytes(10, 9));
   ::chmod(forbidden.path().c_str(), 0);

@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -52,6 +53,15 @@ extern "C" long sysconf(int name) noexcept {
   return name == _SC_PAGESIZE ? static_cast<long>(page_bytes) : real(name);
 }
 
+extern "C" int pthread_create(pthread_t* thread, const pthread_attr_t* attributes, void* (*start)(void*),
+                              void* argument) noexcept {
+  using namespace pyint8::testing;
+  static const auto real = reinterpret_cast<decltype(&pthread_create)>(::dlsym(RTLD_NEXT, "pthread_create"));
+  if (threads_left == 0) return EAGAIN;
+  if (threads_left > 0) --threads_left;
+  return real(thread, attributes, start, argument);
+}
+
 extern "C" int open(const char* path, int flags, ...) {
   using namespace pyint8::testing;
   static const auto real = reinterpret_cast<decltype(&open)>(::dlsym(RTLD_NEXT, "open"));
@@ -59,6 +69,11 @@ extern "C" int open(const char* path, int flags, ...) {
   va_start(rest, flags);
   const mode_t mode = (flags & (O_CREAT | O_TMPFILE)) != 0 ? va_arg(rest, mode_t) : 0;
   va_end(rest);
+  if (interrupted_opens > 0) {
+    --interrupted_opens;
+    errno = EINTR;
+    return -1;
+  }
   if ((flags & O_DIRECT) != 0 && before_direct_open) before_direct_open();
   return real(path, flags, mode);
 }
@@ -67,6 +82,7 @@ extern "C" ssize_t pread(int descriptor, void* out, size_t nbytes, off_t offset)
   using namespace pyint8::testing;
   static const auto real = reinterpret_cast<decltype(&pread)>(::dlsym(RTLD_NEXT, "pread"));
   ++all;
+  if (read_milliseconds > 0) ::usleep(1000 * read_milliseconds);
   if ((::fcntl(descriptor, F_GETFL) & O_DIRECT) != 0) ++direct;
   if (fates.empty()) return real(descriptor, out, nbytes, offset);
   const Fate fate = fates.front();

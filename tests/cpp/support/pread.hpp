@@ -1,5 +1,6 @@
-// Stands before libc's pread, mincore, sysconf and open in the tests: to make reads fail, to see which go
-// past the page cache, to say what is in it, and to do something between the two times that a file is opened.
+// Stands before libc's pread, mincore, sysconf, open and pthread_create in the tests: to make these fail, to
+// see which go past the page cache, to say what is in it, and to do something between the two times that a
+// file is opened.
 #pragma once
 
 #include <atomic>
@@ -18,12 +19,21 @@ struct Fate {
 // Of the next calls on this thread.
 inline thread_local std::deque<Fate> fates;
 
+// How long each read takes, as on slow storage.
+inline std::atomic<unsigned> read_milliseconds = 0;
+
+// How many more threads the operating system starts; negative for as many as are asked for.
+inline std::atomic<int> threads_left = -1;
+
 // What mincore answers: so many pages of a range that is asked about are in the page cache.
 inline std::atomic<std::size_t> cached_pages = 0;
 
 // Of the machine, as sysconf tells it; mincore then takes whole pages only, counted from the first address it
 // is asked about.
 inline std::atomic<std::size_t> page_bytes = 4096;
+
+// So many of the next opens on this thread are interrupted by a signal.
+inline thread_local std::size_t interrupted_opens = 0;
 
 // Called before a file is opened for direct reads, on this thread.
 inline thread_local std::function<void()> before_direct_open;

@@ -1,6 +1,7 @@
 #include "support.hpp"
 
 #include <stdlib.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <chrono>
@@ -52,6 +53,23 @@ Error error_of(const std::function<void()>& action) {
   }
   FAIL("no error");
   return Error(ErrorCode::kInvalidArgument, "");
+}
+
+std::optional<ErrorCode> error_code(const std::function<void()>& action) {
+  try {
+    action();
+  } catch (const Error& error) {
+    return error.code();
+  }
+  return std::nullopt;
+}
+
+int exit_code_of_child(const std::function<int()>& action) {
+  const pid_t child = ::fork();
+  if (child == 0) ::_exit(action());
+  int status = -1;
+  REQUIRE(::waitpid(child, &status, 0) == child);
+  return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
 }
 
 bool contains(const std::string& text, const std::string& part) {

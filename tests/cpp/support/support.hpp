@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <functional>
+#include <optional>
 #include <random>
 #include <span>
 #include <string>
@@ -37,7 +38,13 @@ class TempFile {
 
 // The Error that `action` throws; fails the test if it throws none.
 Error error_of(const std::function<void()>& action);
+// Its code, if it throws one; asserts nothing.
+std::optional<ErrorCode> error_code(const std::function<void()>& action);
 bool contains(const std::string& text, const std::string& part);
+
+// The exit code of a forked child, whose main is `action`: no assertions, they would write to the parent's
+// report.
+int exit_code_of_child(const std::function<int()>& action);
 
 // Of this process.
 std::size_t open_files();

@@ -5,8 +5,10 @@
 #include <thread>
 
 #include "cuda_support.hpp"
+#include "device/device_host.hpp"
 #include "driver_failures.hpp"
 #include "engine_support.hpp"
+#include "pread.hpp"
 
 namespace pyint8::testing {
 namespace {
@@ -221,6 +223,39 @@ TEST_CASE("callers may submit, wait and close from threads of their own") {
     for (Caller& caller : callers) caller.synchronize();
     CHECK(wrong == 0);
   }
+}
+
+TEST_CASE("a close waits for one read on slow storage, not for all that a worker was given") {
+  constexpr std::size_t kReads = 200;
+  const Checkpoint checkpoint({kReads});
+  Bytes to(kReads);
+  Engine engine({.threads = 1, .slots_per_thread = 1, .slot_bytes = kSlot});
+  checkpoint.open(engine);
+  engine.add_device(std::make_unique<HostDevice>(1));
+  std::vector<Read> reads;
+  for (std::size_t i = 0; i < kReads; ++i) {
+    reads.push_back({{0, i, 1}, reinterpret_cast<Address>(to.data() + i)});
+  }
+  const std::size_t before = all_reads();
+  read_milliseconds = 50;
+  engine.submit(0, reads, 0, false);
+  while (all_reads() == before) std::this_thread::yield();
+  engine.close();
+  read_milliseconds = 0;
+  CHECK(all_reads() - before <= 2);
+}
+
+TEST_CASE("an engine of a process that forked belongs to that process") {
+  const Checkpoint checkpoint({kSlot});
+  Engine engine(kOptions);
+  checkpoint.open(engine);
+  engine.add_device(std::make_unique<HostDevice>(1));
+  CHECK(exit_code_of_child([&] {
+          if (engine.is_of_this_process()) return 1;
+          if (error_code([&] { engine.wait(0, 0, kPatience); }) != ErrorCode::kCancelled) return 2;
+          engine.close();
+          return 0;
+        }) == 0);
 }
 
 }  // namespace pyint8::testing

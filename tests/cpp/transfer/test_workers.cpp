@@ -1,4 +1,5 @@
 #include <atomic>
+#include <cerrno>
 #include <chrono>
 #include <latch>
 #include <memory>
@@ -6,6 +7,7 @@
 #include <numeric>
 #include <stdexcept>
 
+#include "pread.hpp"
 #include "support.hpp"
 #include "transfer/workers.hpp"
 
@@ -47,6 +49,25 @@ TEST_CASE("every job is run once, whatever the threads") {
     for (const auto& count : runs) REQUIRE(count == 1);
     CHECK(workers.error() == nullptr);
   }
+}
+
+TEST_CASE("where the operating system refuses threads, those there are do the work") {
+  std::latch all(100);
+  threads_left = 2;
+  Workers<int> workers(8, {at_once, [&](const int&, std::size_t) { all.count_down(); }, nothing});
+  threads_left = -1;
+  CHECK(workers.size() == 2);
+  workers.push(0, numbers(100), false);
+  all.wait();
+}
+
+TEST_CASE("without any thread it is an error that says what to do") {
+  threads_left = 0;
+  const Error error = error_of([] { Workers<int>(8, {at_once, [](const int&, std::size_t) {}, nothing}); });
+  threads_left = -1;
+  CHECK(error.code() == ErrorCode::kIo);
+  CHECK(error.system_errno() == EAGAIN);
+  CHECK(contains(error.message(), "cannot start a thread (raise `ulimit -u`"));
 }
 
 TEST_CASE("jobs are begun in order, the first ones ahead of those that wait and in their own order") {

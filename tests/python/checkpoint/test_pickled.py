@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -263,3 +265,21 @@ def test_a_file_that_is_cut(tmp_path: Path, kept: float) -> None:
         open_checkpoint(path)
     assert isinstance(caught.value, (CheckpointError, TruncatedError))
     assert caught.value.path == str(path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_is_opened_often_leaves_nothing(zipped: bool, tmp_path: Path) -> None:
+    path = tmp_path / "x.bin"
+    torch.save(
+        {f"layer.{at}.weight": torch.zeros(4, 4) for at in range(20)}, path, _use_new_zipfile_serialization=zipped
+    )
+
+    def blocks_after(times: int) -> int:
+        for _ in range(times):
+            read_pickled(path)
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    blocks_after(20)
+    before = blocks_after(20)
+    assert blocks_after(300) - before < 300  # less than one an open

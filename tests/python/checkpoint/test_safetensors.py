@@ -128,7 +128,7 @@ def test_what_the_operating_system_refuses_is_a_typed_error(tmp_path):
     with pytest.raises(CheckpointNotFoundError, match=r"absent\.safetensors: there is no such file") as missing:
         read_header(tmp_path / "absent.safetensors")
     assert isinstance(missing.value, FileNotFoundError)
-    with pytest.raises(ReadError, match="give the path of a file") as folder:
+    with pytest.raises(ReadError, match="this is a folder and no file") as folder:
         read_header(tmp_path)
     assert (folder.value.errno, folder.value.path) == (errno.EISDIR, str(tmp_path))
 

@@ -1,0 +1,79 @@
+"""The one door through which Python code opens files: what is no regular file is refused instead of waited for."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from io import BufferedReader, FileIO
+from typing import BinaryIO
+
+from pyint8.errors import ReadError
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+# What transformers and PEFT open in a folder, apart from tokenizers.
+_OPENED = (".json", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".py")
+
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+
+
+def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file for reading, in binary.
+
+    A pipe without a writer would block, and a device may give bytes without end: neither is opened, or, if it takes the
+    place of a file that very moment, only until it is seen. Links are followed. (Python itself retries what
+    a signal interrupts.)
+
+    Raises:
+        ReadError: It is a pipe, a device, a socket or a folder.
+        OSError: The operating system refused.
+    """
+    require_regular(path, os.stat(path).st_mode)
+    # By one call, which no signal interrupts: between two, Ctrl-C could leave the descriptor open.
+    raw = next(map(FileIO, map(os.open, [path], [_FLAGS])))
+    try:
+        require_regular(path, os.fstat(raw.fileno()).st_mode)
+        os.set_blocking(raw.fileno(), True)
+        return BufferedReader(raw)
+    except BaseException:
+        raw.close()
+        raise
+
+
+def require_regular(path: str | os.PathLike[str], mode: int) -> None:
+    """Refuse what a file's mode says is no regular file.
+
+    Raises:
+        ReadError: It is none.
+    """
+    kind = stat.S_IFMT(mode)
+    if kind != stat.S_IFREG:
+        number = errno.EISDIR if kind == stat.S_IFDIR else errno.EINVAL
+        raise ReadError(
+            f"this is {_KINDS.get(kind, 'something else')} and no file; put the file itself there",
+            path=path,
+            errno=number,
+        )
+
+
+def require_files(folder: str) -> None:
+    """Refuse a folder in which a pipe, a device or a socket has the name of a file that a load may open.
+
+    transformers opens its files (configurations, code, adapters) by their paths, without looking at what they are.
+
+    Raises:
+        ReadError: There is one.
+        OSError: The operating system refused.
+    """
+    with os.scandir(folder) as found:
+        special = [each for each in found if each.name.endswith(_OPENED) and not each.is_file() and not each.is_dir()]
+    for each in special:
+        if os.path.exists(each.path):  # a link that leads nowhere is reported by whoever needs it
+            require_regular(each.path, each.stat().st_mode)

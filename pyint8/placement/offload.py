@@ -1,0 +1,89 @@
+"""Parameters written to an offload folder, as accelerate writes and reads them, but safe on a disk that is full.
+
+accelerate writes through a mapping of a file without blocks: where the disk has none left, the kernel kills the process
+(SIGBUS). Here the bytes are written, so that a full disk is an error.
+"""
+
+from __future__ import annotations
+
+import os
+import reprlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+
+from pyint8.errors import OptionError, Pyint8Error, WriteError
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str], tensor: str | None = None) -> Iterator[None]:
+    """Turn the operating system's errors about what is written into `WriteError`."""
+    try:
+        yield
+    except Pyint8Error:
+        raise
+    except OSError as error:
+        raise WriteError(
+            f"cannot be written: {error.strerror or error}; make room there, or choose another folder",
+            path=path,
+            tensor=tensor,
+            errno=error.errno,
+        ) from error
+
+
+def offload(tensor: torch.Tensor, name: str, folder: str, index: dict[str, Any]) -> None:
+    """Write a parameter to `folder` and describe it in `index` (source: accelerate.utils.offload.offload_weight).
+
+    Raises:
+        WriteError: The operating system refused, as on a full disk; then no part of the file is left.
+    """
+    tensor = tensor.detach().contiguous().cpu()
+    path = _path_of(name, folder)
+    raw = tensor.reshape(-1).view(torch.uint8).numpy()
+    with writing(path, name):
+        os.makedirs(folder, exist_ok=True)
+        _write(path, raw.data if raw.size else memoryview(b"\0"))  # no empty file can be mapped
+    index[name] = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+
+
+def _write(path: str, raw: memoryview) -> None:
+    """All of it, or nothing: a file under another name until it is whole."""
+    unfinished = f"{path}.{os.getpid()}.unfinished"
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(raw)
+        os.replace(unfinished, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(unfinished)
+        raise
+
+
+def check_folder(folder: Any) -> str | None:
+    """The folder to offload to, as a string.
+
+    Raises:
+        OptionError: It is none, or it is there and no folder.
+    """
+    if folder is None:
+        return None
+    try:
+        path = os.fsdecode(folder)
+    except TypeError:
+        raise OptionError(f"offload_folder is {reprlib.repr(folder)}; it must be the path of a folder") from None
+    if "\0" in path or (os.path.lexists(path) and not os.path.isdir(path)):
+        raise OptionError(f"offload_folder is {path!r}, which is no folder; give the path of one, or of a new one")
+    return path
+
+
+def remove(names: Iterable[str], folder: str) -> None:
+    """Remove the files of parameters again; those that are not there are no error."""
+    for name in names:
+        with suppress(OSError):
+            os.unlink(_path_of(name, folder))
+
+
+def _path_of(name: str, folder: str) -> str:
+    return os.path.join(folder, f"{name}.dat")

@@ -1,0 +1,156 @@
+"""Ctrl-C at any line of the package: nothing is left, everything is as it was, and the next load is right.
+
+Real signals, sent where a line begins, one a load. A sample of the lines runs always; all of them with
+PYINT8_TEST_EVERY_LINE=1, which takes long.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import nn
+from torch.overrides import _get_current_function_mode
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from zoo import ZOO, CheckpointStore
+
+import pyint8
+from pyint8.models.transformers.session import LoadSession
+from pyint8.report.recorder import _listeners
+
+PACKAGE = str(Path(pyint8.__file__).parent)
+EVERY_LINE = os.environ.get("PYINT8_TEST_EVERY_LINE") == "1"
+SAMPLE = 25
+Line = tuple[str, int]
+Road = Callable[[], dict[str, torch.Tensor]]
+
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file")  # one that is interrupted while it is being opened
+
+
+def plain(path: Path) -> dict[str, torch.Tensor]:
+    module = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64))
+    config = pyint8.Int8Config(skip_modules=[])
+    return dict(pyint8.load(path, "cpu", model=module, config=config).state_dict())
+
+
+def taken_over(folder: Path) -> dict[str, torch.Tensor]:
+    int8 = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    with pyint8.takeover():
+        model = transformers.LlamaForCausalLM.from_pretrained(folder, quantization_config=int8, device_map="cpu")
+    return dict(model.state_dict())
+
+
+@pytest.fixture(params=["safetensors", "bin", "old bin", "transformers", "takeover"])
+def road(request: pytest.FixtureRequest, tmp_path: Path, checkpoints: CheckpointStore) -> Road:
+    """Loads something, and gives its tensors."""
+    if request.param == "transformers":
+        folder = checkpoints.folder(ZOO["llama"], "bf16")
+        return lambda: dict(pyint8.load(folder, "cpu").state_dict())
+    if request.param == "takeover":
+        folder = checkpoints.folder(ZOO["llama"], "bf16")
+        return lambda: taken_over(folder)
+    values = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)).state_dict()
+    if request.param == "safetensors":
+        path = tmp_path / "w.safetensors"
+        save_file(values, path)
+    else:
+        path = tmp_path / "w.bin"
+        torch.save(values, path, _use_new_zipfile_serialization=request.param == "bin")
+    return lambda: plain(path)
+
+
+def lines_of(action: Callable[[], object]) -> list[Line]:
+    """The lines of the package that it runs in this thread, in the order in which they are reached."""
+    seen: dict[Line, None] = {}
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        if event == "line":
+            seen[frame.f_code.co_filename, frame.f_lineno] = None
+        return trace
+
+    sys.settrace(trace)
+    try:
+        action()
+    finally:
+        sys.settrace(None)
+    return list(seen)
+
+
+def interrupted_at(line: Line, action: Callable[[], object]) -> bool:
+    """Whether Ctrl-C, when it comes to a line, ends the action."""
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        if frame.f_code.co_filename != line[0]:
+            return trace if frame.f_code.co_filename.startswith(PACKAGE) else None
+        if event == "line" and frame.f_lineno == line[1]:
+            sys.settrace(None)
+            signal.raise_signal(signal.SIGINT)
+        return trace
+
+    sys.settrace(trace)
+    try:
+        action()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def state() -> dict[str, object]:
+    """What a load that is interrupted must leave as it was."""
+    paths = (f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd"))
+    return {
+        "collector": gc.isenabled(),
+        "frozen": gc.get_freeze_count() > 0,
+        "open files": sorted(os.readlink(path) for path in paths if os.path.exists(path)),
+        "threads": sorted(thread.name for thread in threading.enumerate() if thread.name != "tqdm_monitor"),
+        "default dtype": torch.get_default_dtype(),
+        "pinned": pyint8._core.pinned_bytes_in_use(),
+        "bars": transformers.utils.logging.is_progress_bar_enabled(),
+        "session": LoadSession.active(),
+        "function mode": _get_current_function_mode(),
+        "quantizer": AUTO_QUANTIZER_MAPPING["bitsandbytes_8bit"],
+        "listeners": len(_listeners),
+    }
+
+
+def is_in_finalizer(line: Line) -> bool:
+    """Python swallows what is raised there."""
+    text = Path(line[0]).read_text().splitlines()[: line[1]]
+    return (
+        next((each for each in reversed(text) if each.strip().startswith("def ")), "").strip().startswith("def __del")
+    )
+
+
+def test_nothing_is_left(road: Road) -> None:
+    expected = road()
+    lines = lines_of(road)
+    before, left = state(), []
+    for line in lines if EVERY_LINE else random.Random(0).sample(lines, SAMPLE):
+        was_interrupted = interrupted_at(line, road)
+        gc.collect()  # a from_pretrained that fails leaves a model that is a cycle
+        after = state()
+        if after != before or not (was_interrupted or is_in_finalizer(line)):
+            left.append((line, was_interrupted, {name: after[name] for name in after if after[name] != before[name]}))
+            gc.enable()
+            before = state()
+    assert not left, "\n" + "\n".join(map(str, left))
+    again = road()
+    assert again.keys() == expected.keys()
+    for name, value in again.items():
+        assert torch.equal(value, expected[name]), name

@@ -121,7 +121,7 @@ class NonFiniteWeightError(CheckpointError):
 
 
 class _RefusedError(Pyint8Error, OSError):
-    """The operating system refused something."""
+    """The operating system refused something; `errno` says why."""
 
     # Twice: type checkers know no shorter way to say "the base's keywords and one more".
     def __init__(
@@ -142,14 +142,8 @@ class _RefusedError(Pyint8Error, OSError):
         return _rebuild_refused, (type(self), self.problem, self.path, self.tensor, self.offset, self.errno)
 
 
-def _rebuild_refused(
-    kind: type[_RefusedError],
-    problem: str,
-    path: str | None,
-    tensor: str | None,
-    offset: int | None,
-    errno: int | None,
-) -> _RefusedError:
+def _rebuild_refused(kind: type[_RefusedError], *state: Any) -> _RefusedError:
+    problem, path, tensor, offset, errno = state
     return kind(problem, path=path, tensor=tensor, offset=offset, errno=errno)
 
 

@@ -8,29 +8,14 @@ from __future__ import annotations
 
 import os
 import reprlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
 
-from pyint8.errors import OptionError, Pyint8Error, WriteError
-
-
-@contextmanager
-def writing(path: str | os.PathLike[str], tensor: str | None = None) -> Iterator[None]:
-    """Turn the operating system's errors about what is written into `WriteError`."""
-    try:
-        yield
-    except Pyint8Error:
-        raise
-    except OSError as error:
-        raise WriteError(
-            f"cannot be written: {error.strerror or error}; make room there, or choose another folder",
-            path=path,
-            tensor=tensor,
-            errno=error.errno,
-        ) from error
+from pyint8.errors import OptionError
+from pyint8.host.writing import write_errors
 
 
 def offload(tensor: torch.Tensor, name: str, folder: str, index: dict[str, Any]) -> None:
@@ -42,7 +27,7 @@ def offload(tensor: torch.Tensor, name: str, folder: str, index: dict[str, Any])
     tensor = tensor.detach().contiguous().cpu()
     path = _path_of(name, folder)
     raw = tensor.reshape(-1).view(torch.uint8).numpy()
-    with writing(path, name):
+    with write_errors(path, name):
         os.makedirs(folder, exist_ok=True)
         _write(path, raw.data if raw.size else memoryview(b"\0"))  # no empty file can be mapped
     index[name] = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}

@@ -97,7 +97,7 @@ def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
     ran = on_a_small_disk(tmp_path, PLAIN)
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert ran.stdout.startswith(f"{errno.ENOSPC}|tensor '")
-    assert "No space left on device; make room there, or choose another folder" in ran.stdout
+    assert "No space left on device; free some space, or choose a folder on another disk" in ran.stdout
     assert len(ran.stdout.splitlines()) == 1, "files were left"
 
 

@@ -1,0 +1,42 @@
+"""The operating system's refusals to write, as errors that say what to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pyint8.errors import Pyint8Error, WriteError
+
+_FREE_SPACE = "free some space, or choose a folder on another disk; nothing was left half-written"
+_ADVICE = {
+    errno.ENOSPC: _FREE_SPACE,
+    errno.EDQUOT: _FREE_SPACE,
+    errno.EFBIG: "its file system holds no files of that size; choose another folder, or a smaller max_shard_size",
+    errno.EACCES: "give this user permission to write there, or choose another folder",
+    errno.EPERM: "give this user permission to write there, or choose another folder",
+    errno.EROFS: "its file system is read-only; choose another folder",
+    errno.EEXIST: "a file is in the way; choose another folder",
+    errno.ENOTDIR: "a file is in the way; choose another folder",
+    errno.EBUSY: "it is the root of a file system, and cannot be replaced; choose a folder inside of it",
+}
+
+
+@contextmanager
+def write_errors(path: str | os.PathLike[str], tensor: str | None = None) -> Iterator[None]:
+    """Turn the operating system's errors within into `WriteError` with its errno.
+
+    Args:
+        path: The file or folder that is being written; of a folder, the file in it is named if the error has it.
+        tensor: Whose bytes are being written.
+    """
+    try:
+        yield
+    except Pyint8Error:
+        raise
+    except OSError as error:
+        advice = _ADVICE.get(error.errno or 0, "check the disk, then try again")
+        inside = isinstance(error.filename, str) and error.filename.startswith(os.path.join(os.fspath(path), ""))
+        problem = f"cannot be written: {error.strerror or error}; {advice}"
+        raise WriteError(problem, path=error.filename if inside else path, tensor=tensor, errno=error.errno) from error

@@ -45,6 +45,12 @@ DTYPES: Mapping[str, tuple[int, str | None]] = MappingProxyType(
 the same dtype, None where torch has none. torch's `float4_e2m1fn_x2` holds two of the format's elements."""
 
 
+CODES: Mapping[str, str] = MappingProxyType(
+    {attribute: code for code, (_, attribute) in DTYPES.items() if attribute is not None}
+)
+"""The format's name of each dtype, by the attribute of `torch`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One tensor of a checkpoint, not yet read.

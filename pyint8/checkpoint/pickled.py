@@ -20,7 +20,7 @@ from pyint8.host.files import open_file
 
 from ._reading import ARCHIVE_PREFIX, LEGACY_PREFIX, LFS_POINTER, LFS_PREFIX, os_errors
 from .archive import AGAIN, TorchArchive
-from .entry import DTYPES, Entry, EntryInMemory
+from .entry import CODES, Entry, EntryInMemory
 from .stamp import FileStamp, reading
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EXTENSIONS = (".bin", ".pt", ".pth")
-_CODES = {attribute: code for code, (_, attribute) in DTYPES.items() if attribute is not None}
 
 
 @dataclass(frozen=True)
@@ -189,10 +188,10 @@ def _require_ordinary(path: str, name: str, tensor: torch.Tensor) -> None:
 
 def _dtype_name(path: str, name: str, tensor: torch.Tensor) -> str:
     attribute = str(tensor.dtype).removeprefix("torch.")
-    if attribute not in _CODES:
+    if attribute not in CODES:
         problem = f"a tensor of dtype {attribute} cannot be loaded; save it with another"
         raise CheckpointError(problem, path=path, tensor=name)
-    return _CODES[attribute]
+    return CODES[attribute]
 
 
 def _in_memory(path: str, name: str, tensor: torch.Tensor) -> Entry:

@@ -1,0 +1,163 @@
+"""Replaces a folder as a whole: the new one is made beside it, and takes its name once all of it is on the disk."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import glob
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from pyint8.errors import OptionError
+from pyint8.host.writing import write_errors
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@contextmanager
+def replaced_folder(folder: str, is_replaced: Callable[[str], bool]) -> Iterator[str]:
+    """Gives an empty folder to write to; at the end it takes the place of `folder`.
+
+    Whatever interrupts it, `folder` is as it was, or as it was going to be. What another such block left behind when
+    its process was killed is removed.
+
+    Args:
+        folder: There already or not; if it is, its files stay, but for those that are written anew.
+        is_replaced: Of the names of files that are there, which do not stay even if they are not written anew.
+
+    Raises:
+        OptionError: `folder` is a file.
+        WriteError: The operating system refused.
+    """
+    target = os.path.realpath(folder)
+    if os.path.lexists(target) and not os.path.isdir(target):
+        raise OptionError(f"{folder} is a file; give a folder to save to")
+    with write_errors(target):
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        _remove_leftovers(target)
+        staging, lock = _staging_folder(target)
+        try:
+            yield staging
+            if os.path.isdir(target):
+                _keep_others(target, staging, is_replaced)
+            os.chmod(staging, _mode(target))
+            sync_tree(staging)
+            _take_place(staging, target)
+        finally:  # by now it is what was there before, or what came of an attempt that failed
+            shutil.rmtree(staging, ignore_errors=True)
+            os.close(lock)
+
+
+def sync_tree(folder: str) -> None:
+    """Returns once all files below `folder`, and their names, are on the disk."""
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            if not os.path.islink(os.path.join(parent, name)):
+                _sync(os.path.join(parent, name))
+        _sync(parent)
+
+
+def _prefix(target: str) -> str:
+    return f".{os.path.basename(target)}.saving-"
+
+
+def _staging_folder(target: str) -> tuple[str, int]:
+    """A new folder beside `target`, and a lock on it, which its process holds while it lives."""
+    while True:
+        staging = tempfile.mkdtemp(prefix=_prefix(target), dir=os.path.dirname(target))
+        lock = os.open(staging, os.O_RDONLY | os.O_CLOEXEC)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.path.isdir(staging):
+            return staging, lock
+        os.close(lock)  # another process took it for a leftover just before it was locked
+
+
+def _remove_leftovers(target: str) -> None:
+    pattern = os.path.join(glob.escape(os.path.dirname(target)), glob.escape(_prefix(target)) + "*")
+    for leftover in glob.glob(pattern):
+        try:
+            found = os.open(leftover, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:  # removed meanwhile, or none of ours
+            continue
+        try:
+            fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while its process lives
+            shutil.rmtree(leftover, ignore_errors=True)
+        except OSError:
+            pass
+        finally:
+            os.close(found)
+
+
+def _keep_others(target: str, staging: str, is_replaced: Callable[[str], bool]) -> None:
+    """Links what is in `target` into `staging`, unless it is there in a new form."""
+    for entry in os.scandir(target):
+        new = os.path.join(staging, entry.name)
+        if is_replaced(entry.name) or os.path.lexists(new):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            shutil.copytree(entry.path, new, symlinks=True, copy_function=_link)
+        else:
+            _link(entry.path, new)
+
+
+def _link(source: str, new: str, *, follow_symlinks: bool = False) -> None:
+    try:
+        os.link(source, new, follow_symlinks=False)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, new, follow_symlinks=False)
+
+
+def _mode(target: str) -> int:
+    """Of the folder that is there, or what a new one would have (mkdtemp's is for this user alone)."""
+    if os.path.isdir(target):
+        return os.stat(target).st_mode & 0o7777
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o777 & ~mask
+
+
+def _take_place(staging: str, target: str) -> None:
+    if not os.path.isdir(target):
+        os.rename(staging, target)
+    elif not _exchanged(staging, target):
+        _swap(staging, target)
+    _sync(os.path.dirname(target))
+
+
+def _exchanged(one: str, other: str) -> bool:
+    """Whether two folders have changed names, in one step; False where the system or the file system has no such."""
+    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if exchange is None:
+        return False
+    if exchange(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NO_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), other)
+
+
+def _swap(staging: str, target: str) -> None:
+    """As `_exchanged`, in two steps: a process killed between them leaves the old folder beside, as `.old`."""
+    aside = f"{staging}.old"
+    os.rename(target, aside)
+    try:
+        os.rename(staging, target)
+    except BaseException:
+        os.rename(aside, target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(path: str) -> None:
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

@@ -77,9 +77,8 @@ def _warn_of_own_saving(module: nn.Module) -> None:
     if hasattr(module, "save_pretrained"):
         logger.warning(
             "%s has a save_pretrained of its own, which does not write that weights are int8: its from_pretrained "
-            "would take int8 codes for weights. Save the filled module with "
-            "safetensors.torch.save_file(module.state_dict(), file), and load that with "
-            "pyint8.load(file, model=module)",
+            "would take int8 codes for weights. Save the filled module with pyint8.save(module, folder), and load that "
+            "with pyint8.load(folder, model=module)",
             type(module).__name__,
         )
 

@@ -8,7 +8,7 @@ known to work. Of the quantizer's hooks, which `hooks` overrides, `update_weight
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,8 +23,11 @@ from transformers.core_model_loading import (
     build_glob_alternation,
     dot_natural_key,
     rename_source_key,
+    revert_weight_conversion,
 )
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.integrations.accelerate import expand_device_map, infer_auto_device_map
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -41,13 +44,20 @@ __all__ = [
     "WeightConverter",
     "WeightRenaming",
     "WeightTransform",
+    "custom_object_save",
     "dot_natural_key",
     "expand_device_map",
     "fixed_dtypes",
+    "has_adapters",
+    "ignored_on_save",
+    "in_conversions",
     "infer_auto_device_map",
     "kept_in_fp32",
     "may_be_missing",
+    "remove_tied_weights_from_state_dict",
     "rename_source_key",
+    "reverted",
+    "revertible",
     "set_used_conversions",
     "should_convert_module",
     "tied_weights",
@@ -92,3 +102,50 @@ def may_be_missing(model: Any, name: str) -> bool:
 def set_used_conversions(model: Any, used: list[WeightTransform]) -> None:
     """Says which renamings and conversions saving the model has to revert."""
     model._weight_conversions = used
+
+
+def ignored_on_save(model: Any) -> list[str]:
+    """Names in its state dict that are not saved."""
+    return list(model._keys_to_ignore_on_save or ())
+
+
+def has_adapters(model: Any) -> bool:
+    """Whether adapters were added to it, of which alone save_pretrained then writes."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def revertible(model: Any, codes: Collection[str]) -> list[WeightTransform] | None:
+    """Of the conversions that loaded the model, those to revert when it is saved; None if it was not loaded.
+
+    Left out are those that would take int8 weights apart (`codes`, names of these and of their scales), and those that
+    cannot be reverted: transformers' own for int8 checkpoints has no `reverse_op`.
+    """
+    used = getattr(model, "_weight_conversions", None)
+    return None if used is None else [one for one in used if _is_revertible(one, codes)]
+
+
+def _is_revertible(conversion: WeightTransform, codes: Collection[str]) -> bool:
+    if not isinstance(conversion, WeightConverter):
+        return True
+    try:
+        return not in_conversions([conversion], codes)
+    except NotImplementedError:
+        return False
+
+
+def in_conversions(conversions: Iterable[WeightTransform], names: Iterable[str]) -> set[str]:
+    """Of names in a model's state dict, those of tensors that reverting the conversions takes apart or merges."""
+    reverse = [one.reverse_transform() for one in conversions if isinstance(one, WeightConverter)]
+    return {name for name in names if rename_source_key(name, [], reverse)[1] is not None}
+
+
+def reverted(
+    model: Any, state: dict[str, torch.Tensor], conversions: list[WeightTransform] | None
+) -> dict[str, torch.Tensor]:
+    """The state dict with these conversions reverted, as `save_pretrained` does."""
+    used = getattr(model, "_weight_conversions", None)
+    model._weight_conversions = conversions
+    try:
+        return revert_weight_conversion(model, state)  # type: ignore[no-any-return]
+    finally:
+        model._weight_conversions = used

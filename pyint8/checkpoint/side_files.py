@@ -1,0 +1,58 @@
+"""What lies beside a checkpoint's weights: tokenizer, processor, templates, licence, code."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+
+_WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".npz"),
+    *(".tflite", ".ot", ".index"),
+)
+_NOT_CARRIED = frozenset({"config.json", "generation_config.json", "README.md"})
+_OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json")
+
+
+def is_of_a_save(name: str) -> bool:
+    """Whether a file of this name is what a save writes, this time or another: weights, index, configuration."""
+    return _OURS.fullmatch(name) is not None
+
+
+def side_files(folder: str) -> Iterator[str]:
+    """The paths, relative to `folder`, of all its files but weights, configuration, card, and what is hidden.
+
+    Of folders inside of it, those count that hold neither weights nor folders (such as chat templates).
+    """
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from (os.path.join(entry.name, name) for name in _plain_files(entry.path))
+        elif not _is_weights(entry.name) and entry.name not in _NOT_CARRIED:
+            yield entry.name
+
+
+def carry_side_files(source: str, folder: str) -> None:
+    """Copies what lies beside the weights in `source` to `folder`, unless it is there already.
+
+    Raises:
+        OSError: A file cannot be read or written.
+    """
+    for name in side_files(source):
+        new = os.path.join(folder, name)
+        if not os.path.exists(new):
+            os.makedirs(os.path.dirname(new), exist_ok=True)
+            shutil.copyfile(os.path.join(source, name), new)  # of links, such as the hub's cache has, what they lead to
+
+
+def _plain_files(folder: str) -> list[str]:
+    inside = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    if any(entry.is_dir() or _is_weights(entry.name) for entry in inside):
+        return []
+    return [entry.name for entry in inside if not entry.name.startswith(".")]
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith((*_WEIGHTS, ".index.json")) or name.startswith("adapter_")

@@ -1,0 +1,104 @@
+"""From a state dict to the files of a checkpoint, a piece of a tensor at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import nn
+
+from pyint8.checkpoint.entry import CODES
+from pyint8.checkpoint.shards import INDEX, Shards, shards_of
+from pyint8.checkpoint.writer import SafetensorsWriter, TensorPlan
+from pyint8.errors import CheckpointError, ModelNotSupportedError
+from pyint8.quantizer import require_codes
+
+METADATA = {"format": "pt"}
+_PIECE_BYTES = 16 << 20
+
+
+def save_module(module: nn.Module, folder: str, max_shard_size: int | str) -> None:
+    """Writes a plain module's state dict to an empty folder; tied parameters once.
+
+    Raises:
+        ModelNotSupportedError: It is not int8, or its state dict has more than tensors.
+        WriteError: The operating system refused.
+    """
+    require_codes(module)
+    tensors: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, value in module.state_dict(keep_vars=True).items():
+        if not isinstance(value, torch.Tensor):
+            raise ModelNotSupportedError(f"{name} in its state dict is a {type(value).__name__}, not a tensor")
+        if id(value) not in seen:
+            seen.add(id(value))
+            tensors[name] = value.detach()
+    shards = shards_of((planned(name, tensor) for name, tensor in tensors.items()), max_shard_size)
+    write_shards(folder, shards, lambda name: in_memory(module, name, tensors[name]))
+    write_index(folder, shards, {})
+
+
+def planned(name: str, tensor: torch.Tensor) -> TensorPlan:
+    """What is to be written of a tensor, which may be on meta.
+
+    Raises:
+        CheckpointError: The format has no such tensors.
+    """
+    code = CODES.get(str(tensor.dtype).removeprefix("torch."))
+    if tensor.layout is not torch.strided or code is None:
+        raise CheckpointError(f"safetensors has no {tensor.layout} tensors of {tensor.dtype}", tensor=name)
+    return TensorPlan(name, code, tuple(tensor.shape))
+
+
+def write_shards(folder: str, shards: Shards, tensor: Callable[[str], torch.Tensor]) -> None:
+    """Writes all files of a checkpoint but its index, in order.
+
+    Args:
+        folder: Where to.
+        shards: What they hold.
+        tensor: The value of a tensor, by its name.
+
+    Raises:
+        WriteError: The operating system refused.
+    """
+    for file, plans in shards.files.items():
+        with SafetensorsWriter(os.path.join(folder, file), plans, METADATA) as writer:
+            for name in writer.names:
+                writer.write(name, pieces_of(tensor(name)))
+            writer.finish()
+
+
+def write_index(folder: str, shards: Shards, metadata: Mapping[str, object]) -> None:
+    """Writes the index, unless there is only one file."""
+    index = shards.index(metadata)
+    if index is not None:
+        with open(os.path.join(folder, INDEX), "wb") as file:
+            file.write(index)
+
+
+def in_memory(model: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
+    """A tensor of the model's state dict; accelerate fetches those that it keeps elsewhere (in host memory, in files).
+
+    Raises:
+        CheckpointError: It has no values.
+    """
+    if not value.is_meta:
+        return value
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    hook = getattr(owner, "_hf_hook", None)
+    for each in getattr(hook, "hooks", [hook]):  # of a SequentialHook
+        values = getattr(each, "weights_map", None)
+        if values is not None and leaf in values:
+            value = values[leaf]
+    if value.is_meta:
+        raise CheckpointError("it has no values (it is on meta); load the model first", tensor=name)
+    return value
+
+
+def pieces_of(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """A tensor's bytes, row-major, in host memory, a few at a time."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    for start in range(0, flat.numel(), _PIECE_BYTES):
+        yield flat[start : start + _PIECE_BYTES].cpu().numpy().data

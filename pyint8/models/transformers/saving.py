@@ -1,0 +1,102 @@
+"""A transformers model's int8 checkpoint: what `save_pretrained` writes, without its limits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from pyint8.checkpoint.shards import shards_of
+from pyint8.errors import ModelNotSupportedError
+from pyint8.models.checks import FORMAT, SCALES
+from pyint8.models.saving import in_memory, planned, write_index, write_shards
+from pyint8.models.transformers.compat import (
+    custom_object_save,
+    has_adapters,
+    ignored_on_save,
+    in_conversions,
+    remove_tied_weights_from_state_dict,
+    reverted,
+    revertible,
+)
+from pyint8.quantizer import int8_modules, require_codes
+
+State = dict[str, torch.Tensor]
+
+
+def save_model(model: Any, folder: str, max_shard_size: int | str) -> None:
+    """Writes a model's weights and configurations to an empty folder.
+
+    A single file is that of `save_pretrained`, to the byte; which needs a file's tensors in host memory, cannot save
+    what transformers loaded from int8, and splits int8 weights so that nothing can read them.
+
+    Raises:
+        ModelNotSupportedError: It is not int8, or has adapters.
+        WriteError: The operating system refused.
+    """
+    require_saveable(model)
+    own = model.state_dict()
+    values = {id(value): name for name, value in own.items()}
+    tensors = saved_form(model, own, partial(in_memory, model))
+    shards = shards_of((planned(name, tensor) for name, tensor in tensors.items()), max_shard_size)
+
+    def value(name: str) -> torch.Tensor:
+        tensor = tensors[name]
+        return in_memory(model, values.get(id(tensor), name), tensor)
+
+    write_shards(folder, shards, value)
+    write_index(folder, shards, {"total_parameters": model.num_parameters()})
+    write_description(model, folder)
+
+
+def require_saveable(model: Any) -> None:
+    """Raises ModelNotSupportedError for a model that is not int8, or has adapters."""
+    if has_adapters(model):
+        raise ModelNotSupportedError(
+            "the model has adapters: save those with model.save_pretrained(folder), and the model without them"
+        )
+    require_codes(model)
+    stored = getattr(model.config, "quantization_config", None)
+    if stored is None:
+        raise ModelNotSupportedError(
+            "its configuration does not say that it is int8 (no quantization_config), so what is saved could not be "
+            "loaded; load the model with pyint8.load, or transformers and load_in_8bit"
+        )
+
+
+def saved_form(model: Any, state: State, fetch: Callable[[str, torch.Tensor], torch.Tensor]) -> State:
+    """The state dict as a checkpoint has it: tied weights once, by the checkpoint's names and in its parts.
+
+    Args:
+        model: For its conversions.
+        state: Its state dict.
+        fetch: The value of a tensor that a conversion takes apart, by its name and what `state` has for it.
+    """
+    ignored = ignored_on_save(model)
+    modules = int8_modules(model)
+    companions = {f"{name}.{leaf}" for name in modules for leaf in (SCALES, FORMAT)}
+    single = remove_tied_weights_from_state_dict(
+        {name: value for name, value in state.items() if name not in companions and name not in ignored}, model
+    )
+    codes = [name for name in modules if f"{name}.weight" in single]
+    belonging = {f"{name}.{leaf}" for name in codes for leaf in ("weight", SCALES, FORMAT)}
+    ordered = {name: single.get(name, state[name]) for name in state if name in single or name in belonging}
+    conversions = revertible(model, belonging)
+    for name in in_conversions(conversions or (), ordered):
+        ordered[name] = fetch(name, ordered[name])
+    return reverted(model, ordered, conversions)
+
+
+def write_description(model: Any, folder: str) -> None:
+    """Writes configuration, generation configuration and, for code that is not transformers', the code."""
+    config = copy.deepcopy(model.config)
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__]
+    if model.is_remote_code():
+        custom_object_save(model, folder, config=config)
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)

@@ -1,0 +1,113 @@
+"""From an int8 model to a checkpoint: `pyint8.save`."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from pyint8.checkpoint.card import hub_id_of, model_card
+from pyint8.checkpoint.find import cached_file
+from pyint8.checkpoint.replacement import replaced_folder
+from pyint8.checkpoint.side_files import carry_side_files, is_of_a_save
+from pyint8.errors import OptionError
+from pyint8.host.imports import imported, importing
+from pyint8.host.writing import write_errors
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def save(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
+    """Save an int8 model as bitsandbytes' standard int8 checkpoint, which transformers, accelerate and pyint8 load.
+
+    For a transformers model, pyint8's or transformers' own: the weights as `save_pretrained` writes them, the
+    configurations, and, if they are still there, the tokenizer and whatever else lies beside the weights it was loaded
+    from; and a model card, unless there is one in `folder`. For any other module the weights alone;
+    `pyint8.load(folder, model=module)` loads them.
+
+    The new files are made in a folder beside, and take the name of `folder` all at once, when they are on the disk. An
+    interrupted save leaves what was there. Other files in `folder` stay. A tensor passes through host memory in pieces.
+
+    Args:
+        model: Any model with int8 modules (bitsandbytes' `Linear8bitLt`).
+        folder: Where to; made if it is not there.
+        max_shard_size: Of one file, in bytes or as a size such as "5GB"; a tensor that is larger has its own.
+
+    Raises:
+        ModelNotSupportedError: The model is not int8, or has adapters.
+        OptionError: An argument that cannot be used.
+        WriteError: The operating system refused, as when the disk is full.
+    """
+    module, path = _checked(model), _decoded(folder)
+    with replaced_folder(path, is_of_a_save) as staging, write_errors(path):
+        if _is_of_transformers(module):
+            with importing:
+                from pyint8.models.transformers.saving import save_model
+
+            save_model(module, staging, max_shard_size)
+            describe(module, staging, has_card=os.path.exists(os.path.join(path, "README.md")))
+        else:
+            with importing:
+                from pyint8.models.saving import save_module
+
+            save_module(module, staging, max_shard_size)
+
+
+def describe(model: Any, folder: str, *, has_card: bool) -> None:
+    """Adds what lies beside the weights that a transformers model was loaded from, and a card."""
+    source = _source_of(model.name_or_path)
+    if source is not None:
+        carry_side_files(source, folder)
+    if not has_card:
+        card = model_card(hub_id_of(model.name_or_path), source, type(model).__name__)
+        with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
+            file.write(card)
+
+
+def _source_of(name: str) -> str | None:
+    """The folder a model was loaded from: that of a hub id in the local cache; None if it is not there."""
+    if os.path.isdir(name):
+        return name
+    try:
+        config = cached_file(name, "config.json", {})
+    except ValueError:  # no hub id
+        return None
+    return None if config is None else os.path.dirname(config)
+
+
+def _checked(model: Any) -> nn.Module:
+    from torch import nn
+
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model is {model!r:.80}; it must be an int8 model")
+    unwrapped: nn.Module = _unwrapped(model)
+    if hasattr(unwrapped, "peft_config") and not _is_of_transformers(unwrapped):
+        raise OptionError(
+            "model is a PEFT model: save its adapter with model.save_pretrained(folder), or its base model with "
+            "pyint8.save(model.unload(), folder)"
+        )
+    return unwrapped
+
+
+def _unwrapped(model: Any) -> Any:
+    """What is inside of torch's wrappers, which put a prefix before all names."""
+    from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+    while isinstance(model, DataParallel | DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
+
+
+def _is_of_transformers(model: Any) -> bool:
+    transformers = imported("transformers.modeling_utils")
+    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
+
+
+def _decoded(folder: Any) -> str:
+    try:
+        path = os.fsdecode(folder)
+    except TypeError:
+        raise OptionError(f"folder is {folder!r}; it must be the path of a folder") from None
+    if not path:
+        raise OptionError("folder is empty; it must be the path of a folder")
+    return path

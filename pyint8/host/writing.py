@@ -28,7 +28,7 @@ def write_errors(path: str | os.PathLike[str], tensor: str | None = None) -> Ite
     """Turn the operating system's errors within into `WriteError` with its errno.
 
     Args:
-        path: The file or folder that is being written; of a folder, the file in it is named if the error has it.
+        path: The file or folder that is being written; a folder above it or a file in it is named if the error is its.
         tensor: Whose bytes are being written.
     """
     try:
@@ -37,6 +37,14 @@ def write_errors(path: str | os.PathLike[str], tensor: str | None = None) -> Ite
         raise
     except OSError as error:
         advice = _ADVICE.get(error.errno or 0, "check the disk, then try again")
-        inside = isinstance(error.filename, str) and error.filename.startswith(os.path.join(os.fspath(path), ""))
         problem = f"cannot be written: {error.strerror or error}; {advice}"
-        raise WriteError(problem, path=error.filename if inside else path, tensor=tensor, errno=error.errno) from error
+        raise WriteError(
+            problem, path=_culprit(error.filename, os.fspath(path)), tensor=tensor, errno=error.errno
+        ) from error
+
+
+def _culprit(named: object, path: str) -> str:
+    """What to name: not a temporary file beside, whose name says nothing to anyone."""
+    if not isinstance(named, str) or os.path.isabs(named) != os.path.isabs(path):
+        return path
+    return named if os.path.commonpath([named, path]) in (named, path) else path

@@ -12,11 +12,12 @@ from pyint8.config import Int8Config, StreamOptions, set_registration
 from pyint8.errors import Pyint8Error
 from pyint8.host.imports import importing
 from pyint8.models.transformers.releases import require_transformers
+from pyint8.operations.convert import convert
 from pyint8.operations.load import load
 from pyint8.operations.save import save
 from pyint8.report import LoadReport
 
-__all__ = ["Int8Config", "LoadReport", "Pyint8Error", "StreamOptions", "load", "save", "takeover"]
+__all__ = ["Int8Config", "LoadReport", "Pyint8Error", "StreamOptions", "convert", "load", "save", "takeover"]
 __version__ = "0.1.0"
 
 

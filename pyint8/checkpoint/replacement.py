@@ -21,7 +21,9 @@ _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
-def replaced_folder(folder: str, is_replaced: Callable[[str], bool]) -> Iterator[str]:
+def replaced_folder(
+    folder: str, is_replaced: Callable[[str], bool], *, is_resumed: Callable[[BaseException], bool] | None = None
+) -> Iterator[str]:
     """Gives an empty folder to write to; at the end it takes the place of `folder`.
 
     Whatever interrupts it, `folder` is as it was, or as it was going to be. What another such block left behind when
@@ -30,9 +32,11 @@ def replaced_folder(folder: str, is_replaced: Callable[[str], bool]) -> Iterator
     Args:
         folder: There already or not; if it is, its files stay, but for those that are written anew.
         is_replaced: Of the names of files that are there, which do not stay even if they are not written anew.
+        is_resumed: Of errors, after which what was written stays for the next block that has `is_resumed`, to which it
+            is given; so it is after a kill.
 
     Raises:
-        OptionError: `folder` is a file.
+        OptionError: `folder` is a file, or another process is writing what would be resumed.
         WriteError: The operating system refused.
     """
     target = os.path.realpath(folder)
@@ -40,18 +44,41 @@ def replaced_folder(folder: str, is_replaced: Callable[[str], bool]) -> Iterator
         raise OptionError(f"{folder} is a file; give a folder to save to")
     with write_errors(target):
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        _remove_leftovers(target)
-        staging, lock = _staging_folder(target)
+        _remove_leftovers(target, but=None if is_resumed is None else _resumed(target))
+        staging, lock = _staging_folder(target) if is_resumed is None else _resumed_folder(target)
         try:
-            yield staging
-            if os.path.isdir(target):
-                _keep_others(target, staging, is_replaced)
-            os.chmod(staging, _mode(target))
-            sync_tree(staging)
-            _take_place(staging, target)
-        finally:  # by now it is what was there before, or what came of an attempt that failed
-            shutil.rmtree(staging, ignore_errors=True)
+            with _keeping(staging, is_resumed):
+                yield staging
+                if os.path.isdir(target):
+                    _keep_others(target, staging, is_replaced)
+                os.chmod(staging, _mode(target))
+                sync_tree(staging)
+                _take_place(staging, target)
+            shutil.rmtree(staging, ignore_errors=True)  # by now it is what was there before
+        finally:
             os.close(lock)
+
+
+@contextmanager
+def _keeping(staging: str, is_resumed: Callable[[BaseException], bool] | None) -> Iterator[None]:
+    """Removes what came of an attempt that failed, unless it is worth keeping."""
+    try:
+        yield
+    except BaseException as error:
+        if is_resumed is None or not is_resumed(error):
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def emptied_unless(folder: str, is_wanted: bool) -> None:
+    """Removes what is in a folder, unless it is wanted."""
+    if is_wanted:
+        return
+    for entry in list(os.scandir(folder)):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
+            os.unlink(entry.path)
 
 
 def sync_tree(folder: str) -> None:
@@ -78,9 +105,29 @@ def _staging_folder(target: str) -> tuple[str, int]:
         os.close(lock)  # another process took it for a leftover just before it was locked
 
 
-def _remove_leftovers(target: str) -> None:
+def _resumed(target: str) -> str:
+    return os.path.join(os.path.dirname(target), f"{_prefix(target)}resumed")
+
+
+def _resumed_folder(target: str) -> tuple[str, int]:
+    """As `_staging_folder`, but the one that an attempt left behind, if there is one."""
+    staging = _resumed(target)
+    while True:
+        os.makedirs(staging, mode=0o700, exist_ok=True)
+        lock = os.open(staging, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise OptionError(f"another process is writing {target}; wait for it, or choose another folder") from None
+        if os.path.isdir(staging) and os.path.samestat(os.fstat(lock), os.stat(staging)):
+            return staging, lock
+        os.close(lock)  # another process finished with it just before it was locked
+
+
+def _remove_leftovers(target: str, but: str | None) -> None:
     pattern = os.path.join(glob.escape(os.path.dirname(target)), glob.escape(_prefix(target)) + "*")
-    for leftover in glob.glob(pattern):
+    for leftover in set(glob.glob(pattern)) - {but}:
         try:
             found = os.open(leftover, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError:  # removed meanwhile, or none of ours

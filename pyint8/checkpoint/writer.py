@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -60,7 +61,7 @@ class SafetensorsWriter:
     ) -> None:
         self._path = path
         header, self._places = _layout(tensors, metadata)
-        self._left = set(self._places)
+        self._closing = threading.Lock()
         with write_errors(path):
             keep = 0 if resume else os.O_TRUNC
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | keep, 0o666)
@@ -69,11 +70,6 @@ class SafetensorsWriter:
         except BaseException:
             self.close()
             raise
-
-    @property
-    def names(self) -> list[str]:
-        """All tensors, in the order of the file."""
-        return list(self._places)
 
     def write(self, name: str, pieces: Iterable[Buffer]) -> None:
         """Writes a tensor's bytes: little-endian, contiguous, row-major, in pieces that follow each other.
@@ -92,31 +88,23 @@ class SafetensorsWriter:
             at += view.nbytes
         if at != end:
             raise self._wrong_size(name, f"{at - start} bytes instead of the {end - start}")
-        self._left.discard(name)
-
-    def skip(self, name: str) -> None:
-        """Notes that the file has this tensor already."""
-        self._left.discard(name)
 
     def sync(self) -> None:
-        """Returns once everything written so far is on the disk."""
-        with write_errors(self._path):
-            os.fdatasync(self._file)
-
-    def finish(self) -> None:
-        """Sees that every tensor was written.
+        """Returns once everything written so far is on the disk; a file that is closed is left alone.
 
         Raises:
-            CheckpointError: One was not.
+            WriteError: The operating system refused.
         """
-        if self._left:
-            raise CheckpointError("the tensor was not written", path=self._path, tensor=min(self._left))
+        with self._closing, write_errors(self._path):
+            if self._file >= 0:
+                os.fdatasync(self._file)
 
     def close(self) -> None:
         """Closes the file. Idempotent."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        with self._closing:
+            if self._file >= 0:
+                os.close(self._file)
+                self._file = -1
 
     def __enter__(self) -> SafetensorsWriter:
         return self

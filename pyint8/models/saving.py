@@ -1,21 +1,25 @@
-"""From a state dict to the files of a checkpoint, a piece of a tensor at a time."""
+"""From a state dict to the files of a checkpoint."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import nn
 
 from pyint8.checkpoint.entry import CODES
-from pyint8.checkpoint.shards import INDEX, Shards, shards_of
-from pyint8.checkpoint.writer import SafetensorsWriter, TensorPlan
+from pyint8.checkpoint.shards import Shards, shards_of
+from pyint8.checkpoint.shards_writer import ShardsWriter
+from pyint8.checkpoint.writer import TensorPlan
 from pyint8.errors import CheckpointError, ModelNotSupportedError
 from pyint8.quantizer import require_codes
+from pyint8.streaming.write_behind import WriteBehind
 
-METADATA = {"format": "pt"}
-_PIECE_BYTES = 16 << 20
+WRITERS = 4
+"""How many tensors are written at once."""
+MOST_BYTES = 512 << 20
+"""Of tensors that wait to be written."""
 
 
 def save_module(module: nn.Module, folder: str, max_shard_size: int | str) -> None:
@@ -35,8 +39,7 @@ def save_module(module: nn.Module, folder: str, max_shard_size: int | str) -> No
             seen.add(id(value))
             tensors[name] = value.detach()
     shards = shards_of((planned(name, tensor) for name, tensor in tensors.items()), max_shard_size)
-    write_shards(folder, shards, lambda name: in_memory(module, name, tensors[name]))
-    write_index(folder, shards, {})
+    write_shards(folder, shards, lambda name: in_memory(module, name, tensors[name]), {})
 
 
 def planned(name: str, tensor: torch.Tensor) -> TensorPlan:
@@ -51,30 +54,26 @@ def planned(name: str, tensor: torch.Tensor) -> TensorPlan:
     return TensorPlan(name, code, tuple(tensor.shape))
 
 
-def write_shards(folder: str, shards: Shards, tensor: Callable[[str], torch.Tensor]) -> None:
-    """Writes all files of a checkpoint but its index, in order.
+def write_shards(
+    folder: str, shards: Shards, tensor: Callable[[str], torch.Tensor], metadata: Mapping[str, object]
+) -> None:
+    """Writes all files of a checkpoint.
 
     Args:
         folder: Where to.
         shards: What they hold.
         tensor: The value of a tensor, by its name.
+        metadata: Of the index, where there is one.
 
     Raises:
         WriteError: The operating system refused.
     """
-    for file, plans in shards.files.items():
-        with SafetensorsWriter(os.path.join(folder, file), plans, METADATA) as writer:
-            for name in writer.names:
-                writer.write(name, pieces_of(tensor(name)))
-            writer.finish()
-
-
-def write_index(folder: str, shards: Shards, metadata: Mapping[str, object]) -> None:
-    """Writes the index, unless there is only one file."""
-    index = shards.index(metadata)
-    if index is not None:
-        with open(os.path.join(folder, INDEX), "wb") as file:
-            file.write(index)
+    with ShardsWriter(folder, shards) as writer, WriteBehind(WRITERS, MOST_BYTES) as behind:
+        for name in shards.file_of:
+            behind.put(tensor(name), partial(writer.write, name))
+        behind.finish()
+        writer.finish()
+        writer.write_index(metadata)
 
 
 def in_memory(model: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
@@ -95,10 +94,3 @@ def in_memory(model: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
     if value.is_meta:
         raise CheckpointError("it has no values (it is on meta); load the model first", tensor=name)
     return value
-
-
-def pieces_of(tensor: torch.Tensor) -> Iterator[memoryview]:
-    """A tensor's bytes, row-major, in host memory, a few at a time."""
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    for start in range(0, flat.numel(), _PIECE_BYTES):
-        yield flat[start : start + _PIECE_BYTES].cpu().numpy().data

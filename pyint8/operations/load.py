@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-import reprlib
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from pyint8.checkpoint.find import base_of_adapter, check_path, find_checkpoint
 from pyint8.config import Int8Config, StreamOptions
-from pyint8.errors import OptionError
 from pyint8.host import ending, garbage
 from pyint8.host.imports import importing
-from pyint8.host.memory import peak_resident_bytes
 from pyint8.host.processes import processes
 from pyint8.models.keywords import int8_config, refuse_misplaced
 from pyint8.models.transformers.parallel import refuse_split_models
 from pyint8.models.transformers.releases import require_transformers
+from pyint8.operations.common import check_options, decoded, measured_memory, prepare
 from pyint8.report import LoadReport, Recorder, announce
 
 if TYPE_CHECKING:
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from pyint8.checkpoint import Checkpoint
     from pyint8.models.request import LoadRequest
     from pyint8.streaming.preparation import Preparation
 
@@ -157,10 +154,10 @@ def load(
             thread, no open file, no pinned memory.
     """
     refuse_misplaced(hub_and_model_kwargs)
-    path = _decoded(path)
+    path = decoded(path)
     is_plain = model is not None and not isinstance(model, type)
     config = int8_config(config)
-    _check_options(options)
+    check_options(options)
     if not is_plain:
         require_transformers()
         refuse_split_models(hub_and_model_kwargs)
@@ -176,7 +173,7 @@ def load(
         if checkpoint is not None:
             garbage.collect_if_short(checkpoint.most_bytes_loaded)
             stack.enter_context(garbage.paused())  # not while files are downloaded
-        preparation = stack.enter_context(_preparation(checkpoint, options))
+        preparation = stack.enter_context(prepare(checkpoint, options))
         _import_libraries(is_plain=is_plain)
         request = _request(
             path=path,
@@ -191,16 +188,10 @@ def load(
             options=options,
             arguments=hub_and_model_kwargs,
         )
-        stack.enter_context(_measured_memory(recorder.report))
+        stack.enter_context(measured_memory(recorder.report))
         result = _load_as(model, request, preparation, recorder)
     announce(recorder.report, path)
     return (result, recorder.report) if return_report else result
-
-
-def _preparation(checkpoint: Checkpoint | None, options: StreamOptions) -> Preparation:
-    from pyint8.streaming.preparation import Preparation  # here, since `import pyint8` does not load the extension
-
-    return Preparation(checkpoint, options)
 
 
 def _import_libraries(*, is_plain: bool) -> None:
@@ -252,31 +243,3 @@ def _checked_folder(offload_folder: Any) -> str | None:
     from pyint8.placement.offload import check_folder  # with torch
 
     return check_folder(offload_folder)
-
-
-def _decoded(path: Any) -> str:
-    try:
-        return os.fsdecode(path)
-    except TypeError:
-        raise OptionError(f"path is {path!r}; it must be a folder or a hub id") from None
-
-
-def _check_options(options: object) -> None:
-    if options is not None and not isinstance(options, StreamOptions):
-        raise OptionError(f"options is {reprlib.repr(options)}; it must be a pyint8.StreamOptions or None")
-
-
-@contextmanager
-def _measured_memory(report: LoadReport) -> Iterator[None]:
-    """Fills in the report's peaks."""
-    import torch
-
-    before = peak_resident_bytes()
-    if torch.cuda.is_initialized():  # otherwise its peak is zero anyway
-        for index in range(torch.cuda.device_count()):
-            torch.cuda.reset_peak_memory_stats(index)
-    yield
-    report.host_peak_bytes = peak_resident_bytes() - before
-    if torch.cuda.is_initialized():
-        peaks = {f"cuda:{index}": torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())}
-        report.device_peak_bytes = {name: peak for name, peak in peaks.items() if peak}

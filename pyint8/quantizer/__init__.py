@@ -6,7 +6,7 @@ from pyint8.quantizer.lifecycle import Int8Quantizer
 from pyint8.quantizer.modules import modules_to_keep, tied_names
 from pyint8.quantizer.saved import int8_modules, require_codes
 from pyint8.quantizer.sizes import tensor_bytes
-from pyint8.quantizer.weights import TensorSource, WeightSource
+from pyint8.quantizer.weights import TensorSource, WeightSource, stand_in
 
 __all__ = [
     "ENTRY_POINT",
@@ -21,6 +21,7 @@ __all__ = [
     "int8_modules",
     "modules_to_keep",
     "require_codes",
+    "stand_in",
     "tensor_bytes",
     "tied_names",
 ]

@@ -161,6 +161,12 @@ def dequantized(
     return (weight.T.contiguous() if transposed else weight).to(dtype)
 
 
+def stand_in(shape: torch.Size) -> torch.Tensor:
+    """The parameter of a weight [out, in], on meta: without values."""
+    codes = torch.empty(shape, dtype=torch.int8, device="meta")
+    return _int8_params(codes, torch.empty(shape[0], dtype=torch.float32, device="meta"))
+
+
 def _int8_params(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     parameter: torch.Tensor = bitsandbytes.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False)
     parameter.CB = parameter.data  # type: ignore[attr-defined]

@@ -7,25 +7,21 @@ take, with what landed early and is still to be made smaller, no more than all r
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from pyint8.errors import DeviceError
-from pyint8.streaming.extension import _core
 from pyint8.streaming.requests import KERNEL_DTYPES, TensorRequest, ToDtype, ToInt8, is_plain, kernels_cast
 
 if TYPE_CHECKING:
     from pyint8.checkpoint import Entry
     from pyint8.report import Recorder
+    from pyint8.streaming.extension import _core
     from pyint8.streaming.head_start import EarlyTensor
     from pyint8.streaming.lane import Lane
     from pyint8.streaming.transport import Transport
-
-logger = logging.getLogger(__name__)
 
 _NAMES = {dtype: name for name, dtype in KERNEL_DTYPES.items()}
 _MOST_ROWS = 2**31 - 1  # that bitsandbytes counts
@@ -84,6 +80,8 @@ class Pour:
         scratch_bytes: Memory of the GPU for what passes through.
         early: What is on its way to `lane` already, by name.
         recorder: Told of bytes as they land.
+        most_bytes: Of results at a time, as far as one alone does not take more: what was taken is to be released. None
+            for all results.
 
     Raises:
         DeviceError: The driver refuses, or has no kernels for the GPU.
@@ -98,6 +96,7 @@ class Pour:
         scratch_bytes: int,
         early: dict[str, EarlyTensor],
         recorder: Recorder,
+        most_bytes: int | None = None,
     ) -> None:
         self._transport = transport
         self._lane = lane
@@ -109,7 +108,9 @@ class Pour:
         self._made: dict[int, Made] = {}
         self._wholes: dict[str, torch.Tensor] = {}  # of which entries are parts, by name
         self._made_bytes = 0
-        self._budget = sum(request.final_bytes for request in requests)
+        self._is_bounded = most_bytes is not None
+        self._taken: dict[int, Made] = {}  # and not released, if it is bounded
+        self._budget = sum(request.final_bytes for request in requests) if most_bytes is None else most_bytes
         self._submitted = self._ready = 0
         rows = sum(_marks(request) for request in requests)
         self._marks = torch.zeros(rows, dtype=torch.uint8, device=lane.device)
@@ -136,13 +137,28 @@ class Pour:
                 self._submit(self._submitted + 1)
         if self._early and self._consumer.done() > self._ready:
             self._wait(self._ready)
-        return self._made.pop(ticket)
+        made = self._made.pop(ticket)
+        if self._is_bounded:
+            self._taken[ticket] = made
+        return made
 
     def wait(self, name: str) -> None:
         """Until the values of an entry that was taken are ordered before the lane's stream."""
         ticket = self._tickets[name]
         if ticket >= self._ready:
             self._wait(ticket)
+
+    def release(self, name: str) -> None:
+        """Makes room for other results: what came of an entry was taken and waited for, and is of no more use."""
+        ticket = self._tickets[name]
+        request, made = self._requests[ticket], self._taken.pop(ticket)
+        for memory in (made.tensor, made.scales):
+            if memory is not None:
+                self._transport.let_go(memory)
+        if request.part is not None:
+            self._wholes.pop(request.part.name, None)
+        self._made_bytes -= request.final_bytes
+        self._fill(len(self._requests))
 
     def finish(self) -> None:
         """Waits until that is so for all entries."""
@@ -162,6 +178,7 @@ class Pour:
     def close(self) -> None:
         """Gives destinations back that nobody took; the transport is closed already. Idempotent."""
         self._made.clear()
+        self._taken.clear()
         self._wholes.clear()
         self._early.clear()
 
@@ -228,75 +245,6 @@ class Pour:
         shape = tuple(reversed(shape)) if becomes.transposed else shape
         codes = torch.empty(shape, dtype=torch.int8, device=device)
         return Made(codes, torch.empty(shape[0], dtype=torch.float32, device=device), marks)
-
-
-def open_pours(
-    requests: Sequence[TensorRequest],
-    transport: Transport,
-    lane_of: Callable[[torch.device], Lane],
-    quantizer: int | None,
-    early: dict[str, EarlyTensor],
-    recorder: Recorder,
-) -> dict[str, Pour]:
-    """Each entry's `Pour`, of its GPU; entries that none can make are left to the caller.
-
-    Where there are no kernels for a GPU, that is all of them, with a warning.
-
-    Args:
-        requests: In the order they will be asked for; names are unique.
-        transport: What moves the bytes.
-        lane_of: The lane of a device.
-        quantizer: The address of bitsandbytes' `cint8_vector_quant`, if there is one.
-        early: What is on its way already, by name; what a pour takes over is taken out.
-        recorder: Told of bytes as they land.
-    """
-    groups: dict[Lane, list[TensorRequest]] = {}
-    others: set[Lane] = set()
-    if not _core.has_kernels():
-        _warn_of_missing_kernels({lane_of(request.device) for request in requests if request.becomes is not None})
-        return {}
-    for request in requests:
-        lane = lane_of(request.device)
-        if _is_there(request, lane, early):
-            continue
-        if can_pour(request, lane, quantizer):
-            groups.setdefault(lane, []).append(request)
-        else:
-            others.add(lane)
-    pours: dict[str, Pour] = {}
-    for lane, group in groups.items():
-        mine = {r.entry.name: early[r.entry.name] for r in group if _comes_early(r, lane, early)}
-        scratch_bytes = lane.halve_scratch() if lane in others else lane.scratch_bytes
-        try:
-            pour = Pour(transport, lane, group, quantizer or 0, scratch_bytes, mine, recorder)
-        except DeviceError as error:
-            logger.warning("weights on %s are quantized by Python operators, more slowly: %s", lane.device, str(error))
-            continue
-        for name in mine:
-            del early[name]
-        pours |= dict.fromkeys((request.entry.name for request in group), pour)
-    return pours
-
-
-def _warn_of_missing_kernels(lanes: set[Lane]) -> None:
-    gpus = sorted(str(lane.device) for lane in lanes if lane.on_gpu)
-    if gpus:
-        logger.warning(
-            "this build of pyint8 has no GPU kernels, so weights on %s are quantized by Python operators, more slowly; "
-            "build it again with PYINT8_KERNELS=ON, which says what is missing",
-            ", ".join(gpus),
-        )
-
-
-def _comes_early(request: TensorRequest, lane: Lane, early: dict[str, EarlyTensor]) -> bool:
-    tensor = early.get(request.entry.name)
-    return tensor is not None and tensor.is_for(request.entry, lane)
-
-
-def _is_there(request: TensorRequest, lane: Lane, early: dict[str, EarlyTensor]) -> bool:
-    """Whether what is on its way is the result itself."""
-    same = isinstance(request.becomes, ToDtype) and request.becomes.dtype == request.entry.torch_dtype
-    return same and request.part is None and _comes_early(request, lane, early)
 
 
 def _marks(request: TensorRequest) -> int:

@@ -13,7 +13,8 @@ from pyint8.errors import FileChangedError, ReadError, TruncatedError
 from pyint8.report import Recorder
 from pyint8.streaming.chunks import Chunk, bands_of, cut, gather_batches, typed
 from pyint8.streaming.lane import Lane
-from pyint8.streaming.pour import Made, open_pours
+from pyint8.streaming.pour import Made
+from pyint8.streaming.pours import open_pours
 from pyint8.streaming.requests import TensorRequest
 from pyint8.streaming.transport import ReadRequest, Transport
 from pyint8.streaming.transpose import Transposer
@@ -36,6 +37,7 @@ class TensorStream:
         recorder: Counts bytes as they arrive.
         early: Tensors that are under way already; those that are not among the requests are discarded.
         quantizer: The address of bitsandbytes' `cint8_vector_quant`; without it nothing becomes int8 here.
+        most_bytes: Of what is `made` for each GPU at a time: entries are released. None for all of it.
 
     Raises:
         FileChangedError: A file is not the one whose header was read.
@@ -51,6 +53,7 @@ class TensorStream:
         recorder: Recorder | None = None,
         early: dict[str, EarlyTensor] | None = None,
         quantizer: int | None = None,
+        most_bytes: int | None = None,
     ) -> None:
         self._recorder = Recorder() if recorder is None else recorder
         self._transport = transport
@@ -59,7 +62,7 @@ class TensorStream:
         self._engine = self._transport.engine
         self._transposer = Transposer(self._engine)
         self._chunks: dict[str, list[Chunk]] = {}
-        self._pours = open_pours(requests, transport, self._lane, quantizer, early or {}, self._recorder)
+        self._pours = open_pours(requests, transport, self._lane, quantizer, early or {}, self._recorder, most_bytes)
         for request in requests:
             name = request.entry.name
             if name in self._pours:
@@ -109,6 +112,19 @@ class TensorStream:
             return None
         with self._naming_tensors():
             return pour.take(name)
+
+    def wait(self, names: Iterable[str]) -> None:
+        """Waits for the values of what was `made` of entries, so that they are ordered before the lanes' streams."""
+        with self._naming_tensors():
+            for name in names:
+                if name in self._pours:
+                    self._pours[name].wait(name)
+
+    def release(self, names: Iterable[str]) -> None:
+        """Makes room for what is still to be made, where that is bounded: these were waited for, and are used up."""
+        for name in names:
+            if name in self._pours:
+                self._pours[name].release(name)
 
     def later(self, name: str) -> torch.Tensor:
         """As `whole`, but the values may come later; after `finish` they are there."""

@@ -51,7 +51,7 @@ class Transport:
         self._lanes: dict[torch.device, Lane] = {}
         self._opened: list[Lane] = []
         self._consumers: list[_core.Consumer] = []
-        self._in_use: list[torch.Tensor] = []  # memory that consumers were given, until they are closed
+        self._in_use: dict[int, torch.Tensor] = {}  # memory that consumers were given, until they are closed
         self._files: dict[tuple[str, FileStamp | None], int] = {}
         threads = options.worker_threads(gpus)
         self._process = os.getpid()
@@ -122,12 +122,17 @@ class Transport:
             quantizer=quantizer,
         )
         self._consumers.append(consumer)
-        self._in_use += [scratch, half]
+        self.keep(scratch)
+        self.keep(half)
         return consumer
 
     def keep(self, memory: torch.Tensor) -> None:
         """Keeps memory that a consumer writes to until that is closed, whatever becomes of who asked for it."""
-        self._in_use.append(memory)
+        self._in_use[id(memory)] = memory
+
+    def let_go(self, memory: torch.Tensor) -> None:
+        """Ends `keep`: the consumer's work on it was waited for."""
+        self._in_use.pop(id(memory), None)
 
     def require_unchanged(self) -> None:
         """Raises FileChangedError if a file was written to since it was opened."""

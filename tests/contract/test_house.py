@@ -19,7 +19,7 @@ ROOT = next(path.parent for path in Path(__file__).resolve().parents if path.nam
 
 MOST_LINES = 320
 MOST_PARAMETERS = 8
-MANY_PARAMETERS = {"pyint8/operations/load.py:load"}
+MANY_PARAMETERS = {"pyint8/operations/load.py:load", "pyint8/operations/convert.py:convert"}
 """What users call, with keywords."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -53,6 +53,18 @@ class FakeDriver:
         self._library.fake_cuda_counters(values)
         return dict(zip(COUNTERS, values, strict=True))
 
+    def synchronize(self, ordinal: int) -> None:
+        """Waits until all is done that was put on the default stream, which lanes take for the caller's."""
+        context = ctypes.c_void_p()
+        calls = [
+            self._library.cuDevicePrimaryCtxRetain(ctypes.byref(context), ordinal),
+            self._library.cuCtxPushCurrent_v2(context),
+            self._library.cuStreamSynchronize(None),
+            self._library.cuCtxPopCurrent_v2(ctypes.byref(context)),
+            self._library.cuDevicePrimaryCtxRelease_v2(ordinal),
+        ]
+        assert calls == [0] * 5
+
     def hold_default_stream(self, ordinal: int) -> threading.Event:
         """Stops the default stream until the event that is returned is set."""
         released = threading.Event()

@@ -26,7 +26,8 @@ from pyint8.models.transformers.failures import (
     named_problems,
     untrusted,
 )
-from pyint8.models.transformers.session import LoadSession
+from pyint8.models.transformers.planned import PlannedLoad
+from pyint8.models.transformers.session import LoadSession, PlanningSession
 from pyint8.quantizer import Int8Quantizer
 from pyint8.report import Recorder
 from pyint8.streaming.preparation import Preparation
@@ -75,7 +76,30 @@ def load_pretrained(
         "max_memory": None if memory is None else dict(memory),  # accelerate writes into it
         "offload_folder": request.offload_folder,
     }
-    session = LoadSession(request, preparation, recorder)
+    return _from_pretrained(model_class, LoadSession(request, preparation, recorder), placement)
+
+
+def plan_pretrained(request: LoadRequest, preparation: Preparation, recorder: Recorder) -> tuple[Any, PlannedLoad]:
+    """As `load_pretrained`, without reading tensors: those of the checkpoint stand in the model on meta.
+
+    Returns:
+        The model, and its load, which has not started.
+
+    Raises:
+        ModelNotSupportedError: transformers does not know the configuration, or it is quantized by another method.
+    """
+    int8 = Int8Quantizer(request.config or Int8Config())
+    int8.validate_environment()
+    session = PlanningSession(request, preparation, recorder)
+    placement = {"device_map": request.device_map, "dtype": int8.update_dtype(request.dtype)}
+    model = _from_pretrained(None, session, placement)
+    if session.planned is None:
+        raise ModelNotSupportedError(f"transformers loads {request.path} without reading its checkpoint")
+    return model, session.planned
+
+
+def _from_pretrained(model_class: Any, session: LoadSession, placement: dict[str, Any]) -> transformers.PreTrainedModel:
+    request, recorder = session.request, session.recorder
     with _load_lock, ExitStack() as stack:
         stack.enter_context(named_failures(request))
         with named_configuration(request):

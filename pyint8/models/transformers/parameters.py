@@ -63,6 +63,7 @@ class ParameterMaker:
         quantizer: Makes int8 parameters.
         recorder: Counts bytes and parameters.
         preparation: What the load has started already; its transport is taken over.
+        most_bytes: Of parameters on each GPU at a time: they are released. None for all of them.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class ParameterMaker:
         quantizer: Int8Quantizer,
         recorder: Recorder,
         preparation: Preparation,
+        most_bytes: int | None = None,
     ) -> None:
         self._plan = plan
         self._model = model
@@ -81,20 +83,26 @@ class ParameterMaker:
         self._destinations = destinations
         self._quantizer = quantizer
         self._recorder = recorder
+        self._is_bounded = most_bytes is not None
         self._makers: dict[torch.device, DeviceWorker] = {}
         self._assembly = Assembly(quantizer, recorder)
         self._groups = self._grouped()
         wanted = {device: [r for t in group for r in self._requests(t)] for device, group in self._groups.items()}
         recorder.expect(sum(request.entry.nbytes for requests in wanted.values() for request in requests))
         self._transport, early = preparation.take_transport(len(self._groups))
-        if not preparation.reserves_memory:
+        if not preparation.reserves_memory and most_bytes is None:
             _reserve_memory(itertools.chain.from_iterable(wanted.values()))
         self._streams: dict[torch.device, TensorStream] = {}
         try:
             for device, requests in wanted.items():
                 mine = early if len(wanted) == 1 else {name: t for name, t in early.items() if t.lane.device == device}
                 self._streams[device] = TensorStream(
-                    requests, self._transport, recorder=recorder, early=mine, quantizer=find_entry_point()
+                    requests,
+                    self._transport,
+                    recorder=recorder,
+                    early=mine,
+                    quantizer=find_entry_point(),
+                    most_bytes=most_bytes,
                 )
         except BaseException:
             self.close()
@@ -119,18 +127,33 @@ class ParameterMaker:
         for stream in self._streams.values():
             stream.finish()
 
+    def wait(self, name: str) -> None:
+        """Waits for the values of a target's parameters."""
+        self._stream_of(name).wait(self._plan.targets[name].source_names())
+
+    def release(self, name: str) -> None:
+        """Makes room for other parameters, where that is bounded: a target's were waited for, and are used up."""
+        self._stream_of(name).release(self._plan.targets[name].source_names())
+
     def make(self, name: str, loading_info: Any) -> dict[str, torch.Tensor]:
-        """The parameters of one target, by name; targets are taken in the order of the plan."""
-        if len(self._groups) == 1:
-            return self._make(name, next(iter(self._streams.values())), loading_info)
-        if self._serve_themselves:
-            stream = self._streams[self._landing_device(self._plan.targets[name])]
-            return self._make(name, stream, loading_info)
+        """The parameters of one target, by name; targets are taken in the order of the plan.
+
+        Args:
+            name: The target's.
+            loading_info: transformers', which takes the errors of conversions, or None to have them raised.
+        """
+        if len(self._groups) == 1 or self._serve_themselves or self._is_bounded:
+            return self._make(name, self._stream_of(name), loading_info)
         if not self._makers:
             for gpu, group in self._groups.items():
                 make = partial(self._make, stream=self._streams[gpu], loading_info=loading_info)
                 self._makers[gpu] = DeviceWorker(gpu, [target.name for target in group], make)
         return self._makers[self._landing_device(self._plan.targets[name])].take(name)
+
+    def _stream_of(self, name: str) -> TensorStream:
+        if len(self._groups) == 1:
+            return next(iter(self._streams.values()))
+        return self._streams[self._landing_device(self._plan.targets[name])]
 
     def _grouped(self) -> dict[torch.device, list[Target]]:
         """Targets by landing device, in order; all in one group unless there are several GPUs."""
@@ -144,7 +167,8 @@ class ParameterMaker:
 
     def _make(self, name: str, stream: TensorStream, loading_info: Any) -> dict[str, torch.Tensor]:
         target = self._plan.targets[name]
-        loading_info.unexpected_keys.update(self._plan.also_unexpected)
+        if loading_info is not None:
+            loading_info.unexpected_keys.update(self._plan.also_unexpected)
         if self._stays_on_disk(target):
             loading_info.missing_keys.discard(target.name)
             self._recorder.count("left on disk")

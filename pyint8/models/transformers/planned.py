@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from pyint8.checkpoint import Checkpoint
+from pyint8.models.assembly import Destination
 from pyint8.models.request import LoadRequest
 from pyint8.models.transformers.compat import WeightTransform
 from pyint8.models.transformers.parameters import ParameterMaker, find_destinations, find_dtypes
 from pyint8.models.transformers.plan import plan_load
 from pyint8.models.transformers.reconcile import check_index, reconcile
-from pyint8.quantizer import Int8Quantizer
+from pyint8.quantizer import Int8Quantizer, stand_in
 from pyint8.report import Recorder
 from pyint8.streaming.preparation import Preparation
+from pyint8.streaming.reading import read_tensor
 
 
 class PlannedLoad:
@@ -31,6 +34,7 @@ class PlannedLoad:
         request: What was asked for.
 
     Attributes:
+        checkpoint: As given.
         plan: What every tensor is for.
         dtypes: The dtype that each parameter is loaded as, or quantized from.
 
@@ -48,7 +52,7 @@ class PlannedLoad:
         request: LoadRequest,
     ) -> None:
         self._maker: ParameterMaker | None = None
-        self._model, self._checkpoint, self._dtype, self._quantizer = model, checkpoint, dtype, quantizer
+        self._model, self.checkpoint, self._dtype, self._quantizer = model, checkpoint, dtype, quantizer
         prefix, keys = model.base_model_prefix, model.state_dict()
         self.plan = plan_load(checkpoint, conversions, prefix, keys, pre_quantized=quantizer.pre_quantized)
         allow = request.allows_mismatched_shapes
@@ -77,17 +81,67 @@ class PlannedLoad:
         self._maker = ParameterMaker(
             self.plan,
             self._model,
-            self._checkpoint,
+            self.checkpoint,
             find_destinations(self.plan, self.dtypes, device_map),
             self._quantizer,
             recorder,
             preparation,
         )
 
+    def maker_of(
+        self,
+        names: Collection[str],
+        destinations: dict[str, Destination],
+        preparation: Preparation,
+        recorder: Recorder,
+        most_bytes: int,
+    ) -> ParameterMaker:
+        """What makes the parameters of some targets, a few at a time; the caller closes it.
+
+        Args:
+            names: The targets'.
+            destinations: Where their parameters go, and in which dtype.
+            preparation: What the load has started already.
+            recorder: Counts bytes and parameters.
+            most_bytes: Of parameters on each GPU at a time.
+        """
+        preparation.stop_prefetch()
+        targets = {name: target for name, target in self.plan.targets.items() if name in names}
+        plan = replace(self.plan, targets=targets)
+        quantizer = self._quantizer
+        return ParameterMaker(
+            plan, self._model, self.checkpoint, destinations, quantizer, recorder, preparation, most_bytes
+        )
+
+    def are_alike(self, one: str, other: str) -> bool:
+        """Whether the checkpoint has the same values for two parameters that need no conversion."""
+        sources = [self.plan.made_by[name].source for name in (one, other)]
+        if None in sources:
+            return False
+        first, second = (self.checkpoint[name] for name in sources if name is not None)
+        if (first.path, first.offset, first.dtype) == (second.path, second.offset, second.dtype):
+            return True
+        return torch.equal(read_tensor(first).to(self.dtypes[one]), read_tensor(second).to(self.dtypes[other]))
+
+    def check_values(self) -> None:
+        """Raises NonFiniteWeightError, or warns, if a value that was quantized or cast since the last time is bad."""
+        self._quantizer.health.raise_or_warn(strict=self._quantizer.strict, locate=self.locate)
+
     def make(self, name: str, loading_info: Any) -> dict[str, torch.Tensor]:
         """The parameters of one target, once the stream has started; called by transformers' loop."""
         assert self._maker is not None
         return self._maker.make(name, loading_info)
+
+    def stand_ins(self, name: str) -> dict[str, torch.Tensor]:
+        """The parameters of one target, by name, on meta: shapes and dtypes without values."""
+        names = [made for made in self.plan.targets[name].makes() if made in self.dtypes]
+        return {made: self._stand_in(made) for made in names}
+
+    def _stand_in(self, name: str) -> torch.Tensor:
+        shape = self._model.get_parameter_or_buffer(name).shape
+        if self._quantizer.check_quantized_param(name):
+            return stand_in(shape)
+        return torch.empty(shape, dtype=self.dtypes[name], device="meta")
 
     def finish(self) -> None:
         """Waits for the values of parameters that were handed out before they had come.
@@ -113,7 +167,7 @@ class PlannedLoad:
     def conversion_bytes(self) -> int:
         """The bytes of a GPU that the largest conversion (a merge of experts) may need beside its result."""
         sources = (
-            sum(self._checkpoint[name].numel for name, _ in target.sources)
+            sum(self.checkpoint[name].numel for name, _ in target.sources)
             for target in self.plan.targets.values()
             if target.converter is not None and not getattr(target.converter, "force_cpu", False)
         )
@@ -124,4 +178,4 @@ class PlannedLoad:
         """The location of a parameter's (or a checkpoint's) tensor, for errors: "tensor", "path" and "offset"."""
         target = self.plan.made_by.get(name)
         source = target.sources[0][0] if target is not None and target.sources else name
-        return self._checkpoint[source].location if source in self._checkpoint else {"tensor": name}
+        return self.checkpoint[source].location if source in self.checkpoint else {"tensor": name}

@@ -12,7 +12,7 @@ import torch
 from pyint8.checkpoint.shards import shards_of
 from pyint8.errors import ModelNotSupportedError
 from pyint8.models.checks import FORMAT, SCALES
-from pyint8.models.saving import in_memory, planned, write_index, write_shards
+from pyint8.models.saving import in_memory, planned, write_shards
 from pyint8.models.transformers.compat import (
     custom_object_save,
     has_adapters,
@@ -47,8 +47,7 @@ def save_model(model: Any, folder: str, max_shard_size: int | str) -> None:
         tensor = tensors[name]
         return in_memory(model, values.get(id(tensor), name), tensor)
 
-    write_shards(folder, shards, value)
-    write_index(folder, shards, {"total_parameters": model.num_parameters()})
+    write_shards(folder, shards, value, {"total_parameters": model.num_parameters()})
     write_description(model, folder)
 
 

@@ -180,3 +180,19 @@ class LoadSession:
 
     def __del__(self) -> None:
         self.close()  # a drop-in load that is interrupted has no other owner
+
+
+class PlanningSession(LoadSession):
+    """A load that reads nothing: what the checkpoint has for the model stands in it on meta, without values."""
+
+    @property
+    def reserves_memory(self) -> bool:
+        """That no memory is needed has the same effect."""
+        return True
+
+    def make(self, name: str, loading_info: Any) -> dict[str, torch.Tensor]:
+        assert self.planned is not None
+        return self.planned.stand_ins(name)
+
+    def _start(self, planned: PlannedLoad) -> None:
+        self.on_start()

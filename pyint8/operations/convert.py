@@ -1,0 +1,189 @@
+"""From a 16- or 32-bit checkpoint to its int8 form: `pyint8.convert`."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from pyint8.checkpoint.find import base_of_adapter, check_path, find_checkpoint
+from pyint8.checkpoint.identity import digest, identity_of
+from pyint8.checkpoint.journal import Journal
+from pyint8.checkpoint.replacement import emptied_unless, replaced_folder
+from pyint8.checkpoint.side_files import is_of_a_save
+from pyint8.config import Int8Config, StreamOptions
+from pyint8.errors import OptionError, ReadError
+from pyint8.host import ending, garbage
+from pyint8.host.imports import importing
+from pyint8.models.keywords import int8_config, refuse_misplaced
+from pyint8.models.transformers.parallel import refuse_split_models
+from pyint8.models.transformers.releases import require_transformers
+from pyint8.operations.common import check_options, decoded, measured_memory, prepare
+from pyint8.operations.save import describe
+from pyint8.report import LoadReport, Recorder
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+
+    from pyint8.models.request import LoadRequest
+    from pyint8.models.transformers.converting import Conversion
+    from pyint8.models.transformers.planned import PlannedLoad
+    from pyint8.streaming.preparation import Preparation
+
+_JOURNAL = ".pyint8-journal"
+
+
+def convert(
+    source: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    device: torch.device | str | int | None = None,
+    dtype: torch.dtype | str | Mapping[str, torch.dtype | str] | None = "auto",
+    config: Int8Config | None = None,
+    max_shard_size: int | str = "5GB",
+    progress: bool | None = None,
+    options: StreamOptions | None = None,
+    **hub_and_model_kwargs: Any,
+) -> LoadReport:
+    """Convert a checkpoint to bitsandbytes' int8 form, without ever holding the model.
+
+    The files are those that `pyint8.load` and then `pyint8.save` would write, to the byte. A few tensors at a time are
+    read, quantized and written: a GPU needs 1.5 GB and room for the largest tensor, host memory a few hundred megabytes
+    and room for the largest tensor.
+
+    What a process leaves behind that is killed or interrupted, or that cannot read a file, is gone on with by the next
+    call with the same arguments. `folder` is as it was until all is done.
+
+    Args:
+        source: A folder or hub id with the checkpoint of a transformers model.
+        folder: Where to; made if it is not there. Its other files stay.
+        device: Where weights are quantized, whose bits depend on the kind of device: "cpu", "cuda", "cuda:1"; None for
+            all visible GPUs, or the CPU where there is none.
+        dtype: As in `pyint8.load`.
+        config: What to quantize.
+        max_shard_size: Of one file, in bytes or as a size such as "5GB"; a tensor that is larger has its own.
+        progress: Whether to show a bar; None shows one on a terminal.
+        options: How to move bytes.
+        hub_and_model_kwargs: For `from_pretrained`: revision, subfolder, token, trust_remote_code and so on.
+
+    Returns:
+        What was done; `checkpoint_bytes` counts what was read this time.
+
+    Raises:
+        Pyint8Error: One of `pyint8.errors`.
+    """
+    refuse_misplaced(hub_and_model_kwargs)
+    path, target = decoded(source), decoded(folder)
+    config = int8_config(config)
+    _refuse(path, target, config, hub_and_model_kwargs)
+    check_options(options)
+    require_transformers()
+    refuse_split_models(hub_and_model_kwargs)
+    check_path(path, hub_and_model_kwargs, is_plain=False)
+    base = base_of_adapter(path, hub_and_model_kwargs)
+    if base is not None:
+        raise OptionError(f"{path} is an adapter; convert the model that it is for, {base}")
+    options = StreamOptions.from_environment() if options is None else options
+    with ExitStack() as stack:
+        recorder = stack.enter_context(Recorder(progress))
+        stack.enter_context(ending.awaited(recorder))
+        with garbage.paused(), recorder.phase("read headers"):
+            checkpoint = find_checkpoint(path, hub_and_model_kwargs)
+        begun = stack.enter_context(prepare(checkpoint, options))
+        with importing:
+            import pyint8.models.transformers.loading  # noqa: F401
+        devices = _devices(device)
+        stack.enter_context(measured_memory(recorder.report))
+        request = _request(path, devices[0], dtype, config, options, hub_and_model_kwargs)
+        _convert(request, target, devices, max_shard_size, begun, recorder)
+    return recorder.report
+
+
+def _convert(
+    request: LoadRequest,
+    target: str,
+    devices: Sequence[torch.device],
+    max_shard_size: int | str,
+    begun: Preparation,
+    recorder: Recorder,
+) -> None:
+    from pyint8.models.transformers.converting import Conversion
+    from pyint8.models.transformers.loading import plan_pretrained
+    from pyint8.models.transformers.saving import write_description
+
+    model, load = plan_pretrained(request, begun, recorder)
+    conversion = Conversion(model, load, max_shard_size)
+    identity = _identity(request, devices[0], load, conversion)
+    with replaced_folder(target, is_of_a_save, is_resumed=_is_resumed) as staging, recorder.phase("stream"):
+        file = os.path.join(staging, _JOURNAL)
+        emptied_unless(staging, Journal.is_of(file, identity))
+        with Journal(file, identity) as journal:
+            conversion.run(staging, journal, devices, begun, recorder)
+        load.checkpoint.require_unchanged(load.checkpoint.files)
+        write_description(model, staging)
+        describe(model, staging, has_card=os.path.exists(os.path.join(target, "README.md")))
+        os.unlink(file)
+
+
+def _refuse(path: str, target: str, config: Int8Config | None, arguments: Mapping[str, Any]) -> None:
+    if os.path.isdir(path) and os.path.realpath(path) == os.path.realpath(target):
+        raise OptionError(f"folder is the source itself, {path}, whose files would be lost; give another folder")
+    if config is not None and config.has_fp16_weight:
+        raise OptionError("config has has_fp16_weight, which keeps weights in 16 bit: there is nothing to convert")
+    if arguments.get("ignore_mismatched_sizes"):
+        raise OptionError("ignore_mismatched_sizes makes up weights that the checkpoint does not have; load, then save")
+
+
+def _devices(device: Any) -> list[torch.device]:
+    import torch
+
+    from pyint8.quantizer import find_entry_point
+
+    if device is None:
+        count = torch.cuda.device_count() if find_entry_point() is not None else min(1, torch.cuda.device_count())
+        return [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
+    try:
+        found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    except (RuntimeError, TypeError):
+        raise OptionError(f'device is {device!r}; it must be "cpu", "cuda", "cuda:1" or the like, or None') from None
+    if str(found) == "cuda":
+        found = torch.device("cuda", torch.cuda.current_device())
+    return [found]
+
+
+def _request(
+    path: str,
+    device: torch.device,
+    dtype: Any,
+    config: Int8Config | None,
+    options: StreamOptions,
+    arguments: Mapping[str, Any],
+) -> LoadRequest:
+    from pyint8.models.request import LoadRequest, check_dtype
+
+    return LoadRequest(
+        path=path,
+        base=path,
+        device_map={"": device},
+        dtype=check_dtype(dtype),
+        config=config,
+        strict=config is None or config.strict,
+        options=options,
+        arguments=arguments,
+    )
+
+
+def _identity(request: LoadRequest, device: torch.device, load: PlannedLoad, conversion: Conversion) -> str:
+    """Of the work: what makes its result another."""
+    from importlib.metadata import version
+
+    versions = [version(name) for name in ("pyint8", "bitsandbytes", "torch", "transformers")]
+    files = {name: [str(plan) for plan in plans] for name, plans in conversion.shards.files.items()}
+    return digest([identity_of(load.checkpoint), files, device.type, request.dtype, versions])
+
+
+def _is_resumed(error: BaseException) -> bool:
+    """Whether what was written is of use after an error: of an interruption, or of storage that may be there again."""
+    return not isinstance(error, Exception) or isinstance(error, ReadError)

@@ -1,0 +1,93 @@
+"""Which requests are poured, by which GPU's consumer; the others are left to the stream."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from pyint8.errors import DeviceError
+from pyint8.streaming.extension import _core
+from pyint8.streaming.pour import Pour, can_pour
+from pyint8.streaming.requests import TensorRequest, ToDtype
+
+if TYPE_CHECKING:
+    from pyint8.report import Recorder
+    from pyint8.streaming.head_start import EarlyTensor
+    from pyint8.streaming.lane import Lane
+    from pyint8.streaming.transport import Transport
+
+logger = logging.getLogger(__name__)
+
+
+def open_pours(
+    requests: Sequence[TensorRequest],
+    transport: Transport,
+    lane_of: Callable[[torch.device], Lane],
+    quantizer: int | None,
+    early: dict[str, EarlyTensor],
+    recorder: Recorder,
+    most_bytes: int | None = None,
+) -> dict[str, Pour]:
+    """Each entry's `Pour`, of its GPU; entries that none can make are left to the caller.
+
+    Where there are no kernels for a GPU, that is all of them, with a warning.
+
+    Args:
+        requests: In the order they will be asked for; names are unique.
+        transport: What moves the bytes.
+        lane_of: The lane of a device.
+        quantizer: The address of bitsandbytes' `cint8_vector_quant`, if there is one.
+        early: What is on its way already, by name; what a pour takes over is taken out.
+        recorder: Told of bytes as they land.
+        most_bytes: See `Pour`.
+    """
+    groups: dict[Lane, list[TensorRequest]] = {}
+    others: set[Lane] = set()
+    if not _core.has_kernels():
+        _warn_of_missing_kernels({lane_of(request.device) for request in requests if request.becomes is not None})
+        return {}
+    for request in requests:
+        lane = lane_of(request.device)
+        if _is_there(request, lane, early):
+            continue
+        if can_pour(request, lane, quantizer):
+            groups.setdefault(lane, []).append(request)
+        else:
+            others.add(lane)
+    pours: dict[str, Pour] = {}
+    for lane, group in groups.items():
+        mine = {r.entry.name: early[r.entry.name] for r in group if _comes_early(r, lane, early)}
+        scratch_bytes = lane.halve_scratch() if lane in others else lane.scratch_bytes
+        try:
+            pour = Pour(transport, lane, group, quantizer or 0, scratch_bytes, mine, recorder, most_bytes)
+        except DeviceError as error:
+            logger.warning("weights on %s are quantized by Python operators, more slowly: %s", lane.device, str(error))
+            continue
+        for name in mine:
+            del early[name]
+        pours |= dict.fromkeys((request.entry.name for request in group), pour)
+    return pours
+
+
+def _warn_of_missing_kernels(lanes: set[Lane]) -> None:
+    gpus = sorted(str(lane.device) for lane in lanes if lane.on_gpu)
+    if gpus:
+        logger.warning(
+            "this build of pyint8 has no GPU kernels, so weights on %s are quantized by Python operators, more slowly; "
+            "build it again with PYINT8_KERNELS=ON, which says what is missing",
+            ", ".join(gpus),
+        )
+
+
+def _comes_early(request: TensorRequest, lane: Lane, early: dict[str, EarlyTensor]) -> bool:
+    tensor = early.get(request.entry.name)
+    return tensor is not None and tensor.is_for(request.entry, lane)
+
+
+def _is_there(request: TensorRequest, lane: Lane, early: dict[str, EarlyTensor]) -> bool:
+    """Whether what is on its way is the result itself."""
+    same = isinstance(request.becomes, ToDtype) and request.becomes.dtype == request.entry.torch_dtype
+    return same and request.part is None and _comes_early(request, lane, early)

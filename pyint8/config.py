@@ -38,6 +38,7 @@ _MOST_SLOT = 4 * _MIB
 # For the allocator's rounding and the kernels: docs/performance.md, "Memory beside the scratch".
 _DEVICE_EXTRA = 256 * _MIB
 _ENVIRONMENT_PREFIX = "PYINT8_"
+_CACHE_BYTES = "PYINT8_CACHE_BYTES"
 _FOR_TESTS = ("PYINT8_TEST_", "PYINT8_REQUIRE_")
 
 
@@ -233,8 +234,28 @@ class StreamOptions:
         return cls(**values)
 
 
-def _warn_of_unknown(environment: Mapping[str, str], known: Iterable[str]) -> None:
+def cache_bytes(environment: Mapping[str, str] = os.environ) -> int:
+    """What the cache of int8 forms may take, in bytes: `PYINT8_CACHE_BYTES`, or 200 GB.
+
+    Raises:
+        OptionError: It is no number of bytes.
+    """
+    text = environment.get(_CACHE_BYTES)
+    if text is None:
+        return 200 * 10**9
+    if not text.isdecimal():
+        raise OptionError(f"environment variable {_CACHE_BYTES} is {text!r}; it must be a number of bytes")
+    return int(text)
+
+
+def cache_folder(environment: Mapping[str, str] = os.environ) -> str:
+    """Where the cache of int8 forms is unless a load says so: `pyint8` in the user's folder for caches (XDG)."""
+    return os.path.join(environment.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "pyint8")
+
+
+def _warn_of_unknown(environment: Mapping[str, str], options: Iterable[str]) -> None:
     """One warning for each unknown `PYINT8_*` variable, with the nearest known one."""
+    known = [*options, _CACHE_BYTES]
     for variable in sorted(environment.keys() - set(known)):
         if variable.startswith(_ENVIRONMENT_PREFIX) and not variable.startswith(_FOR_TESTS):
             near = difflib.get_close_matches(variable, known, n=1)

@@ -9,7 +9,9 @@ import atexit
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from pyint8.errors import CancelledError
@@ -61,6 +63,18 @@ def refuse_at_end() -> None:
     """
     if _ending.has_begun:
         raise CancelledError("Python ends, and nothing is loaded any more; join the threads that load before")
+
+
+def submit(pool: Executor, work: Callable[..., None], *arguments: Any) -> Future[None]:
+    """As `pool.submit`.
+
+    Raises:
+        CancelledError: The interpreter ends, for which executors are shut down first.
+    """
+    try:
+        return pool.submit(work, *arguments)
+    except RuntimeError as error:
+        raise CancelledError("Python ends, and nothing is written any more") from error
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyint8.checkpoint.find import base_of_adapter, check_path, find_checkpoint
 from pyint8.checkpoint.identity import digest, identity_of
@@ -12,7 +12,7 @@ from pyint8.checkpoint.journal import Journal
 from pyint8.checkpoint.replacement import emptied_unless, replaced_folder
 from pyint8.checkpoint.side_files import is_of_a_save
 from pyint8.config import Int8Config, StreamOptions
-from pyint8.errors import OptionError, ReadError
+from pyint8.errors import CancelledError, OptionError, ReadError
 from pyint8.host import ending, garbage
 from pyint8.host.imports import importing
 from pyint8.models.keywords import int8_config, refuse_misplaced
@@ -23,7 +23,7 @@ from pyint8.operations.save import describe
 from pyint8.report import LoadReport, Recorder
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
 
@@ -94,7 +94,7 @@ def convert(
         begun = stack.enter_context(prepare(checkpoint, options))
         with importing:
             import pyint8.models.transformers.loading  # noqa: F401
-        devices = _devices(device)
+        devices = devices_of(device)
         stack.enter_context(measured_memory(recorder.report))
         request = _request(path, devices[0], dtype, config, options, hub_and_model_kwargs)
         _convert(request, target, devices, max_shard_size, begun, recorder)
@@ -109,21 +109,77 @@ def _convert(
     begun: Preparation,
     recorder: Recorder,
 ) -> None:
+    plan = plan_conversion(None, request, max_shard_size, begun, recorder)
+
+    def complete(staging: str) -> None:
+        describe(plan.model, staging, has_card=os.path.exists(os.path.join(target, "README.md")))
+
+    write_converted(plan, target, devices, begun, recorder, complete)
+
+
+class ConversionPlan(NamedTuple):
+    """A conversion that can begin."""
+
+    request: LoadRequest
+    model: Any
+    load: PlannedLoad
+    conversion: Conversion
+
+
+def plan_conversion(
+    model_class: Any, request: LoadRequest, max_shard_size: int | str, begun: Preparation, recorder: Recorder
+) -> ConversionPlan:
+    """Everything about a conversion, before a tensor is read.
+
+    Args:
+        model_class: A transformers class, or None for the one that the configuration names.
+        request: What is converted, to the device that its map names.
+        max_shard_size: Of one file.
+        begun: What has begun already.
+        recorder: Told of phases.
+
+    Raises:
+        Pyint8Error: It cannot be converted.
+    """
     from pyint8.models.transformers.converting import Conversion
     from pyint8.models.transformers.loading import plan_pretrained
+
+    model, load = plan_pretrained(model_class, request, begun, recorder)
+    return ConversionPlan(request, model, load, Conversion(model, load, max_shard_size))
+
+
+def write_converted(
+    plan: ConversionPlan,
+    target: str,
+    devices: Sequence[torch.device],
+    begun: Preparation,
+    recorder: Recorder,
+    complete: Callable[[str], None],
+) -> None:
+    """Writes weights and configurations to a folder, which is as it was until all is there.
+
+    Args:
+        plan: What to write.
+        target: The folder.
+        devices: Where weights are quantized.
+        begun: What has begun already.
+        recorder: Told of bytes and phases.
+        complete: Adds to the finished folder whatever else belongs there.
+
+    Raises:
+        Pyint8Error: A tensor cannot be read, quantized or written.
+    """
     from pyint8.models.transformers.saving import write_description
 
-    model, load = plan_pretrained(request, begun, recorder)
-    conversion = Conversion(model, load, max_shard_size)
-    identity = _identity(request, devices[0], load, conversion)
+    identity, checkpoint = _identity(plan, devices[0]), plan.load.checkpoint
     with replaced_folder(target, is_of_a_save, is_resumed=_is_resumed) as staging, recorder.phase("stream"):
         file = os.path.join(staging, _JOURNAL)
         emptied_unless(staging, Journal.is_of(file, identity))
         with Journal(file, identity) as journal:
-            conversion.run(staging, journal, devices, begun, recorder)
-        load.checkpoint.require_unchanged(load.checkpoint.files)
-        write_description(model, staging)
-        describe(model, staging, has_card=os.path.exists(os.path.join(target, "README.md")))
+            plan.conversion.run(staging, journal, devices, begun, recorder)
+        checkpoint.require_unchanged(checkpoint.files)
+        write_description(plan.model, staging)
+        complete(staging)
         os.unlink(file)
 
 
@@ -136,7 +192,12 @@ def _refuse(path: str, target: str, config: Int8Config | None, arguments: Mappin
         raise OptionError("ignore_mismatched_sizes makes up weights that the checkpoint does not have; load, then save")
 
 
-def _devices(device: Any) -> list[torch.device]:
+def devices_of(device: Any) -> list[torch.device]:
+    """Where weights are quantized (see `convert`).
+
+    Raises:
+        OptionError: It is no device.
+    """
     import torch
 
     from pyint8.quantizer import find_entry_point
@@ -175,15 +236,15 @@ def _request(
     )
 
 
-def _identity(request: LoadRequest, device: torch.device, load: PlannedLoad, conversion: Conversion) -> str:
+def _identity(plan: ConversionPlan, device: torch.device) -> str:
     """Of the work: what makes its result another."""
     from importlib.metadata import version
 
     versions = [version(name) for name in ("pyint8", "bitsandbytes", "torch", "transformers")]
-    files = {name: [str(plan) for plan in plans] for name, plans in conversion.shards.files.items()}
-    return digest([identity_of(load.checkpoint), files, device.type, request.dtype, versions])
+    files = {name: [str(tensor) for tensor in tensors] for name, tensors in plan.conversion.shards.files.items()}
+    return digest([identity_of(plan.load.checkpoint), files, device.type, plan.request.dtype, versions])
 
 
 def _is_resumed(error: BaseException) -> bool:
     """Whether what was written is of use after an error: of an interruption, or of storage that may be there again."""
-    return not isinstance(error, Exception) or isinstance(error, ReadError)
+    return not isinstance(error, Exception) or isinstance(error, (ReadError, CancelledError))

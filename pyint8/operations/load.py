@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from pyint8.checkpoint.find import base_of_adapter, check_path, find_checkpoint
 from pyint8.config import Int8Config, StreamOptions
+from pyint8.errors import OptionError
 from pyint8.host import ending, garbage
 from pyint8.host.imports import importing
 from pyint8.host.processes import processes
 from pyint8.models.keywords import int8_config, refuse_misplaced
 from pyint8.models.transformers.parallel import refuse_split_models
 from pyint8.models.transformers.releases import require_transformers
+from pyint8.operations.cached import Wanted, cache_of
 from pyint8.operations.common import check_options, decoded, measured_memory, prepare
 from pyint8.report import LoadReport, Recorder, announce
 
@@ -47,6 +49,7 @@ def load(
     strict: bool = True,
     progress: bool | None = None,
     options: StreamOptions | None = None,
+    cache: bool | str | os.PathLike[str] = False,
     **hub_and_model_kwargs: Any,
 ) -> _Module: ...
 @overload
@@ -64,6 +67,7 @@ def load(
     strict: bool = True,
     progress: bool | None = None,
     options: StreamOptions | None = None,
+    cache: bool | str | os.PathLike[str] = False,
     **hub_and_model_kwargs: Any,
 ) -> tuple[_Module, LoadReport]: ...
 @overload
@@ -81,6 +85,7 @@ def load(
     strict: bool = True,
     progress: bool | None = None,
     options: StreamOptions | None = None,
+    cache: bool | str | os.PathLike[str] = False,
     **hub_and_model_kwargs: Any,
 ) -> PreTrainedModel: ...
 @overload
@@ -98,6 +103,7 @@ def load(
     strict: bool = True,
     progress: bool | None = None,
     options: StreamOptions | None = None,
+    cache: bool | str | os.PathLike[str] = False,
     **hub_and_model_kwargs: Any,
 ) -> tuple[PreTrainedModel, LoadReport]: ...
 def load(
@@ -113,6 +119,7 @@ def load(
     strict: bool = True,
     progress: bool | None = None,
     options: StreamOptions | None = None,
+    cache: bool | str | os.PathLike[str] = False,
     return_report: bool = False,
     **hub_and_model_kwargs: Any,
 ) -> Any:
@@ -143,6 +150,9 @@ def load(
         progress: Show a bar in bytes; None shows it on a terminal and in notebooks, unless transformers' bars are
             switched off.
         options: How to move bytes; None for the defaults and the `PYINT8_*` environment variables.
+        cache: True keeps the int8 form of a 16- or 32-bit checkpoint in the user's cache, a path in that folder. It is
+            made behind the first load, on a thread; the next load of the same files, dtype, kind of device and `config`
+            reads it instead. `PYINT8_CACHE_BYTES` bounds it.
         return_report: Return (model, LoadReport).
         hub_and_model_kwargs: For `from_pretrained`: revision, subfolder, token, attn_implementation and so on.
 
@@ -170,6 +180,14 @@ def load(
         # Before anything heavy is imported: bad folders fail at once, and the disk has something to do.
         with garbage.paused(), recorder.phase("read headers"):
             checkpoint = find_checkpoint(base or path, hub_and_model_kwargs)
+        cached, found = None, None
+        if cache is not False:
+            _refuse_cache(is_plain=is_plain, is_adapter=base is not None)
+            cached = cache_of(
+                cache, Wanted(path, device_map, dtype, config, model, hub_and_model_kwargs, options), checkpoint
+            )
+            found = stack.enter_context(cached.found())
+            checkpoint = found or checkpoint
         if checkpoint is not None:
             garbage.collect_if_short(checkpoint.most_bytes_loaded)
             stack.enter_context(garbage.paused())  # not while files are downloaded
@@ -189,9 +207,20 @@ def load(
             arguments=hub_and_model_kwargs,
         )
         stack.enter_context(measured_memory(recorder.report))
+        if cached is not None and found is not None:
+            request = cached.request_for(found, request)
         result = _load_as(model, request, preparation, recorder)
+        if cached is not None:
+            cached.loaded(result, found, recorder.report)
     announce(recorder.report, path)
     return (result, recorder.report) if return_report else result
+
+
+def _refuse_cache(*, is_plain: bool, is_adapter: bool) -> None:
+    if is_plain:
+        raise OptionError("cache is for transformers models; save a module of your own with pyint8.save")
+    if is_adapter:
+        raise OptionError("cache is for models, not for adapters; load the base model with it, then the adapter")
 
 
 def _import_libraries(*, is_plain: bool) -> None:

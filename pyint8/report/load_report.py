@@ -47,6 +47,7 @@ class LoadReport:
         skipped_bytes: What each of these takes; 0 for one that shares the memory of another (a tied head).
         device_peak_bytes: For each CUDA device, the most memory that torch had allocated during the load.
         host_peak_bytes: Growth of this process's peak resident memory during the load, and of its pinned memory.
+        from_cache: Whether the int8 form was read from the cache (see `pyint8.load`).
         engine: What the workers did: bytes_read, bytes_delivered, pieces, read_seconds, slot_seconds (sums).
         loading_info: As transformers' `output_loading_info`: missing, unexpected and mismatched keys.
     """
@@ -59,6 +60,7 @@ class LoadReport:
     skipped_bytes: dict[str, int] = field(default_factory=dict)
     device_peak_bytes: dict[str, int] = field(default_factory=dict)
     host_peak_bytes: int = 0
+    from_cache: bool = False
     engine: dict[str, float] = field(default_factory=dict)
     loading_info: dict[str, Any] = field(default_factory=dict)
 

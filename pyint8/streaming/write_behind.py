@@ -9,6 +9,8 @@ from types import TracebackType
 
 import torch
 
+from pyint8.host.ending import submit
+
 _PIECE_BYTES = 16 << 20
 
 Pieces = Iterator[memoryview]
@@ -49,7 +51,7 @@ class WriteBehind:
             self._changed.wait_for(lambda: self._has_room(flat.nbytes))
             self._raise()
             self._bytes += flat.nbytes
-        future = self._pool.submit(self._write, flat, ready, write)
+        future = submit(self._pool, self._write, flat, ready, write)
         future.add_done_callback(self._ended(flat.nbytes))
         return future
 

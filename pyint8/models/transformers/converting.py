@@ -13,6 +13,7 @@ import torch
 from pyint8.checkpoint.journal import Journal
 from pyint8.checkpoint.shards import shards_of
 from pyint8.checkpoint.shards_writer import ShardsWriter
+from pyint8.host.ending import submit
 from pyint8.models.assembly import Destination
 from pyint8.models.checks import FORMAT, SCALES
 from pyint8.models.saving import MOST_BYTES, WRITERS, planned
@@ -179,7 +180,7 @@ class _Notes:
         for earlier in self._noting:
             if earlier.done():
                 earlier.result()
-        self._noting.append(self._pool.submit(self._note, self._names, self._writes))
+        self._noting.append(submit(self._pool, self._note, self._names, self._writes))
         self._names, self._writes, self._nbytes = [], [], 0
 
     def _note(self, names: list[str], writes: list[Future[None]]) -> None:

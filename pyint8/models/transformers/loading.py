@@ -79,7 +79,9 @@ def load_pretrained(
     return _from_pretrained(model_class, LoadSession(request, preparation, recorder), placement)
 
 
-def plan_pretrained(request: LoadRequest, preparation: Preparation, recorder: Recorder) -> tuple[Any, PlannedLoad]:
+def plan_pretrained(
+    model_class: Any, request: LoadRequest, preparation: Preparation, recorder: Recorder
+) -> tuple[Any, PlannedLoad]:
     """As `load_pretrained`, without reading tensors: those of the checkpoint stand in the model on meta.
 
     Returns:
@@ -92,7 +94,7 @@ def plan_pretrained(request: LoadRequest, preparation: Preparation, recorder: Re
     int8.validate_environment()
     session = PlanningSession(request, preparation, recorder)
     placement = {"device_map": request.device_map, "dtype": int8.update_dtype(request.dtype)}
-    model = _from_pretrained(None, session, placement)
+    model = _from_pretrained(model_class, session, placement)
     if session.planned is None:
         raise ModelNotSupportedError(f"transformers loads {request.path} without reading its checkpoint")
     return model, session.planned

@@ -1,0 +1,173 @@
+"""A folder of int8 forms of checkpoints: each whole and sound, or not there; the least recently used go first."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pyint8.errors import Pyint8Error
+from pyint8.host.files import open_file
+
+from .identity import identity_of
+from .index import Checkpoint, open_checkpoint
+
+logger = logging.getLogger(__name__)
+
+_SEAL = ".pyint8-cache.json"
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """One int8 form.
+
+    Attributes:
+        folder: Where it is: a checkpoint like any other.
+        source: The folder or hub id that it was made from.
+        nbytes: What its files take.
+        used: When it was last used, in seconds since 1970.
+    """
+
+    folder: str
+    source: str
+    nbytes: int
+    used: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class CacheFolder:
+    """Entries by key, each a folder of its own.
+
+    Args:
+        root: Where they are; made when the first one is.
+        most_bytes: That all of them may take.
+    """
+
+    def __init__(self, root: str, most_bytes: int) -> None:
+        self._root = os.path.abspath(root)
+        self._most_bytes = most_bytes
+
+    def folder(self, key: str) -> str:
+        """Where the entry of a key is, or would be."""
+        return os.path.join(self._root, key)
+
+    def entries(self) -> list[CacheEntry]:
+        """All that are whole, the least recently used first."""
+        if not os.path.isdir(self._root):
+            return []
+        found = (_entry(folder.path) for folder in os.scandir(self._root) if not folder.name.startswith("."))
+        return sorted((entry for entry in found if entry is not None), key=lambda entry: entry.used)
+
+    @contextmanager
+    def opened(self, key: str) -> Iterator[Checkpoint | None]:
+        """The checkpoint of an entry, which stays while the block lasts; None if there is none that is sound.
+
+        One that is not as it was made (another size, time or header) is removed, with a warning.
+        """
+        folder = self.folder(key)
+        try:
+            seal = os.open(os.path.join(folder, _SEAL), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            yield None
+            return
+        try:
+            fcntl.flock(seal, fcntl.LOCK_SH)
+            checkpoint = _sound(folder)
+            if checkpoint is not None:
+                os.utime(seal)
+            yield checkpoint
+        finally:
+            os.close(seal)
+
+    def make_room(self, nbytes: int) -> bool:
+        """Removes entries that are not in use, the least recently used first, until so much more may be there.
+
+        Returns:
+            False if that cannot be.
+        """
+        entries = self.entries()
+        taken = sum(entry.nbytes for entry in entries)
+        for entry in entries:
+            if taken + nbytes <= self._most_bytes:
+                break
+            if nbytes <= self._most_bytes and _removed(entry.folder):
+                taken -= entry.nbytes
+        return taken + nbytes <= self._most_bytes
+
+    def clear(self) -> list[CacheEntry]:
+        """Removes all entries that are not in use, and what unfinished ones left; returns those removed."""
+        removed = [entry for entry in self.entries() if _removed(entry.folder)]
+        if os.path.isdir(self._root):
+            for folder in list(os.scandir(self._root)):
+                if folder.is_dir(follow_symlinks=False) and _entry(folder.path) is None:
+                    _removed(folder.path)
+        return removed
+
+
+def seal(folder: str, source: str) -> None:
+    """Notes in a finished folder what it was made from, and how its files are."""
+    checkpoint = open_checkpoint(folder)
+    nbytes = sum(stamp.size for stamp in checkpoint.stamps.values())
+    noted = {"source": source, "nbytes": nbytes, "identity": identity_of(checkpoint)}
+    with open(os.path.join(folder, _SEAL), "w", encoding="utf-8") as file:
+        json.dump(noted, file)
+
+
+def _entry(folder: str) -> CacheEntry | None:
+    path = os.path.join(folder, _SEAL)
+    noted = _noted(folder)
+    try:
+        return CacheEntry(folder, str(noted["source"]), int(noted["nbytes"]), os.stat(path).st_mtime)
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _noted(folder: str) -> dict[str, Any]:
+    try:
+        with open_file(os.path.join(folder, _SEAL)) as file:
+            noted = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return noted if isinstance(noted, dict) else {}
+
+
+def _sound(folder: str) -> Checkpoint | None:
+    try:
+        checkpoint = open_checkpoint(folder)
+        if identity_of(checkpoint) == _noted(folder).get("identity"):
+            return checkpoint
+        problem = "its files are not as they were written"
+    except Pyint8Error as error:
+        problem = str(error)
+    logger.warning("the cached int8 form in %s is removed, and made again: %s", folder, problem)
+    with suppress(OSError):
+        os.unlink(os.path.join(folder, _SEAL))
+    return None
+
+
+def _removed(folder: str) -> bool:
+    """Removes a folder, unless a load uses it, or a process writes it."""
+    try:
+        file = os.open(os.path.join(folder, _SEAL), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        try:
+            file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        return not os.path.exists(folder)
+    finally:
+        os.close(file)

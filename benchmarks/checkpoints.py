@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 _SHARD_BYTES = 5 * 10**9
 
-# The shapes of Llama-3.1-8B, Llama-3.2-1B, GPT-2 XL, three layers of Llama-3.1-70B, Qwen3-30B-A3B with all of its
+# The shapes of Llama-3.1-8B, Llama-3.2-1B, Qwen3-4B, GPT-2 XL, three layers of Llama-3.1-70B, Qwen3-30B-A3B with all of its
 # 18,867 tensors and a third to a half of its widths, and small ones for machines without a GPU.
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama-8b": {
@@ -38,6 +38,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "head_dim": 64,
         "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-4b": {
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
         "tie_word_embeddings": True,
     },
     "llama-70b-layers": {

@@ -172,6 +172,32 @@ py::dict stats(const Engine& engine) {
                   "slot_seconds"_a = stats.slot_seconds);
 }
 
+const char* name_of(Doing doing) {
+  switch (doing) {
+    case Doing::kWaiting:
+      return "waiting";
+    case Doing::kReading:
+      return "reading";
+    case Doing::kCopying:
+      return "copying";
+    case Doing::kQuantizing:
+      return "quantizing";
+  }
+  return "";
+}
+
+// (what, by which worker or lane, begin, end, bytes)
+using SpanTuple = std::tuple<std::string, std::uint32_t, double, double, std::uint64_t>;
+
+std::vector<SpanTuple> spans(Engine& engine) {
+  std::vector<SpanTuple> tuples;
+  if (engine.timeline() == nullptr) return tuples;
+  for (const Span& span : engine.timeline()->spans()) {
+    tuples.emplace_back(name_of(span.doing), span.who, span.begin, span.end, span.nbytes);
+  }
+  return tuples;
+}
+
 }  // namespace
 
 // Without py::mod_gil_not_used, so a free-threaded Python takes its lock again when it imports this: what
@@ -188,11 +214,12 @@ PYBIND11_MODULE(_core, module) {
   });
 
   py::class_<Engine, EngineHolder>(module, "Engine")
-      .def(py::init(
-               [](std::size_t threads, std::size_t slots_per_thread, std::size_t slot_bytes, bool direct_io) {
-                 return EngineHolder(new Engine({threads, slots_per_thread, slot_bytes, direct_io}));
-               }),
-           py::kw_only(), "threads"_a, "slots_per_thread"_a, "slot_bytes"_a, "direct_io"_a)
+      .def(py::init([](std::size_t threads, std::size_t slots_per_thread, std::size_t slot_bytes,
+                       bool direct_io, bool timeline) {
+             return EngineHolder(new Engine({threads, slots_per_thread, slot_bytes, direct_io, timeline}));
+           }),
+           py::kw_only(), "threads"_a, "slots_per_thread"_a, "slot_bytes"_a, "direct_io"_a,
+           "timeline"_a = false)
       .def("add_file", &add_file, "path"_a, "stamp"_a = py::none(), py::call_guard<py::gil_scoped_release>())
       .def(
           "add_host_device",
@@ -210,7 +237,8 @@ PYBIND11_MODULE(_core, module) {
            "columns"_a, "destination"_a, "destination_stride"_a, "stream"_a)
       .def("require_unchanged", &Engine::require_unchanged, py::call_guard<py::gil_scoped_release>())
       .def("close", &Engine::close, py::call_guard<py::gil_scoped_release>())
-      .def("stats", &stats);
+      .def("stats", &stats)
+      .def("spans", &spans);
 
   py::class_<Consumer, ConsumerHolder>(module, "Consumer")
       .def(py::init(&make_consumer), "engine"_a, "lane"_a, py::kw_only(), "scratch"_a, "scratch_bytes"_a,

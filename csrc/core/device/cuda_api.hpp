@@ -28,6 +28,7 @@ using CuFunction = CuFunctionTag*;
 
 inline constexpr unsigned kStreamNonBlocking = 1;      // CU_STREAM_NON_BLOCKING
 inline constexpr CuResult kNotReady = 600;             // CUDA_ERROR_NOT_READY
+inline constexpr unsigned kEventDefault = 0;           // CU_EVENT_DEFAULT
 inline constexpr unsigned kEventDisableTiming = 2;     // CU_EVENT_DISABLE_TIMING
 inline constexpr unsigned kHostRegisterPortable = 1;   // CU_MEMHOSTREGISTER_PORTABLE
 inline constexpr int kComputeCapabilityMajor = 75;     // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
@@ -55,6 +56,7 @@ inline constexpr int kJitErrorLogBufferSizeBytes = 6;  // CU_JIT_ERROR_LOG_BUFFE
   X(event_record, "cuEventRecord", (CuEvent event, CuStream stream))                                        \
   X(event_query, "cuEventQuery", (CuEvent event))                                                           \
   X(event_synchronize, "cuEventSynchronize", (CuEvent event))                                               \
+  X(event_elapsed_time, "cuEventElapsedTime", (float* milliseconds, CuEvent start, CuEvent end))            \
   X(memcpy_to_device_async, "cuMemcpyHtoDAsync_v2",                                                         \
     (CuDevicePtr to, const void* from, std::size_t nbytes, CuStream stream))                                \
   X(memcpy_on_device_async, "cuMemcpyDtoDAsync_v2",                                                         \

@@ -22,6 +22,8 @@ class Event {
   virtual ~Event() = default;
   // Whether the moment has passed, or none was ever recorded.
   virtual bool passed() = 0;
+  // From another moment to this one, both passed, of events that are timed.
+  virtual double seconds_since(const Event&) { return 0; }
 };
 
 // Host memory that a device can read on its own, given back when destroyed.
@@ -69,6 +71,8 @@ class Device {
 
   virtual std::unique_ptr<HostMemory> allocate_host(std::size_t nbytes) = 0;
   virtual std::unique_ptr<Event> make_event() = 0;
+  // One that also knows when it passed; null where the device cannot.
+  virtual std::unique_ptr<Event> make_timed_event() { return nullptr; }
 
   // Copies on the device's own copy stream; `from` must stay until an event recorded after has passed.
   virtual void copy(Address to, const std::byte* from, std::size_t nbytes) = 0;

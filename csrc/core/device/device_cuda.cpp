@@ -27,10 +27,11 @@ CuStream as_stream(StreamHandle handle) {
 
 class CudaEvent final : public Event {
  public:
-  explicit CudaEvent(std::shared_ptr<CudaContext> context) : context_(std::move(context)) {
+  explicit CudaEvent(std::shared_ptr<CudaContext> context, unsigned flags = kEventDisableTiming)
+      : context_(std::move(context)) {
     const CudaContext::Scope scope(*context_);
     const CudaApi& api = context_->api();
-    api.check(api.event_create(&handle_, kEventDisableTiming), "cuEventCreate");
+    api.check(api.event_create(&handle_, flags), "cuEventCreate");
   }
   ~CudaEvent() override {
     const CudaContext::Scope scope(*context_, std::nothrow);
@@ -41,6 +42,14 @@ class CudaEvent final : public Event {
     const CuResult result = context_->api().event_query(handle_);
     if (result != kNotReady) context_->api().check(result, "cuEventQuery");
     return result != kNotReady;
+  }
+  double seconds_since(const Event& earlier) override {
+    const CudaContext::Scope scope(*context_);
+    float milliseconds = 0;
+    context_->api().check(context_->api().event_elapsed_time(
+                              &milliseconds, static_cast<const CudaEvent&>(earlier).handle_, handle_),
+                          "cuEventElapsedTime");
+    return milliseconds * 1e-3;
   }
   CuEvent handle() const { return handle_; }
 
@@ -208,6 +217,10 @@ std::unique_ptr<HostMemory> CudaDevice::allocate_host(std::size_t nbytes) {
 
 std::unique_ptr<Event> CudaDevice::make_event() {
   return std::make_unique<CudaEvent>(context_);
+}
+
+std::unique_ptr<Event> CudaDevice::make_timed_event() {
+  return std::make_unique<CudaEvent>(context_, kEventDefault);
 }
 
 void CudaDevice::copy(Address to, const std::byte* from, std::size_t nbytes) {

@@ -53,6 +53,7 @@ class CudaDevice final : public Device {
   bool reads_in_place() const override { return false; }
   std::unique_ptr<HostMemory> allocate_host(std::size_t nbytes) override;
   std::unique_ptr<Event> make_event() override;
+  std::unique_ptr<Event> make_timed_event() override;
   void copy(Address to, const std::byte* from, std::size_t nbytes) override;
   void record(Event& event) override;
   void copies_wait_for(const Event& event) override;

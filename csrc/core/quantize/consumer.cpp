@@ -153,6 +153,15 @@ bool Consumer::await(const Asked& asked) {
 }
 
 void Consumer::put_work(const Asked& asked) {
+  Timeline* timeline = engine_.timeline();
+  std::unique_ptr<Event> begin = timeline == nullptr ? nullptr : timeline->mark(lane_, stream_->handle());
+  put_work_of(asked);
+  if (begin == nullptr) return;
+  timeline->add_work(Doing::kQuantizing, lane_, std::move(begin), timeline->mark(lane_, stream_->handle()),
+                     asked.band->nbytes);
+}
+
+void Consumer::put_work_of(const Asked& asked) {
   const Task& task = *asked.task;
   if (stays_as_stored(task.request)) {
     const Address values = std::get<ToValues>(task.request.to).values;
@@ -285,6 +294,7 @@ void Consumer::close() {
     stream_->synchronize();
     throw;
   }
+  if (engine_.timeline() != nullptr) engine_.timeline()->settle();
 }
 
 }  // namespace pyint8

@@ -94,6 +94,7 @@ class Consumer {
   void serve();
   bool await(const Asked& asked);
   void put_work(const Asked& asked);
+  void put_work_of(const Asked& asked);
   void quantize_band(const Task& task, const ToInt8& to, const Asked& asked);
   void transpose_band(const Task& task, const ToInt8& to, const Asked& asked);
   void cast_band(const Task& task, const ToValues& to, const Asked& asked);

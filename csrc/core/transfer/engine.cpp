@@ -10,14 +10,14 @@
 namespace pyint8 {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
 // Unwanted bytes read through to serve two tensors with one read: fewer than a request costs on any storage.
 constexpr std::size_t kMaxGap = std::size_t{64} << 10;
 
-std::uint64_t nanoseconds_since(Clock::time_point start) {
-  return static_cast<std::uint64_t>(
-      std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count());
+// A shorter wait is not worth a line in a picture.
+constexpr double kNoticeable = 10e-6;
+
+std::uint64_t nanoseconds(double seconds) {
+  return static_cast<std::uint64_t>(seconds * 1e9);
 }
 
 EngineOptions validated(const EngineOptions& options) {
@@ -41,6 +41,7 @@ Error cancelled() {
 
 Engine::Engine(const EngineOptions& options)
     : options_(validated(options)),
+      timeline_(options_.timeline ? std::make_unique<Timeline>() : nullptr),
       process_(::getpid()),
       workers_(options_.threads, {.get_ready = [this](std::size_t worker) { await_slot(worker); },
                                   .run = [this](const Job& job, std::size_t worker) { run(job, worker); },
@@ -72,10 +73,14 @@ std::uint32_t Engine::add_file(const std::string& path, const std::optional<File
 
 std::uint32_t Engine::add_device(std::unique_ptr<Device> device) {
   require_own_process();
-  const std::lock_guard lock(mutex_);
+  Device& added = *device;
+  std::unique_lock lock(mutex_);
   devices_.push_back(std::move(device));
   spare_events_.emplace_back();
-  return static_cast<std::uint32_t>(devices_.size() - 1);
+  const auto lane = static_cast<std::uint32_t>(devices_.size() - 1);
+  lock.unlock();
+  if (timeline_ != nullptr) timeline_->add_device(lane, added);
+  return lane;
 }
 
 Device& Engine::device(std::uint32_t lane) {
@@ -158,43 +163,55 @@ std::vector<Engine::Job> Engine::make_jobs(std::uint32_t lane, std::span<const R
 
 void Engine::await_slot(std::size_t worker) {
   if (!has_rings_) return;
-  const Clock::time_point start = Clock::now();
+  const double begin = Timeline::now();
   const std::optional<std::size_t> emptied = rings_[worker].wait_for_empty();
-  slot_nanoseconds_.fetch_add(nanoseconds_since(start), std::memory_order_relaxed);
+  const double end = Timeline::now();
+  slot_nanoseconds_.fetch_add(nanoseconds(end - begin), std::memory_order_relaxed);
+  if (timeline_ != nullptr && end - begin > kNoticeable) {
+    timeline_->add({Doing::kWaiting, static_cast<std::uint32_t>(worker), begin, end, 0});
+  }
   if (emptied) workers_.done(*emptied);
 }
 
 void Engine::run(const Job& job, std::size_t worker) {
   if (job.device->reads_in_place()) {
-    if (!read_in_place(job)) return;
+    if (!read_in_place(job, worker)) return;
   } else {
-    read_through_slot(job, rings_[worker]);
+    read_through_slot(job, worker);
   }
   pieces_.fetch_add(1, std::memory_order_relaxed);
   complete(job);
 }
 
-bool Engine::read_in_place(const Job& job) {
+bool Engine::read_in_place(const Job& job, std::size_t worker) {
   for (std::size_t i = 0; i < job.to.size(); ++i) {
     if (workers_.is_stopped()) return false;
     const Segment& segment = job.piece.segments[i];
     timed_read(*job.source, reinterpret_cast<std::byte*>(job.to[i]), segment.nbytes, segment.nbytes,
-               job.piece.offset + segment.piece_offset);
+               job.piece.offset + segment.piece_offset, worker);
   }
   workers_.done(job.lane);
   return true;
 }
 
-void Engine::read_through_slot(const Job& job, Ring& ring) {
-  Ring::Slot& slot = ring.lease();
-  timed_read(*job.source, slot.data(), job.piece.needed, job.piece.capacity, job.piece.offset);
+void Engine::read_through_slot(const Job& job, std::size_t worker) {
+  Ring::Slot& slot = rings_[worker].lease();
+  timed_read(*job.source, slot.data(), job.piece.needed, job.piece.capacity, job.piece.offset, worker);
   await(*job.start, *job.device);
+  copy_out(job, slot);
+  rings_[worker].give_back(slot);
+}
+
+void Engine::copy_out(const Job& job, Ring::Slot& slot) {
+  std::unique_ptr<Event> begin = timeline_ == nullptr ? nullptr : timeline_->mark_copies(job.lane);
   for (std::size_t i = 0; i < job.to.size(); ++i) {
     const Segment& segment = job.piece.segments[i];
     job.device->copy(job.to[i], slot.data() + segment.piece_offset, segment.nbytes);
   }
   job.device->record(slot.event_on(*job.device, job.lane));
-  ring.give_back(slot);
+  if (begin == nullptr) return;
+  timeline_->add_work(Doing::kCopying, job.lane, std::move(begin), timeline_->mark_copies(job.lane),
+                      job.piece.needed);
 }
 
 void Engine::await(Start& start, Device& to) {
@@ -205,11 +222,15 @@ void Engine::await(Start& start, Device& to) {
 }
 
 void Engine::timed_read(const Source& source, std::byte* out, std::size_t needed, std::size_t capacity,
-                        std::uint64_t offset) {
-  const Clock::time_point start = Clock::now();
+                        std::uint64_t offset, std::size_t worker) {
+  const double begin = Timeline::now();
   source.read_at(out, needed, capacity, offset);
-  read_nanoseconds_.fetch_add(nanoseconds_since(start), std::memory_order_relaxed);
+  const double end = Timeline::now();
+  read_nanoseconds_.fetch_add(nanoseconds(end - begin), std::memory_order_relaxed);
   bytes_read_.fetch_add(needed, std::memory_order_relaxed);
+  if (timeline_ != nullptr) {
+    timeline_->add({Doing::kReading, static_cast<std::uint32_t>(worker), begin, end, needed});
+  }
 }
 
 void Engine::complete(const Job& job) {
@@ -295,7 +316,12 @@ void Engine::close() {
   }
   progress_.notify_all();
   workers_.stop();
-  const std::exception_ptr error = await_copies();
+  std::exception_ptr error = await_copies();
+  try {
+    if (timeline_ != nullptr && error == nullptr) timeline_->settle();
+  } catch (const Error&) {
+    error = std::current_exception();
+  }
   const std::lock_guard lock(mutex_);
   rings_.clear();
   slots_.reset();

@@ -23,6 +23,7 @@
 #include "storage/file.hpp"
 #include "transfer/plan.hpp"
 #include "transfer/ring.hpp"
+#include "transfer/timeline.hpp"
 #include "transfer/workers.hpp"
 
 namespace pyint8 {
@@ -82,6 +83,8 @@ class Engine {
   void close();
 
   Stats stats() const;
+  // What was done when; null unless it is asked for.
+  Timeline* timeline() { return timeline_.get(); }
 
   // False in a child that was forked since: there all calls throw kCancelled, `close` does nothing, and the
   // engine must be leaked, as its threads cannot be joined.
@@ -119,15 +122,17 @@ class Engine {
   void run(const Job& job, std::size_t worker);
   static void await(Start& start, Device& to);
   // False if the workers were stopped meanwhile.
-  bool read_in_place(const Job& job);
-  void read_through_slot(const Job& job, Ring& ring);
+  bool read_in_place(const Job& job, std::size_t worker);
+  void read_through_slot(const Job& job, std::size_t worker);
+  void copy_out(const Job& job, Ring::Slot& slot);
   void timed_read(const Source& source, std::byte* out, std::size_t needed, std::size_t capacity,
-                  std::uint64_t offset);
+                  std::uint64_t offset, std::size_t worker);
   void complete(const Job& job);
   std::unique_ptr<Event> take_event(std::uint32_t lane);
   std::exception_ptr await_copies();
 
   const EngineOptions options_;
+  const std::unique_ptr<Timeline> timeline_;
   const pid_t process_;
 
   mutable std::mutex mutex_;  // guards what follows, up to the condition

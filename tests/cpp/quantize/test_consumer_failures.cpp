@@ -37,8 +37,12 @@ Request request_of(Tensor& tensor, Gpus& gpus) {
 // A whole load in little: two GPUs, every kind of request, some submitted while others are under way, an end.
 class ConsumerLoad final : public Load {
  public:
+  explicit ConsumerLoad(bool timeline) : timeline_(timeline) {}
+
   void run() override {
-    Gpus gpus(tensors_, callers_, kLeast, kOptions);
+    EngineOptions options = kOptions;
+    options.timeline = timeline_;
+    Gpus gpus(tensors_, callers_, kLeast, options);
     for (std::uint32_t i = 0; i < 8; ++i) gpus.submit(i % 2, tensors_[i]);
     for (const Ticket ticket : {0, 1, 2}) {
       for (const std::uint32_t gpu : {0, 1}) gpus.wait(gpu, ticket);
@@ -55,6 +59,7 @@ class ConsumerLoad final : public Load {
   bool arrived() const override { return tensors_.came(); }
 
  private:
+  const bool timeline_;
   Random random_{7};
   Tensors tensors_{{{Kind::kInt8, ElementType::kBFloat16, ElementType::kBFloat16, 9, 21},
                     {Kind::kInt8, ElementType::kHalf, ElementType::kHalf, 9, 21, true},
@@ -72,7 +77,9 @@ class ConsumerLoad final : public Load {
 }  // namespace
 
 TEST_CASE("a driver that fails at any call gives an error, and nothing is left, nothing hangs") {
-  CHECK(fail_each_call([] { return std::make_unique<ConsumerLoad>(); }) > 50);
+  for (const bool timeline : {false, true}) {
+    CHECK(fail_each_call([&] { return std::make_unique<ConsumerLoad>(timeline); }) > 50);
+  }
 }
 
 TEST_CASE("where one request is refused, none of those with it is taken") {

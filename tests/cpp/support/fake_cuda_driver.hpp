@@ -49,6 +49,7 @@ struct Event {
   const Context* context;
   std::shared_ptr<Moment> last;  // null until recorded
   Clock before;                  // what comes before it
+  bool is_timed = false;
 };
 
 struct Kernel;

@@ -19,6 +19,7 @@ class Moment {
   void pass() {
     const std::lock_guard lock(mutex_);
     passed_ = true;
+    when_ = std::chrono::steady_clock::now();
     changed_.notify_all();
   }
   void wait() {
@@ -29,11 +30,16 @@ class Moment {
     const std::lock_guard lock(mutex_);
     return passed_;
   }
+  std::chrono::steady_clock::time_point when() const {
+    const std::lock_guard lock(mutex_);
+    return when_;
+  }
 
  private:
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   bool passed_ = false;
+  std::chrono::steady_clock::time_point when_;
 };
 
 class Stream {

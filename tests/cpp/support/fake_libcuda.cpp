@@ -138,7 +138,7 @@ CuResult cuStreamWaitEvent(CuStream handle, CuEvent event_handle, unsigned flags
 CuResult cuEventCreate(CuEvent* handle, unsigned flags) {
   BEGIN_IN_CONTEXT("cuEventCreate");
   RETURN_IF(flags > kEventDisableTiming + 1, kInvalidValue);
-  auto event = std::make_unique<Event>(Event{call.context, nullptr, {}});
+  auto event = std::make_unique<Event>(Event{call.context, nullptr, {}, (flags & kEventDisableTiming) == 0});
   *handle = reinterpret_cast<CuEvent>(event.get());
   driver().events.emplace(*handle, std::move(event));
   return kSuccess;
@@ -184,6 +184,17 @@ CuResult cuEventSynchronize(CuEvent handle) {
   call.lock();
   driver().order.host_saw(before);
   return call.result;
+}
+
+CuResult cuEventElapsedTime(float* milliseconds, CuEvent start_handle, CuEvent end_handle) {
+  BEGIN_IN_CONTEXT("cuEventElapsedTime");
+  const Event* start = find_event(start_handle);
+  const Event* end = find_event(end_handle);
+  RETURN_IF(start == nullptr || end == nullptr || !start->is_timed || !end->is_timed, kInvalidHandle);
+  RETURN_IF(start->last == nullptr || end->last == nullptr, kInvalidHandle);
+  RETURN_IF(!start->last->has_passed() || !end->last->has_passed(), kNotReady);
+  *milliseconds = std::chrono::duration<float, std::milli>(end->last->when() - start->last->when()).count();
+  return kSuccess;
 }
 
 CuResult cuMemcpyHtoDAsync_v2(CuDevicePtr to, const void* from, std::size_t nbytes, CuStream handle) {

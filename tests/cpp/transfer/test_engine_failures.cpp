@@ -31,12 +31,14 @@ void add_lane(Engine& engine, int ordinal) {
 // A whole load in little: files, lanes, reads, waits, a transposition, an end.
 class EngineLoad final : public Load {
  public:
-  EngineLoad() : checkpoint_({10 * kSlot + 5}) {
+  explicit EngineLoad(bool timeline) : timeline_(timeline), checkpoint_({10 * kSlot + 5}) {
     for (int lane = 0; lane < kLanes; ++lane) consumers_.emplace_back(lane);
   }
 
   void run() override {
-    Engine engine(kOptions);
+    EngineOptions options = kOptions;
+    options.timeline = timeline_;
+    Engine engine(options);
     checkpoint_.open(engine);
     std::vector<Ticket> tickets;
     for (std::uint32_t lane = 0; lane < kLanes; ++lane) {
@@ -59,6 +61,7 @@ class EngineLoad final : public Load {
   }
 
  private:
+  const bool timeline_;
   Checkpoint checkpoint_;
   std::deque<Caller> consumers_;
   Random random_{7};
@@ -78,7 +81,9 @@ class EngineLoad final : public Load {
 }  // namespace
 
 TEST_CASE("a driver that fails at any call gives an error, and nothing is left, nothing hangs") {
-  CHECK(fail_each_call([] { return std::make_unique<EngineLoad>(); }) > 50);
+  for (const bool timeline : {false, true}) {
+    CHECK(fail_each_call([&] { return std::make_unique<EngineLoad>(timeline); }) > 50);
+  }
 }
 
 TEST_CASE("memory that cannot be pinned is an error of submit, which may be tried again") {

@@ -1,0 +1,69 @@
+// What workers, buses and consumers did when, for a picture of a load.
+//
+// Times of a device come from events around its work, and are put on the host's clock by one that was waited
+// for. Where several workers' copies alternate on one stream, each span lasts from a worker's first to its
+// last.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "device/device.hpp"
+
+namespace pyint8 {
+
+enum class Doing : std::uint8_t { kWaiting, kReading, kCopying, kQuantizing };
+
+struct Span {
+  Doing doing;
+  std::uint32_t who;  // the worker, or the lane for what a device does
+  double begin, end;  // seconds of the steady clock
+  std::uint64_t nbytes;
+};
+
+// Thread-safe.
+class Timeline {
+ public:
+  // Seconds of the steady clock.
+  static double now();
+
+  void add(const Span& span);
+  // Waits for the copies of a lane's device; from now on its work can be timed, if it can at all.
+  void add_device(std::uint32_t lane, Device& device);
+  // A mark in a stream of a lane's device (or on its copies), for `add_work`; null where nothing is timed.
+  std::unique_ptr<Event> mark(std::uint32_t lane, StreamHandle stream) const;
+  std::unique_ptr<Event> mark_copies(std::uint32_t lane) const;
+  // Work between two marks; of no effect without them.
+  void add_work(Doing doing, std::uint32_t lane, std::unique_ptr<Event> begin, std::unique_ptr<Event> end,
+                std::uint64_t nbytes);
+  // Takes the times of the work that is over.
+  void settle();
+
+  // All so far, in no order; of a device's work what is settled.
+  std::vector<Span> spans() const;
+
+ private:
+  struct Clock {
+    Device* device;
+    std::unique_ptr<Event> start;
+    double started;
+  };
+  struct Work {
+    Doing doing;
+    std::uint32_t lane;
+    std::unique_ptr<Event> begin, end;
+    std::uint64_t nbytes;
+  };
+
+  const Clock* clock(std::uint32_t lane) const;
+
+  mutable std::mutex mutex_;
+  std::map<std::uint32_t, Clock> clocks_;
+  std::vector<Work> under_way_;
+  std::vector<Span> spans_;
+};
+
+}  // namespace pyint8

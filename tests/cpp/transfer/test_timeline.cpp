@@ -1,0 +1,105 @@
+// What was done when: all of it, within the time that it took, and nothing where nobody asks.
+#include <algorithm>
+
+#include "consumer_support.hpp"
+#include "device/device_host.hpp"
+
+namespace pyint8::testing {
+namespace {
+
+EngineOptions timed() {
+  EngineOptions options = kOptions;
+  options.timeline = true;
+  return options;
+}
+
+std::vector<Span> of(Engine& engine, Doing doing) {
+  std::vector<Span> found = engine.timeline()->spans();
+  std::erase_if(found, [&](const Span& span) { return span.doing != doing; });
+  return found;
+}
+
+std::uint64_t nbytes(const std::vector<Span>& spans) {
+  std::uint64_t sum = 0;
+  for (const Span& span : spans) sum += span.nbytes;
+  return sum;
+}
+
+void check_within(const std::vector<Span>& spans, double begin, double end) {
+  constexpr double kRounding = 1e-3;  // the driver counts milliseconds in single precision
+  for (const Span& span : spans) {
+    CHECK(span.begin >= begin - kRounding);
+    CHECK(span.begin <= span.end + kRounding);
+    CHECK(span.end <= end + kRounding);
+  }
+}
+
+}  // namespace
+
+TEST_CASE("reads, copies and work on GPUs are noted") {
+  const Accounts accounts;
+  Random random(1);
+  const double begin = Timeline::now();
+  Tensors tensors(random_wishes(random, 40, 250), random);
+  Callers callers(2);
+  Gpus gpus(tensors, callers, kLeast, timed());
+  for (std::uint32_t i = 0; i < tensors.size(); ++i) gpus.submit(i % 2, tensors[i]);
+  gpus.wait(0, tensors.size() / 2 - 1);
+  gpus.wait(1, tensors.size() / 2 - 1);
+  gpus.synchronize();
+  gpus.engine.close();
+  for (Consumer& consumer : gpus.consumers) consumer.close();
+  const double end = Timeline::now();
+  CHECK(tensors.came());
+  const std::vector<Span> reads = of(gpus.engine, Doing::kReading), copies = of(gpus.engine, Doing::kCopying);
+  const Stats stats = gpus.engine.stats();
+  CHECK(reads.size() == stats.pieces);
+  CHECK(copies.size() == stats.pieces);
+  CHECK(nbytes(reads) == stats.bytes_read);
+  CHECK(nbytes(copies) == stats.bytes_read);
+  for (const Doing doing : {Doing::kReading, Doing::kCopying, Doing::kQuantizing}) {
+    const std::vector<Span> spans = of(gpus.engine, doing);
+    check_within(spans, begin, end);
+    for (const std::uint32_t who : {0, 1})
+      CHECK(std::ranges::any_of(spans, [&](const Span& s) { return s.who == who; }));
+  }
+}
+
+TEST_CASE("a worker that waits for a slot says so") {
+  const Accounts accounts;
+  const Checkpoint checkpoint({20 * kSlot});
+  Bytes to(20 * kSlot);
+  Caller caller(0);
+  Engine engine(timed());
+  checkpoint.open(engine);
+  engine.add_device(std::make_unique<CudaDevice>(fake_driver(), 0));
+  const Read read{{0, 0, to.size()}, reinterpret_cast<Address>(to.data())};
+  Gate gate(caller);
+  const Ticket ticket = engine.submit(0, {&read, 1}, caller.stream(), false);
+  soon();
+  gate.open();
+  wait_for(engine, ticket, caller.stream());
+  engine.close();
+  const std::vector<Span> waits = of(engine, Doing::kWaiting);
+  CHECK(std::ranges::any_of(waits, [](const Span& span) { return span.end - span.begin > 5e-3; }));
+}
+
+TEST_CASE("host memory is read into, and nothing else") {
+  const Checkpoint checkpoint({3 * kSlot});
+  Bytes to(3 * kSlot);
+  Engine engine(timed());
+  checkpoint.open(engine);
+  engine.add_device(std::make_unique<HostDevice>(1));
+  const Read read{{0, 0, to.size()}, reinterpret_cast<Address>(to.data())};
+  wait_for(engine, engine.submit(0, {&read, 1}, 0, false), 0);
+  engine.close();
+  CHECK(nbytes(of(engine, Doing::kReading)) == to.size());
+  CHECK(of(engine, Doing::kCopying).empty());
+}
+
+TEST_CASE("nothing is noted unless it is asked for") {
+  Engine engine(kOptions);
+  CHECK(engine.timeline() == nullptr);
+}
+
+}  // namespace pyint8::testing

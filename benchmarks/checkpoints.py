@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 _SHARD_BYTES = 5 * 10**9
 
-# The shapes of Llama-3.1-8B, Llama-3.2-1B, Qwen3-4B, GPT-2 XL, three layers of Llama-3.1-70B, Qwen3-30B-A3B with all of its
-# 18,867 tensors and a third to a half of its widths, and small ones for machines without a GPU.
+# The shapes of Llama-3.1-8B, Llama-3.2-1B, Qwen3-4B, GPT-2 XL, three layers of Llama-3.1-70B, Qwen3-30B-A3B with all of
+# its 18,867 tensors and a third to a half of its widths, and small ones for machines without a GPU.
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama-8b": {
         "model_type": "llama",

@@ -14,12 +14,15 @@ class Engine:
         slots_per_thread: Pinned slots of each worker, for GPUs, 1 to 64.
         slot_bytes: Size of a slot and of the largest single read, a multiple of 4096.
         direct_io: Read what is not in the page cache past it (O_DIRECT), where the file system can.
+        timeline: Note what is done when, for `spans`.
 
     Raises:
         OptionError: A value out of its range, naming the option.
     """
 
-    def __init__(self, *, threads: int, slots_per_thread: int, slot_bytes: int, direct_io: bool) -> None: ...
+    def __init__(
+        self, *, threads: int, slots_per_thread: int, slot_bytes: int, direct_io: bool, timeline: bool = False
+    ) -> None: ...
     def add_file(self, path: str | bytes, stamp: tuple[int, int, int, int] | None = None) -> int:
         """Opens a file and returns its number.
 
@@ -127,6 +130,14 @@ class Engine:
     def stats(self) -> dict[str, float]:
         """So far: `bytes_read` (gaps and alignment included), `bytes_delivered`, `pieces`, and summed over the workers
         `read_seconds` and `slot_seconds` (waiting for the bus to empty a slot)."""
+
+    def spans(self) -> list[tuple[str, int, float, float, int]]:
+        """What was done when, in no order; all of it once engine and consumers are closed, nothing without `timeline`.
+
+        Returns:
+            ("reading" or "waiting", worker, begin, end, bytes), and ("copying" or "quantizing", lane, ...); times in
+            seconds of `time.monotonic`.
+        """
 
 RequestTuple = tuple[tuple[bool, int, int], str, int, int, tuple[bool, bool, int, int] | tuple[str, int], int]
 

@@ -164,6 +164,7 @@ class StreamOptions:
         direct_io: Read what is not in the page cache with O_DIRECT, where the file system can: for a cold checkpoint
             that should not displace other files there. Default False.
         libcuda: The driver library to open, by name or path. Default "libcuda.so.1".
+        timeline: Note in `LoadReport.timeline` what is done when, for a picture. Default False.
 
     Raises:
         OptionError: A value out of its range, naming the option.
@@ -176,6 +177,7 @@ class StreamOptions:
     host_scratch: int = 32 * _MIB
     direct_io: bool = False
     libcuda: str = "libcuda.so.1"
+    timeline: bool = False
 
     def __post_init__(self) -> None:
         _require_int("threads", self.threads, 1, 1024, optional=True)
@@ -185,8 +187,9 @@ class StreamOptions:
             raise OptionError(f"slot_bytes is {self.slot_bytes}; it must be a multiple of 4096")
         _require_int("device_scratch", self.device_scratch, _MIB, 1 << 40)
         _require_int("host_scratch", self.host_scratch, _MIB, 1 << 40)
-        if not isinstance(self.direct_io, bool):
-            raise OptionError(f"direct_io is {self.direct_io!r}; it must be True or False")
+        for name in ("direct_io", "timeline"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name} is {getattr(self, name)!r}; it must be True or False")
         if not isinstance(self.libcuda, str):
             raise OptionError(f"libcuda is {self.libcuda!r}; it must be the name or path of a library")
 

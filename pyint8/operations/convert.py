@@ -87,7 +87,7 @@ def convert(
         raise OptionError(f"{path} is an adapter; convert the model that it is for, {base}")
     options = StreamOptions.from_environment() if options is None else options
     with ExitStack() as stack:
-        recorder = stack.enter_context(Recorder(progress))
+        recorder = stack.enter_context(Recorder(progress, timeline=options.timeline))
         stack.enter_context(ending.awaited(recorder))
         with garbage.paused(), recorder.phase("read headers"):
             checkpoint = find_checkpoint(path, hub_and_model_kwargs)

@@ -175,7 +175,7 @@ def load(
     base = None if is_plain else base_of_adapter(path, hub_and_model_kwargs)
     options = StreamOptions.from_environment() if options is None else options
     with ExitStack() as stack:
-        recorder = stack.enter_context(Recorder(progress))
+        recorder = stack.enter_context(Recorder(progress, timeline=options.timeline))
         stack.enter_context(ending.awaited(recorder))
         # Before anything heavy is imported: bad folders fail at once, and the disk has something to do.
         with garbage.paused(), recorder.phase("read headers"):

@@ -2,5 +2,6 @@
 
 from pyint8.report.load_report import LoadReport, Tally, readable_size
 from pyint8.report.recorder import Recorder, announce, collected
+from pyint8.report.timeline import Span, Timeline
 
-__all__ = ["LoadReport", "Recorder", "Tally", "announce", "collected", "readable_size"]
+__all__ = ["LoadReport", "Recorder", "Span", "Tally", "Timeline", "announce", "collected", "readable_size"]

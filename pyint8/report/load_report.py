@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from pyint8.errors import first_names
+from pyint8.report.timeline import Timeline
 
 _GB = 1e9
 _PHASES = ("read headers", "build", "stream", "finish")
@@ -50,6 +51,7 @@ class LoadReport:
         from_cache: Whether the int8 form was read from the cache (see `pyint8.load`).
         engine: What the workers did: bytes_read, bytes_delivered, pieces, read_seconds, slot_seconds (sums).
         loading_info: As transformers' `output_loading_info`: missing, unexpected and mismatched keys.
+        timeline: What was done when, with `StreamOptions(timeline=True)`; None without.
     """
 
     checkpoint_bytes: int = 0
@@ -63,6 +65,7 @@ class LoadReport:
     from_cache: bool = False
     engine: dict[str, float] = field(default_factory=dict)
     loading_info: dict[str, Any] = field(default_factory=dict)
+    timeline: Timeline | None = None
 
     @property
     def total_seconds(self) -> float:
@@ -128,6 +131,8 @@ def readable_size(nbytes: int) -> str:
 
 
 def _as_json(value: Any) -> Any:
+    if isinstance(value, Timeline):
+        return value.to_dict()
     if isinstance(value, dict):
         return {str(key): _as_json(each) for key, each in value.items()}
     if isinstance(value, (set, frozenset)):

@@ -6,14 +6,17 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 
 from pyint8.report.load_report import LoadReport
 from pyint8.report.progress import ByteProgress
+from pyint8.report.timeline import Span, Timeline
 
 logger = logging.getLogger(__name__)
+
+_NOTHING = nullcontext()
 
 
 class Recorder:
@@ -21,13 +24,14 @@ class Recorder:
 
     Args:
         progress: Whether to show a bar in bytes (see `ByteProgress`).
+        timeline: Whether to note what is done when, in the report's `timeline`.
 
     Attributes:
         report: The report that it fills.
     """
 
-    def __init__(self, progress: bool | None = False) -> None:
-        self.report = LoadReport()
+    def __init__(self, progress: bool | None = False, *, timeline: bool = False) -> None:
+        self.report = LoadReport(timeline=Timeline() if timeline else None)
         self._bar = ByteProgress(progress)
         self._lock = threading.Lock()
 
@@ -48,11 +52,43 @@ class Recorder:
             yield
         finally:
             nested = self.report.total_seconds - before
-            self.add_seconds(name, time.perf_counter() - start - nested)
+            end = time.perf_counter()
+            self._add_seconds(name, end - start - nested)
+            self._add_span(name, start, end)
 
     def add_seconds(self, phase: str, seconds: float) -> None:
+        """Adds time that ends now to a phase."""
+        end = time.perf_counter()
+        self._add_seconds(phase, seconds)
+        if seconds:
+            self._add_span(phase, end - seconds, end)
+
+    def _add_seconds(self, phase: str, seconds: float) -> None:
         with self._lock:
             self.report.seconds[phase] += seconds
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Python waits for bytes within the block."""
+        return _NOTHING if self.report.timeline is None else self._noted("waiting")
+
+    @contextmanager
+    def _noted(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._add_span(what, start, time.perf_counter())
+
+    def _add_span(self, what: str, begin: float, end: float) -> None:
+        if self.report.timeline is not None:
+            name = threading.current_thread().name
+            self.add_spans([Span("Python" if name == "MainThread" else f"Python, {name}", what, begin, end)])
+
+    def add_spans(self, spans: Iterable[Span]) -> None:
+        """Adds what was done when, by the clock of `time.perf_counter`."""
+        if self.report.timeline is not None:
+            with self._lock:
+                self.report.timeline.spans.extend(spans)
 
     def expect(self, nbytes: int) -> None:
         """Announces how many bytes of the checkpoint will land."""

@@ -21,7 +21,9 @@ __all__ = ["_core", "open_engine"]
 _engines: WeakSet[_core.Engine] = WeakSet()
 
 
-def open_engine(*, threads: int, slots_per_thread: int, slot_bytes: int, direct_io: bool) -> _core.Engine:
+def open_engine(
+    *, threads: int, slots_per_thread: int, slot_bytes: int, direct_io: bool, timeline: bool = False
+) -> _core.Engine:
     """An engine (see `_core.Engine`) that is closed at the latest when Python ends.
 
     Raises:
@@ -30,7 +32,11 @@ def open_engine(*, threads: int, slots_per_thread: int, slot_bytes: int, direct_
     """
     ending.refuse_at_end()
     engine = _core.Engine(
-        threads=threads, slots_per_thread=slots_per_thread, slot_bytes=slot_bytes, direct_io=direct_io
+        threads=threads,
+        slots_per_thread=slots_per_thread,
+        slot_bytes=slot_bytes,
+        direct_io=direct_io,
+        timeline=timeline,
     )
     _engines.add(engine)
     return engine

@@ -167,7 +167,9 @@ class Pour:
             self._wait(self._ready)
 
     def _wait(self, ticket: int) -> None:
-        before, self._ready = self._ready, self._consumer.wait(ticket, self._lane.stream)
+        before = self._ready
+        with self._recorder.waiting():
+            self._ready = self._consumer.wait(ticket, self._lane.stream)
         for request in self._requests[before : self._ready]:
             self._recorder.landed(request.entry.nbytes)
             if request.entry.name in self._early:

@@ -55,6 +55,8 @@ def open_stream(
         finally:
             transport.close()
             stream.close()
+            if recorder is not None:
+                recorder.add_spans(transport.spans())
 
 
 def read_tensor(entry: Entry) -> torch.Tensor:

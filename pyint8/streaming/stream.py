@@ -266,7 +266,7 @@ class TensorStream:
             self._submit([chunk], first=True)
         assert chunk.ticket is not None
         assert chunk.memory is not None
-        with self._naming_tensors():
+        with self._naming_tensors(), self._recorder.waiting():
             for ticket in range(chunk.ticket, chunk.ticket + len(chunk.entries)):
                 self._engine.wait(ticket, chunk.lane.stream)
         self._recorder.landed(chunk.nbytes)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pyint8.host import ending
+from pyint8.report import Span
 from pyint8.streaming.extension import _core, open_engine
 from pyint8.streaming.lane import Lane, LaneOpener, open_lane
 
@@ -61,6 +62,7 @@ class Transport:
             slots_per_thread=options.slots_per_thread,
             slot_bytes=options.slot_size(threads),
             direct_io=options.direct_io,
+            timeline=options.timeline,
         )
 
     def lane(self, device: torch.device) -> Lane:
@@ -141,6 +143,15 @@ class Transport:
     def stats(self) -> dict[str, float]:
         """The engine's statistics so far (see `LoadReport.engine`)."""
         return self.engine.stats()
+
+    def spans(self) -> list[Span]:
+        """What workers, buses and GPUs did when; complete once it is closed."""
+        devices = {lane.index: str(lane.device) for lane in self._opened}
+        lanes = {"copying": "bus to {}", "quantizing": "{}"}
+        return [
+            Span(lanes[what].format(devices[who]) if what in lanes else f"worker {who}", what, begin, end, nbytes)
+            for what, who, begin, end, nbytes in self.engine.spans()
+        ]
 
     def close(self) -> None:
         """Stops reading, joins the workers, waits for copies under way, gives back pinned memory and scratch."""

@@ -64,7 +64,8 @@ class LoadSession:
         request = LoadRequest(
             strict=strict, options=StreamOptions.from_environment(), arguments={"ignore_mismatched_sizes": True}
         )
-        return LoadSession(request, Preparation(None, request.options), Recorder())
+        recorder = Recorder(timeline=request.options.timeline)
+        return LoadSession(request, Preparation(None, request.options), recorder)
 
     @staticmethod
     def active() -> LoadSession | None:

@@ -52,6 +52,7 @@ class File final : public Source {
   void require_unchanged() const override;
 
   const std::string& path() const { return path_; }
+  const FileStamp& stamp() const { return stamp_; }
   bool direct() const { return direct_.load(std::memory_order_relaxed) >= 0; }
 
  private:

@@ -5,7 +5,6 @@
 #include <optional>
 
 #include "error.hpp"
-#include "storage/file.hpp"
 
 namespace pyint8 {
 namespace {
@@ -13,6 +12,9 @@ namespace {
 // Unwanted bytes read through to serve two tensors with one read: fewer than a request costs on any storage.
 constexpr std::size_t kMaxGap = std::size_t{64} << 10;
 
+// With as many twins for direct reads, within the 256 that some systems allow a process. More workers than
+// that may read at once.
+constexpr std::size_t kMostOpenFiles = 64;
 // A shorter wait is not worth a line in a picture.
 constexpr double kNoticeable = 10e-6;
 
@@ -43,6 +45,7 @@ Engine::Engine(const EngineOptions& options)
     : options_(validated(options)),
       timeline_(options_.timeline ? std::make_unique<Timeline>() : nullptr),
       process_(::getpid()),
+      open_files_(kMostOpenFiles),
       workers_(options_.threads, {.get_ready = [this](std::size_t worker) { await_slot(worker); },
                                   .run = [this](const Job& job, std::size_t worker) { run(job, worker); },
                                   .on_failure =
@@ -65,7 +68,7 @@ bool Engine::is_of_this_process() const {
 
 std::uint32_t Engine::add_file(const std::string& path, const std::optional<FileStamp>& expected) {
   require_own_process();
-  auto file = std::make_unique<File>(path, options_.direct_io, expected);
+  auto file = open_files_.open(path, options_.direct_io, expected);
   const std::lock_guard lock(mutex_);
   files_.push_back(std::move(file));
   return static_cast<std::uint32_t>(files_.size() - 1);

@@ -20,7 +20,7 @@
 
 #include "device/device.hpp"
 #include "options.hpp"
-#include "storage/file.hpp"
+#include "storage/open_files.hpp"
 #include "transfer/plan.hpp"
 #include "transfer/ring.hpp"
 #include "transfer/timeline.hpp"
@@ -136,7 +136,8 @@ class Engine {
   const pid_t process_;
 
   mutable std::mutex mutex_;  // guards what follows, up to the condition
-  std::deque<std::unique_ptr<Source>> files_;
+  OpenFiles open_files_;
+  std::deque<std::unique_ptr<Source>> files_;  // after what they are of
   std::deque<std::unique_ptr<Device>> devices_;
   std::deque<Pending> pending_;
   std::vector<std::vector<std::unique_ptr<Event>>> spare_events_;  // by lane

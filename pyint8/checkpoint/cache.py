@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -14,6 +13,7 @@ from typing import Any
 
 from pyint8.errors import Pyint8Error
 from pyint8.host.files import open_file
+from pyint8.host.locks import lock
 
 from .identity import identity_of
 from .index import Checkpoint, open_checkpoint
@@ -74,18 +74,19 @@ class CacheFolder:
         """
         folder = self.folder(key)
         try:
-            seal = os.open(os.path.join(folder, _SEAL), os.O_RDONLY | os.O_CLOEXEC)
+            sealed = lock(os.path.join(folder, _SEAL), shared=True)
         except OSError:
+            sealed = None
+        if sealed is None:
             yield None
             return
         try:
-            fcntl.flock(seal, fcntl.LOCK_SH)
             checkpoint = _sound(folder)
             if checkpoint is not None:
-                os.utime(seal)
+                os.utime(sealed)
             yield checkpoint
         finally:
-            os.close(seal)
+            os.close(sealed)
 
     def make_room(self, nbytes: int) -> bool:
         """Removes entries that are not in use, the least recently used first, until so much more may be there.
@@ -155,19 +156,15 @@ def _sound(folder: str) -> Checkpoint | None:
 
 def _removed(folder: str) -> bool:
     """Removes a folder, unless a load uses it, or a process writes it."""
+    seal_file = os.path.join(folder, _SEAL)
     try:
-        file = os.open(os.path.join(folder, _SEAL), os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        try:
-            file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError:
-            return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked = lock(seal_file if os.path.exists(seal_file) else folder, wait=False)
     except OSError:
         return False
-    else:
+    if locked is None:
+        return False
+    try:
         shutil.rmtree(folder, ignore_errors=True)
         return not os.path.exists(folder)
     finally:
-        os.close(file)
+        os.close(locked)

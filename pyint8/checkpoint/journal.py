@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterable
 from types import TracebackType
 
-from pyint8.host.writing import write_errors
+from pyint8.host.files import open_file
+from pyint8.host.writing import create, write_errors
 
 
 class Journal:
@@ -31,7 +32,7 @@ class Journal:
         with write_errors(path):
             lines = _whole_lines(path) if self.is_of(path, identity) else []
             self.done = frozenset(name for line in lines[1:] for name in line)
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            self._file = create(path)
             self.add([identity])
             if self.done:
                 self.add(self.done)
@@ -64,7 +65,7 @@ class Journal:
 
 def _whole_lines(path: str) -> list[list[str]]:
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             whole = [line for line in file if line.endswith(b"\n")]
         return [json.loads(line) for line in whole]
     except (FileNotFoundError, ValueError):

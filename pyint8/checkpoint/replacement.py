@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import glob
 import os
 import shutil
@@ -13,7 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from pyint8.errors import OptionError
-from pyint8.host.writing import write_errors
+from pyint8.host.locks import lock
+from pyint8.host.writing import sync, write_errors
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -45,7 +45,7 @@ def replaced_folder(
     with write_errors(target):
         os.makedirs(os.path.dirname(target), exist_ok=True)
         _remove_leftovers(target, but=None if is_resumed is None else _resumed(target))
-        staging, lock = _staging_folder(target) if is_resumed is None else _resumed_folder(target)
+        staging, locked = _staging_folder(target) if is_resumed is None else _resumed_folder(target)
         try:
             with _keeping(staging, is_resumed):
                 yield staging
@@ -56,7 +56,7 @@ def replaced_folder(
                 _take_place(staging, target)
             shutil.rmtree(staging, ignore_errors=True)  # by now it is what was there before
         finally:
-            os.close(lock)
+            os.close(locked)
 
 
 @contextmanager
@@ -86,8 +86,8 @@ def sync_tree(folder: str) -> None:
     for parent, _, files in os.walk(folder):
         for name in files:
             if not os.path.islink(os.path.join(parent, name)):
-                _sync(os.path.join(parent, name))
-        _sync(parent)
+                sync(os.path.join(parent, name))
+        sync(parent)
 
 
 def _prefix(target: str) -> str:
@@ -98,11 +98,10 @@ def _staging_folder(target: str) -> tuple[str, int]:
     """A new folder beside `target`, and a lock on it, which its process holds while it lives."""
     while True:
         staging = tempfile.mkdtemp(prefix=_prefix(target), dir=os.path.dirname(target))
-        lock = os.open(staging, os.O_RDONLY | os.O_CLOEXEC)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if os.path.isdir(staging):
-            return staging, lock
-        os.close(lock)  # another process took it for a leftover just before it was locked
+        locked = lock(staging)
+        if locked is not None:
+            return staging, locked
+        # Another process took it for a leftover just before it was locked.
 
 
 def _resumed(target: str) -> str:
@@ -114,31 +113,25 @@ def _resumed_folder(target: str) -> tuple[str, int]:
     staging = _resumed(target)
     while True:
         os.makedirs(staging, mode=0o700, exist_ok=True)
-        lock = os.open(staging, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = lock(staging, wait=False)
         except BlockingIOError:
-            os.close(lock)
             raise OptionError(f"another process is writing {target}; wait for it, or choose another folder") from None
-        if os.path.isdir(staging) and os.path.samestat(os.fstat(lock), os.stat(staging)):
-            return staging, lock
-        os.close(lock)  # another process finished with it just before it was locked
+        if locked is not None:
+            return staging, locked
+        # Another process finished with it just before it was locked.
 
 
 def _remove_leftovers(target: str, but: str | None) -> None:
     pattern = os.path.join(glob.escape(os.path.dirname(target)), glob.escape(_prefix(target)) + "*")
     for leftover in set(glob.glob(pattern)) - {but}:
         try:
-            found = os.open(leftover, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError:  # removed meanwhile, or none of ours
+            locked = lock(leftover, wait=False)
+        except OSError:  # its process lives, or it was removed meanwhile
             continue
-        try:
-            fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while its process lives
+        if locked is not None:
             shutil.rmtree(leftover, ignore_errors=True)
-        except OSError:
-            pass
-        finally:
-            os.close(found)
+            os.close(locked)
 
 
 def _keep_others(target: str, staging: str, is_replaced: Callable[[str], bool]) -> None:
@@ -174,7 +167,7 @@ def _take_place(staging: str, target: str) -> None:
         os.rename(staging, target)
     elif not _exchanged(staging, target):
         _swap(staging, target)
-    _sync(os.path.dirname(target))
+    sync(os.path.dirname(target))
 
 
 def _exchanged(one: str, other: str) -> bool:
@@ -200,11 +193,3 @@ def _swap(staging: str, target: str) -> None:
         os.rename(aside, target)
         raise
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync(path: str) -> None:
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

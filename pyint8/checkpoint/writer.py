@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from pyint8.errors import CheckpointError
-from pyint8.host.writing import write_errors
+from pyint8.host.writing import create, write_errors
 
 from .entry import DTYPES
 
@@ -63,8 +63,7 @@ class SafetensorsWriter:
         header, self._places = _layout(tensors, metadata)
         self._closing = threading.Lock()
         with write_errors(path):
-            keep = 0 if resume else os.O_TRUNC
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | keep, 0o666)
+            self._file = create(path, keep=resume)
         try:
             self._write_at(0, header, None)
         except BaseException:

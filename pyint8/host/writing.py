@@ -1,4 +1,4 @@
-"""The operating system's refusals to write, as errors that say what to do."""
+"""Writing, and the operating system's refusals of it as errors that say what to do."""
 
 from __future__ import annotations
 
@@ -21,6 +21,33 @@ _ADVICE = {
     errno.ENOTDIR: "a file is in the way; choose another folder",
     errno.EBUSY: "it is the root of a file system, and cannot be replaced; choose a folder inside of it",
 }
+
+
+def create(path: str, *, keep: bool = False) -> int:
+    """A descriptor of a file to write to (and to read from); made if it is not there.
+
+    Args:
+        path: Of the file.
+        keep: Whether what is in it stays.
+
+    Raises:
+        OSError: The operating system refused.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe without a reader is refused
+    return os.open(path, flags | (0 if keep else os.O_TRUNC), 0o666)
+
+
+def sync(path: str) -> None:
+    """Returns once a file, or the names in a folder, are on the disk.
+
+    Raises:
+        OSError: The operating system refused.
+    """
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 @contextmanager

@@ -1,0 +1,35 @@
+"""Advisory locks on files and folders, which a process holds while it lives."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+
+
+def lock(path: str, *, shared: bool = False, wait: bool = True) -> int | None:
+    """Lock a file or folder; closing the descriptor that is returned unlocks it.
+
+    Args:
+        path: It must be there.
+        shared: Whether others may have it too, who also share it.
+        wait: Whether to wait for others.
+
+    Returns:
+        The descriptor; None if by now something else is at the path, or nothing.
+
+    Raises:
+        BlockingIOError: Another has it, and `wait` is False.
+        OSError: It cannot be opened.
+    """
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        if os.path.samestat(os.fstat(file), os.stat(path)):
+            return file
+    except FileNotFoundError:
+        pass
+    except BaseException:
+        os.close(file)
+        raise
+    os.close(file)
+    return None

@@ -12,6 +12,7 @@ import os
 from dataclasses import dataclass
 
 from pyint8.errors import HeaderError, TruncatedError
+from pyint8.host import garbage
 from pyint8.host.files import open_file
 
 from ._reading import (
@@ -73,7 +74,11 @@ def read_header(path: str | os.PathLike[str]) -> SafetensorsFile:
         FileChangedError: The file was written to meanwhile.
         ReadError: The operating system refused to open or read it; `errno` says why.
     """
-    path = os.fspath(path)
+    with garbage.paused():  # many small objects, none of them garbage: looking takes as long as reading
+        return _read_header(os.fspath(path))
+
+
+def _read_header(path: str) -> SafetensorsFile:
     stamp, raw = _read(path)
     header = _parse(path, raw)
     metadata = _metadata(path, header.pop("__metadata__", None))

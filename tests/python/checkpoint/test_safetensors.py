@@ -1,6 +1,7 @@
 """read_header against each rule of the format; test_safetensors_fuzz.py compares it with safetensors itself."""
 
 import errno
+import gc
 import json
 import os
 import subprocess
@@ -170,3 +171,22 @@ def test_importing_the_package_imports_nothing_heavy():
     subprocess.run(
         [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     )
+
+
+def test_many_tensors_are_read_without_looking_for_garbage(path):
+    tensors = {f"{number}": {**F32, "data_offsets": [8 * number, 8 * number + 8]} for number in range(30_000)}
+    write(path, framed(tensors, bytes(8 * len(tensors))))
+    collections = []
+
+    def note(phase, info):
+        collections.append(info["generation"])
+
+    gc.collect()
+    gc.callbacks.append(note)
+    try:
+        header = read_header(path)
+    finally:
+        gc.callbacks.remove(note)
+    assert gc.isenabled()
+    assert len(header.entries) == len(tensors)
+    assert collections == []

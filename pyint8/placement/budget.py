@@ -45,6 +45,12 @@ def memory_budget(max_memory: Any, headroom: Any, device_map: Any, load_bytes: i
     return MemoryBudget(exact_bytes(max_memory, max(headroom_bytes, load_bytes)), is_exact=True)
 
 
+def allowed_bytes(budget: MemoryBudget) -> dict[Any, int]:
+    """The bytes of each device that a planner starts from: those given, or what is free on all."""
+    sizes = get_max_memory() if budget.per_device is None else budget.per_device
+    return {device: int(_size(f"max_memory of {device!r}", size)) for device, size in sizes.items()}
+
+
 def exact_bytes(max_memory: Mapping[Any, Any] | None, headroom_bytes: int) -> dict[Any, int]:
     """Bytes of each device that a plan may use, with `headroom_bytes` kept on every GPU; GPUs first, by number."""
     found = {}

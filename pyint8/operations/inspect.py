@@ -178,7 +178,9 @@ def _found(path: str, arguments: Mapping[str, Any], *, is_plain: bool) -> Checkp
         checkpoint = find_checkpoint(path, arguments)
     if checkpoint is None:
         raise CheckpointNotFoundError(
-            f"the local cache has no whole checkpoint of {path}; download it first: `hf download {path}`", path=path
+            "there is no such folder, and the local cache has no whole checkpoint of a hub id of that name; check the "
+            f"path, or download it first: `hf download {path}`",
+            path=path,
         )
     return checkpoint
 

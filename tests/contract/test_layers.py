@@ -30,6 +30,8 @@ MAY_IMPORT = {
     "operations": BELOW_STREAMING | {"streaming", "quantizer", "models"},
     "__init__": {"config", "errors", "host", "models", "operations", "report"},
     "run": {"__init__"},
+    "cli": BELOW_STREAMING | {"operations", "__init__", "run"},
+    "__main__": {"cli"},
 }
 """Every room, and those that it may import beside itself."""
 

@@ -11,6 +11,7 @@ LEAST_DRIVER = 525
 
 _FIELDS = (
     "index",
+    "uuid",
     "name",
     "driver_version",
     "memory.total",
@@ -20,6 +21,7 @@ _FIELDS = (
     "pcie.link.width.current",
     "pcie.link.width.max",
 )
+_LINK_FIELDS = 4
 # GB/s of one lane of each generation of PCIe, before the packets' headers.
 _LANE = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}
 _NVIDIA = "0x10de"
@@ -54,7 +56,8 @@ class Gpu:
     """One GPU.
 
     Attributes:
-        index: The driver's number of it.
+        index: The driver's number of it, which need not be that of CUDA (CUDA_VISIBLE_DEVICES).
+        uuid: What tells it from all others, without "GPU-".
         name: Its product's name.
         driver: The driver's version, such as "570.86".
         memory_bytes: All of its memory.
@@ -63,6 +66,7 @@ class Gpu:
     """
 
     index: int
+    uuid: str
     name: str
     driver: str
     memory_bytes: int | None
@@ -86,15 +90,16 @@ def gpus() -> list[Gpu]:
 
 
 def _gpu(values: list[str]) -> Gpu:
-    index, name, driver, total, free, *link = values
+    index, uuid, name, driver, total, free, *link = values
     numbers = [int(value) for value in link if value.isdecimal()]
     return Gpu(
         index=int(index),
+        uuid=uuid.removeprefix("GPU-"),
         name=name,
         driver=driver,
         memory_bytes=int(total) * _MIB if total.isdecimal() else None,
         free_bytes=int(free) * _MIB if free.isdecimal() else None,
-        link=Link(*numbers) if len(numbers) == len(_FIELDS) - 5 else None,
+        link=Link(*numbers) if len(numbers) == _LINK_FIELDS else None,
     )
 
 

@@ -43,7 +43,7 @@ def examine(path: str | os.PathLike[str] | None = None) -> Iterator[Finding]:
     yield torch
     if torch.state != "broken":
         yield _entry_point()
-        yield from (_bus(gpu) for gpu in found[: torch.facts["gpus"]])
+        yield from (_bus(ordinal, _described(ordinal, found)) for ordinal in range(torch.facts["gpus"]))
 
 
 def _look_at_gpus(found: list[Gpu]) -> Iterator[Finding]:
@@ -155,15 +155,23 @@ def _entry_point() -> Finding:
     )
 
 
-def _bus(gpu: Gpu) -> Finding:
+def _described(ordinal: int, found: list[Gpu]) -> Gpu | None:
+    """The GPU that is torch's `cuda:ordinal`, if nvidia-smi lists it."""
+    import torch
+
+    uuid = str(torch.cuda.get_device_properties(ordinal).uuid)
+    return next((gpu for gpu in found if gpu.uuid == uuid), None)
+
+
+def _bus(ordinal: int, gpu: Gpu | None) -> Finding:
     from pyint8.streaming.speed import bus_speed
 
-    name = f"bus of GPU {gpu.index}"
+    name = f"bus of cuda:{ordinal}" if gpu is None else f"bus of GPU {gpu.index}"
     try:
-        speed = bus_speed(gpu.index)
+        speed = bus_speed(ordinal)
     except RuntimeError as error:  # no memory left, or the driver fails
         return Finding(name, "unknown", f"cannot be measured: {error}", {}, None, "free some of the GPU's memory")
-    expected = 0.0 if gpu.link is None else gpu.link.gigabytes_per_second
+    expected = 0.0 if gpu is None or gpu.link is None else gpu.link.gigabytes_per_second
     facts: dict[str, Any] = {"gigabytes_per_second": speed, "lanes_give": expected or None}
     value = f"{speed:.1f} GB/s from pinned memory" + (f" of {expected:.0f}" if expected else "")
     if speed < _GOOD_BUS * expected:

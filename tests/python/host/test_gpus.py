@@ -27,11 +27,12 @@ def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Says:
 
 def test_what_nvidia_smi_says(nvidia_smi: Says) -> None:
     nvidia_smi(
-        "0, NVIDIA H100 PCIe, 570.86.15, 81559, 80995, 1, 5, 16, 16", "1, Old, 470.1, [N/A], [N/A], 3, 3, [N/A], 16"
+        "0, GPU-8b1f, NVIDIA H100 PCIe, 570.86.15, 81559, 80995, 1, 5, 16, 16",
+        "1, [N/A], Old, 470.1, [N/A], [N/A], 3, 3, [N/A], 16",
     )
     first, second = gpus()
     link = Link(generation=1, most_generation=5, width=16, most_width=16)
-    assert first == Gpu(0, "NVIDIA H100 PCIe", "570.86.15", 81559 << 20, 80995 << 20, link)
+    assert first == Gpu(0, "8b1f", "NVIDIA H100 PCIe", "570.86.15", 81559 << 20, 80995 << 20, link)
     assert 60 < link.gigabytes_per_second < 64
     assert not first.has_old_driver
     assert (second.memory_bytes, second.free_bytes, second.link) == (None, None, None)

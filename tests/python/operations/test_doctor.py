@@ -8,7 +8,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from pyint8.operations import doctor, machine
 from pyint8.operations.doctor import examine
 from pyint8.report.finding import Finding
 
-H100 = Gpu(0, "H100", "570.1", 80 << 30, 79 << 30, Link(5, 5, 16, 16))
+H100 = Gpu(0, "8b1f", "H100", "570.1", 80 << 30, 79 << 30, Link(5, 5, 16, 16))
 
 
 def found(path: Path | None = None) -> dict[str, Finding]:
@@ -145,7 +147,7 @@ def test_a_gpu_that_torch_does_not_open(these_gpus: Callable[..., None], monkeyp
 
 
 def test_an_old_driver_and_a_narrow_link(these_gpus: Callable[..., None]) -> None:
-    these_gpus(Gpu(3, "old", "470.1", None, None, Link(3, 3, 4, 16)), Gpu(4, "mute", "570", None, None, None))
+    these_gpus(Gpu(3, "a", "old", "470.1", None, None, Link(3, 3, 4, 16)), Gpu(4, "b", "mute", "570", None, None, None))
     findings = found()
     assert findings["GPU 3"].state == "broken"
     assert findings["link of GPU 3"].state == "slow"
@@ -156,8 +158,8 @@ def test_an_old_driver_and_a_narrow_link(these_gpus: Callable[..., None]) -> Non
 @pytest.mark.parametrize(("speed", "state"), [(54.7, "ok"), (20.0, "slow")])
 def test_the_bus(speed: float, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyint8.streaming.speed.bus_speed", lambda _: speed)
-    finding = doctor._bus(H100)
-    assert finding.state == state
+    finding = doctor._bus(1, H100)
+    assert (finding.name, finding.state) == ("bus of GPU 0", state)
     assert finding.facts["gigabytes_per_second"] == speed
     assert (finding.mend is not None) == (state == "slow")
 
@@ -167,7 +169,19 @@ def test_a_bus_that_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr("pyint8.streaming.speed.bus_speed", fail)
-    assert doctor._bus(H100).state == "unknown"
+    assert doctor._bus(0, H100).state == "unknown"
+
+
+def test_gpus_are_told_apart_by_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's numbers are others than the driver's where CUDA_VISIBLE_DEVICES is set."""
+    other = replace(H100, index=1, uuid="77aa")
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda ordinal: SimpleNamespace(uuid=["77aa", "x"][ordinal])
+    )
+    monkeypatch.setattr("pyint8.streaming.speed.bus_speed", lambda _: 50.0)
+    assert doctor._described(0, [H100, other]) is other
+    assert doctor._described(1, [H100, other]) is None
+    assert doctor._bus(1, None).name == "bus of cuda:1"
 
 
 @pytest.mark.parametrize(("has_gpu", "address", "state"), [(False, None, "ok"), (True, None, "slow"), (True, 7, "ok")])

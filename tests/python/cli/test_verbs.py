@@ -81,6 +81,8 @@ def test_plan_says_no_by_3(llama: Path, command: Command) -> None:
     done = command("plan", llama, *small)
     assert done.returncode == 3
     assert "fits        no: " in done.stdout
+    assert "try         --headroom 1GiB" in done.stdout
+    assert "try   " not in command("plan", llama, *small, "--headroom", "1GiB").stdout
     assert command("plan", llama, *small, "--fp32-cpu-offload").returncode == 0
 
 

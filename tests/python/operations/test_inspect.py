@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 from zoo import ZOO, CheckpointStore
 
 import pyint8
@@ -89,6 +91,14 @@ def test_what_is_refused(checkpoints: CheckpointStore, tmp_path: Path) -> None:
     for arguments, kind, found in refused:
         with pytest.raises(kind, match=found):
             pyint8.inspect(**{"path": source, **arguments})
+
+
+def test_an_adapter_names_the_model_to_inspect(checkpoints: CheckpointStore, tmp_path: Path) -> None:
+    base = checkpoints.folder(ZOO["llama"], "bf16")
+    model = LlamaForCausalLM.from_pretrained(base)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(OptionError, match=f"is an adapter; inspect the model that it is for, {base}"):
+        pyint8.inspect(tmp_path / "adapter")
 
 
 def test_a_truncated_file_is_named(copy_of: Callable[..., Path]) -> None:

@@ -38,13 +38,14 @@ def push_folder(folder: str, repository: str) -> str:
 
 @contextmanager
 def _hub_errors(repository: str, advice: str) -> Iterator[None]:
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    # The second is that of its HTTP library, which is another in each of its releases: a network that fails.
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     try:
         yield
     except HFValidationError as error:
         raise OptionError(f"{repository!r} names no repository of the hub: {_first_line(error)}") from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:
         raise WriteError(f"{repository} on the hub cannot be written: {_first_line(error)}; {advice}") from error
 
 

@@ -99,8 +99,9 @@ def test_wrong_usage_is_2(arguments: list[str], command: Command) -> None:
     assert done.stderr.startswith("usage: pyint8")
 
 
-@pytest.mark.parametrize("as_json", [False, True])
-@pytest.mark.parametrize("verb", ["inspect", "plan", "load", "convert"])
+@pytest.mark.parametrize(
+    ("verb", "as_json"), [("inspect", False), ("inspect", True), ("plan", True), ("load", True), ("convert", True)]
+)
 def test_an_error_is_one_line_and_1(verb: str, as_json: bool, command: Command, copy_of: Command) -> None:
     file = copy_of("llama") / "model.safetensors"
     with file.open("r+b") as opened:

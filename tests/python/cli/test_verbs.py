@@ -19,7 +19,7 @@ import pyint8
 Command = Callable[..., Any]
 
 HUB = """
-import huggingface_hub
+import huggingface_hub, huggingface_hub.errors
 
 class HfApi:
     def create_repo(self, repository, *, private, exist_ok):
@@ -120,9 +120,10 @@ def test_convert_pushes_what_it_wrote(llama: Path, command: Command, tmp_path: P
     assert load_file(tmp_path / "int8" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].dtype == torch.int8
 
 
-def test_a_push_that_fails_leaves_what_was_converted(llama: Path, command: Command, tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", ["OSError", "huggingface_hub.errors.HTTPError"])
+def test_a_push_that_fails_leaves_what_was_converted(error: str, llama: Path, command: Command, tmp_path: Path) -> None:
     words = ("convert", llama, "int8", "--device", "cpu", "--push-to-hub", "me/int8")
-    done = command(*words, before=HUB.format(fails="raise OSError('the network is gone')"))
+    done = command(*words, before=HUB.format(fails=f"raise {error}('the network is gone')"))
     assert done.returncode == 1
     assert "the network is gone; the folder is complete, so try again: `hf upload me/int8 int8`" in done.stderr
     assert (tmp_path / "int8" / "model.safetensors").exists()

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from pyint8 import takeover
+from pyint8.host.files import open_file
 
 _USAGE = "usage: python -m pyint8.run (PROGRAM | -m MODULE) [ARGUMENT ...]"
 
@@ -44,7 +45,7 @@ def _file(program: str) -> str:
     found = shutil.which(program)
     if found is None:
         raise SystemExit(f"there is no program {program}, neither as a file nor on PATH")
-    with open(found, "rb") as file:
+    with open_file(found) as file:
         first_line = file.readline(200)
         second_line = file.readline(200)
     if not _is_python(first_line, second_line):

@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"pyint8 {verb.name}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return _PIPE_CLOSED
 
 
@@ -87,7 +88,7 @@ def _standard_output(*, for_json: bool) -> Iterator[TextIO]:
         return
     sys.stdout.flush()
     number = sys.stdout.fileno()
-    with os.fdopen(os.dup(number), "w", encoding="utf-8") as own:
+    with open(os.dup(number), "w", encoding="utf-8") as own:
         os.dup2(sys.stderr.fileno(), number)
         try:
             yield own

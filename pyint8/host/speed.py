@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import cycle
 
+from pyint8.host.files import open_unbuffered
+
 _GB = 1e9
 _PIECE = 2 << 20
 _BUFFERS = 3
@@ -67,8 +69,7 @@ class _Reader:
 def _pieces(files: Sequence[Path], flags: int, stack: ExitStack) -> Iterator[tuple[int, int]]:
     """(descriptor, offset) of every whole piece, and of the first of a smaller file."""
     for path in files:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
-        stack.callback(os.close, descriptor)
+        descriptor = stack.enter_context(open_unbuffered(path, flags)).fileno()
         size = os.fstat(descriptor).st_size
         yield from ((descriptor, offset) for offset in range(0, size // _PIECE * _PIECE or 1, _PIECE))
 
@@ -97,9 +98,6 @@ def takes_direct_reads(file: Path) -> bool:
 
 def drop_from_cache(file: Path) -> None:
     """Writes a file's pages back, and asks the kernel to forget them."""
-    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
+    with open_unbuffered(file) as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

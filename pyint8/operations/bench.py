@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pyint8.checkpoint.writer import SafetensorsWriter, TensorPlan
 from pyint8.config import Int8Config, StreamOptions
 from pyint8.errors import OptionError, ReadError
+from pyint8.host.files import open_file
 from pyint8.host.imports import importing
 from pyint8.host.memory import available_memory
 from pyint8.host.page_cache import is_cached
@@ -144,7 +145,7 @@ def _disk(path: str, threads: int) -> Speed:
     drop_from_cache(path)
     is_direct = takes_direct_reads(path)
     if not is_direct:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             if is_cached(file.fileno(), 0):
                 return Speed("disk", None, "the file system keeps files in memory, and takes no direct reads")
     try:

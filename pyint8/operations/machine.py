@@ -13,6 +13,7 @@ from packaging.version import Version
 from pyint8.config import StreamOptions
 from pyint8.errors import Pyint8Error, ReadError
 from pyint8.host.cpus import usable_cpus
+from pyint8.host.files import open_file
 from pyint8.host.limits import file_system, lockable_bytes, memory_limit
 from pyint8.host.memory import available_memory
 from pyint8.host.page_cache import is_cached
@@ -154,7 +155,7 @@ def _disk(files: list[str]) -> Finding:
 
 
 def _is_warm(files: list[str]) -> bool:
-    with open(files[0], "rb") as file:
+    with open_file(files[0]) as file:
         return is_cached(file.fileno(), 0)
 
 

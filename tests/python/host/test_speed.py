@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 
 import pytest
 
 from pyint8.host import speed
+from pyint8.host.files import open_unbuffered
 from pyint8.host.speed import drop_from_cache, read_by_threads, takes_direct_reads
 
 MIB = 1 << 20
@@ -67,13 +69,13 @@ def test_a_file_that_cannot_be_read(files: list[Path], monkeypatch: pytest.Monke
 
 def test_direct_reads_are_asked_for(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     flags: list[int] = []
-    opened: Callable[..., int] = os.open
+    opened: Callable[..., FileIO] = open_unbuffered
 
-    def noted(path: object, how: int) -> int:
+    def noted(path: Path, how: int) -> FileIO:
         flags.append(how)
-        return opened(path, how & ~os.O_DIRECT)
+        return opened(path)
 
-    monkeypatch.setattr(speed.os, "open", noted)
+    monkeypatch.setattr(speed, "open_unbuffered", noted)
     assert takes_direct_reads(files[0])
     read_by_threads(files[:1], 1)
     assert [bool(each & os.O_DIRECT) for each in flags] == [True, False]

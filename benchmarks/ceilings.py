@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import atexit
 import json
-import mmap
 import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,9 +18,9 @@ import torch
 
 from benchmarks import machine, page_cache
 from pyint8.config import StreamOptions
+from pyint8.host.speed import read_by_threads
 
 _GB = 1e9
-_PIECE = 2 << 20
 _COPY_BYTES = 1 << 30
 _SMALL_COPY_BYTES = 1 << 27  # without a GPU
 _COLD_BYTES = 4 << 30
@@ -67,43 +65,6 @@ def memory_copy(repeats: int = 5) -> float:
         return nbytes
 
     return _best(copy, repeats)
-
-
-def read_by_threads(files: list[Path], threads: int, *, direct: bool = False, limit: int | None = None) -> float:
-    """GB/s of `threads` that pread pieces of 2 MiB into three buffers each, a ring that stays in the cache.
-
-    From the page cache, it is what can be put into pinned memory; from a cold file, what the disk gives.
-    """
-    descriptors = [os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0)) for path in files]
-    pieces = [
-        (descriptor, offset)
-        for descriptor, path in zip(descriptors, files, strict=True)
-        for offset in range(0, path.stat().st_size // _PIECE * _PIECE or 1, _PIECE)
-    ]
-    pieces = pieces[: None if limit is None else max(1, limit // _PIECE)]
-    todo: Iterator[tuple[int, int]] = iter(pieces)
-    lock = threading.Lock()
-    counts = [0] * threads
-
-    def work(index: int) -> None:
-        buffers = [mmap.mmap(-1, _PIECE) for _ in range(3)]
-        for turn in range(len(pieces)):
-            with lock:
-                piece = next(todo, None)
-            if piece is None:
-                return
-            counts[index] += os.preadv(piece[0], [buffers[turn % 3]], piece[1])
-
-    workers = [threading.Thread(target=work, args=(index,)) for index in range(threads)]
-    start = time.perf_counter()
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    seconds = time.perf_counter() - start
-    for descriptor in descriptors:
-        os.close(descriptor)
-    return sum(counts) / seconds / _GB
 
 
 @cache

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.ceilings import read_by_threads
+from pyint8.host.speed import read_by_threads
 
 DTYPE = torch.float16
 ON_GPU = torch.cuda.is_available()

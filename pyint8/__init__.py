@@ -13,11 +13,23 @@ from pyint8.errors import Pyint8Error
 from pyint8.host.imports import importing
 from pyint8.models.transformers.releases import require_transformers
 from pyint8.operations.convert import convert
+from pyint8.operations.inspect import Inspection, inspect
 from pyint8.operations.load import load
 from pyint8.operations.save import save
 from pyint8.report import LoadReport
 
-__all__ = ["Int8Config", "LoadReport", "Pyint8Error", "StreamOptions", "convert", "load", "save", "takeover"]
+__all__ = [
+    "Inspection",
+    "Int8Config",
+    "LoadReport",
+    "Pyint8Error",
+    "StreamOptions",
+    "convert",
+    "inspect",
+    "load",
+    "save",
+    "takeover",
+]
 __version__ = "0.1.0"
 
 

@@ -11,9 +11,14 @@ from types import TracebackType
 from pyint8.errors import CheckpointError
 
 from .shards import INDEX, Shards
-from .writer import Buffer, SafetensorsWriter
+from .writer import Buffer, SafetensorsWriter, file_bytes
 
 _METADATA = {"format": "pt"}
+
+
+def file_sizes(shards: Shards) -> dict[str, int]:
+    """The bytes of each safetensors file that `ShardsWriter` writes, by its name."""
+    return {file: file_bytes(plans, _METADATA) for file, plans in shards.files.items()}
 
 
 class ShardsWriter:

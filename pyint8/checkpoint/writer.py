@@ -124,6 +124,12 @@ class SafetensorsWriter:
         return CheckpointError(f"{found} that were planned were given for it", path=self._path, tensor=name)
 
 
+def file_bytes(tensors: Iterable[TensorPlan], metadata: Mapping[str, str]) -> int:
+    """The size of the file that will hold these tensors, header included."""
+    header, places = _layout(tensors, metadata)
+    return max((end for _, end in places.values()), default=len(header))
+
+
 def _layout(tensors: Iterable[TensorPlan], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """The header with its length, and by name where each tensor begins and ends in the file."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}

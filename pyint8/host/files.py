@@ -25,11 +25,25 @@ _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 def open_file(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a regular file for reading, in binary.
+    """Open a regular file for reading, in binary (see `open_unbuffered`).
+
+    Raises:
+        ReadError: It is a pipe, a device, a socket or a folder.
+        OSError: The operating system refused.
+    """
+    return BufferedReader(open_unbuffered(path))
+
+
+def open_unbuffered(path: str | os.PathLike[str], flags: int = 0) -> FileIO:
+    """Open a regular file for reading by its descriptor.
 
     A pipe without a writer would block, and a device may give bytes without end: neither is opened, or, if it takes the
     place of a file that very moment, only until it is seen. Links are followed. (Python itself retries what
     a signal interrupts.)
+
+    Args:
+        path: The file.
+        flags: Further ones for the system's `open`, such as O_DIRECT.
 
     Raises:
         ReadError: It is a pipe, a device, a socket or a folder.
@@ -37,11 +51,11 @@ def open_file(path: str | os.PathLike[str]) -> BinaryIO:
     """
     require_regular(path, os.stat(path).st_mode)
     # By one call, which no signal interrupts: between two, Ctrl-C could leave the descriptor open.
-    raw = next(map(FileIO, map(os.open, [path], [_FLAGS])))
+    raw = next(map(FileIO, map(os.open, [path], [_FLAGS | flags])))
     try:
         require_regular(path, os.fstat(raw.fileno()).st_mode)
         os.set_blocking(raw.fileno(), True)
-        return BufferedReader(raw)
+        return raw
     except BaseException:
         raw.close()
         raise

@@ -45,6 +45,12 @@ def memory_budget(max_memory: Any, headroom: Any, device_map: Any, load_bytes: i
     return MemoryBudget(exact_bytes(max_memory, max(headroom_bytes, load_bytes)), is_exact=True)
 
 
+def allowed_bytes(budget: MemoryBudget) -> dict[Any, int]:
+    """The bytes of each device that a planner starts from: those given, or what is free on all."""
+    sizes = get_max_memory() if budget.per_device is None else budget.per_device
+    return {device: int(size_in_bytes(f"max_memory of {device!r}", size)) for device, size in sizes.items()}
+
+
 def exact_bytes(max_memory: Mapping[Any, Any] | None, headroom_bytes: int) -> dict[Any, int]:
     """Bytes of each device that a plan may use, with `headroom_bytes` kept on every GPU; GPUs first, by number."""
     found = {}
@@ -86,7 +92,7 @@ def check_max_memory(max_memory: Any) -> None:
     if not isinstance(max_memory, Mapping):
         raise OptionError(f'max_memory is {max_memory!r}; it must be a dict such as {{0: "20GiB", "cpu": "64GiB"}}')
     for device, size in max_memory.items():
-        _size(f"max_memory of {device!r}", size)
+        size_in_bytes(f"max_memory of {device!r}", size)
 
 
 def check_headroom(headroom: Any, device_map: Any) -> int | None:
@@ -101,11 +107,15 @@ def check_headroom(headroom: Any, device_map: Any) -> int | None:
         raise OptionError(f"headroom is for planned device maps ({', '.join(PLANNED_MAPS)}), not for {device_map!r}")
     if isinstance(headroom, float):
         raise _no_size("headroom", headroom)
-    return int(_size("headroom", headroom))
+    return int(size_in_bytes("headroom", headroom))
 
 
-def _size(name: str, value: Any) -> float:
-    """Bytes."""
+def size_in_bytes(name: str, value: Any) -> float:
+    """Bytes, of a number or a size such as "2GiB".
+
+    Raises:
+        OptionError: It is no size; `name` says whose.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise _no_size(name, value)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -106,20 +107,20 @@ class LoadReport:
         lines += [f"{name:<11} peak {peak / _GB:.3f} GB" for name, peak in self.device_peak_bytes.items()]
         if self.skipped:
             lines.append(f"not int8    {readable_size(sum(self.skipped_bytes.values()))}")
-            lines += self._skipped_by_reason()
+            lines += skipped_by_reason(self.skipped, self.skipped_bytes)
         return "\n".join(lines)
 
-    def _skipped_by_reason(self) -> list[str]:
-        """A line for each reason, the largest first."""
-        names: dict[str, list[str]] = {}
-        nbytes: Counter[str] = Counter()
-        for name, reason in self.skipped.items():
-            names.setdefault(reason, []).append(name)
-            nbytes[reason] += self.skipped_bytes.get(name, 0)
-        return [
-            f"  {readable_size(size):<9} {reason}: {first_names(names[reason])}"
-            for reason, size in nbytes.most_common()
-        ]
+
+def skipped_by_reason(skipped: Mapping[str, str], skipped_bytes: Mapping[str, int]) -> list[str]:
+    """A line for each reason why something is not int8, the largest first."""
+    names: dict[str, list[str]] = {}
+    nbytes: Counter[str] = Counter()
+    for name, reason in skipped.items():
+        names.setdefault(reason, []).append(name)
+        nbytes[reason] += skipped_bytes.get(name, 0)
+    return [
+        f"  {readable_size(size):<9} {reason}: {first_names(names[reason])}" for reason, size in nbytes.most_common()
+    ]
 
 
 def readable_size(nbytes: int) -> str:

@@ -29,7 +29,9 @@ MAY_IMPORT = {
     "models": BELOW_STREAMING | {"streaming", "quantizer"},
     "operations": BELOW_STREAMING | {"streaming", "quantizer", "models"},
     "__init__": {"config", "errors", "host", "models", "operations", "report"},
-    "run": {"__init__"},
+    "run": {"__init__", "host"},
+    "cli": BELOW_STREAMING | {"operations", "__init__", "run"},
+    "__main__": {"cli"},
 }
 """Every room, and those that it may import beside itself."""
 

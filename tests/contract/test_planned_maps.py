@@ -25,17 +25,20 @@ BUDGETS: dict[str, dict[int | str, float]] = {
 }
 
 
-class PlannedError(Exception):
+class PlannedError(RuntimeError):  # a kind that loads pass on as it is
     """Ends a load once its device map is there."""
 
 
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], Any]:
-    """The device map of a load, which goes no further."""
+    """The planned device map of a load, which goes no further."""
     plan = modeling_utils._get_device_map
 
-    def stop(*args: Any, **kwargs: Any) -> Any:
-        raise PlannedError(plan(*args, **kwargs))
+    def stop(model: Any, device_map: Any, *rest: Any) -> Any:
+        found = plan(model, device_map, *rest)
+        if not isinstance(device_map, str):
+            return found
+        raise PlannedError(found)
 
     monkeypatch.setattr(modeling_utils, "_get_device_map", stop)
     monkeypatch.setattr(LoadSession, "_start", lambda *_: None)  # there is no GPU to open
@@ -70,5 +73,7 @@ def test_the_same_map(
     assert expected == planned(
         lambda: cls.from_pretrained(folder, quantization_config=ours, max_memory=dict(memory), **where)  # type: ignore[attr-defined]
     )
+    inspected = pyint8.inspect(folder, device_map=plan, max_memory=memory, dtype=dtype, config=ours)
+    assert inspected.device_map == {module: str(device) for module, device in expected.items()}
     if name == "llama" and budget.startswith("over"):  # for some, a GPU of this size is too small for anything
         assert len(set(expected.values())) > 1

@@ -44,4 +44,4 @@ def test_run_says_how_it_is_used(arguments: list[str], tmp_path: Path) -> None:
         [sys.executable, "-m", "pyint8.run", *arguments], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("usage: python -m pyint8.run (SCRIPT | -m MODULE)")
+    assert done.stderr.startswith("usage: python -m pyint8.run (PROGRAM | -m MODULE)")

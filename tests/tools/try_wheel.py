@@ -10,6 +10,7 @@ import ctypes
 import importlib.util
 import os
 import platform
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -75,6 +76,16 @@ def knows_itself(folder: Path) -> None:
     assert _core.pinned_bytes_in_use() == 0
 
 
+def has_its_command(folder: Path) -> None:
+    """`pyint8` is installed as a program, and needs nothing else for its help."""
+    (script,) = (each for each in metadata.entry_points(group="console_scripts") if each.name == "pyint8")
+    assert callable(script.load())
+    done = subprocess.run(
+        [sys.executable, "-I", "-m", "pyint8", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"pyint8 {pyint8.__version__}\n", done.stdout
+
+
 def takes_the_lock(folder: Path) -> None:
     """It does not claim to do without the interpreter's lock, so a free-threaded Python has switched it on by now."""
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
@@ -83,6 +94,7 @@ def takes_the_lock(folder: Path) -> None:
 
 CHECKS: tuple[Callable[[Path], None], ...] = (
     knows_itself,
+    has_its_command,
     takes_the_lock,
     reads_bytes,
     fails_typed,

@@ -26,7 +26,13 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.integrations.accelerate import expand_device_map, infer_auto_device_map
+from transformers.integrations.accelerate import (
+    _get_device_map as final_device_map,
+)
+from transformers.integrations.accelerate import (
+    expand_device_map,
+    infer_auto_device_map,
+)
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
@@ -47,6 +53,7 @@ __all__ = [
     "custom_object_save",
     "dot_natural_key",
     "expand_device_map",
+    "final_device_map",
     "fixed_dtypes",
     "has_adapters",
     "ignored_on_save",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -38,6 +38,7 @@ class Conversion:
         model: The model, with stand-ins for what the checkpoint has.
         load: Its load.
         max_shard_size: Of one file.
+        equal: Whether two tied parameters that the checkpoint has both are the same; None reads them.
 
     Attributes:
         shards: The files to write.
@@ -47,10 +48,16 @@ class Conversion:
         OptionError: `max_shard_size` is no size.
     """
 
-    def __init__(self, model: Any, load: PlannedLoad, max_shard_size: int | str) -> None:
+    def __init__(
+        self,
+        model: Any,
+        load: PlannedLoad,
+        max_shard_size: int | str,
+        equal: Callable[[str, str], bool] | None = None,
+    ) -> None:
         self._model = model
         self._load = load
-        _tie(model, load)
+        _tie(model, load, equal)
         require_saveable(model)
         own: State = model.state_dict()
         self._codes = int8_modules(model)
@@ -193,12 +200,12 @@ class _Notes:
         self._pool.shutdown()
 
 
-def _tie(model: Any, load: PlannedLoad) -> None:
+def _tie(model: Any, load: PlannedLoad, equal: Callable[[str, str], bool] | None) -> None:
     """Ties what transformers would have tied, had it seen values: parameters that the checkpoint has twice, alike."""
     for target, source in list(model.all_tied_weights_keys.items()):
         if not {target, source} <= load.plan.made_by.keys():
             continue
-        if load.are_alike(target, source):
+        if load.are_alike(target, source, equal):
             owner, _, leaf = target.rpartition(".")
             setattr(model.get_submodule(owner), leaf, model.get_parameter_or_buffer(source))
         else:

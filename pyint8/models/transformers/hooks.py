@@ -117,10 +117,11 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
             device: max(0, size - converted) if isinstance(device, int) else size
             for device, size in budget.per_device.items()
         }
-        return tight_memory(self._model, per_device, max_memory, self._tensor_bytes, blocks, plan)
+        return tight_memory(self._model, per_device, max_memory, self.tensor_bytes, blocks, plan)
 
     @cached_property
-    def _tensor_bytes(self) -> dict[str, int]:
+    def tensor_bytes(self) -> dict[str, int]:
+        """What each tensor of the model will take, by name (see `pyint8.quantizer.tensor_bytes`)."""
         return tensor_bytes(self._model, self.int8, self._planned.dtypes, tied_weights(self._model))
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
@@ -131,8 +132,8 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         load has reserved memory already, 0 keeps it from reserving it twice."""
         if self.session.reserves_memory:
             return 0
-        if self.session.request.budget.is_exact and param_name in self._tensor_bytes:
-            return self._tensor_bytes[param_name] / max(1, param.numel())
+        if self.session.request.budget.is_exact and param_name in self.tensor_bytes:
+            return self.tensor_bytes[param_name] / max(1, param.numel())
         return super().param_element_size(model, param_name, param)  # type: ignore[no-any-return]
 
     def get_quantize_ops(self) -> None:
@@ -198,6 +199,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         self._planned = self.session.set_conversions(self._model, weight_conversions, self._dtype, self.int8)
         if self.int8.found:
             self._name_skipped_modules()
+        self.session.plan_is_made(self._model, self)
         # For a pre-quantized checkpoint transformers would read all tensors at once, in threads; else only when asked.
         self.pre_quantized = False
         return [PlannedRenaming(self._planned.plan), PlannedConverter(self._planned.plan, self.session.make)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -80,9 +80,19 @@ def load_pretrained(
 
 
 def plan_pretrained(
-    model_class: Any, request: LoadRequest, preparation: Preparation, recorder: Recorder
+    model_class: Any,
+    request: LoadRequest,
+    preparation: Preparation,
+    recorder: Recorder,
+    place: Callable[[Any, Any], object] | None = None,
 ) -> tuple[Any, PlannedLoad]:
     """As `load_pretrained`, without reading tensors: those of the checkpoint stand in the model on meta.
+
+    Args:
+        request: What was asked for.
+        preparation: What has begun already.
+        recorder: Its report gets everything.
+        place: Called with the model and transformers' quantizer when a device map would be planned.
 
     Returns:
         The model, and its load, which has not started.
@@ -93,6 +103,7 @@ def plan_pretrained(
     int8 = Int8Quantizer(request.config or Int8Config())
     int8.validate_environment()
     session = PlanningSession(request, preparation, recorder)
+    session.place = place
     placement = {"device_map": request.device_map, "dtype": int8.update_dtype(request.dtype)}
     model = _from_pretrained(model_class, session, placement)
     if session.planned is None:

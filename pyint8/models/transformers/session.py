@@ -129,6 +129,9 @@ class LoadSession:
             self._start(self.planned)
         return self.planned
 
+    def plan_is_made(self, model: Any, quantizer: Any) -> None:
+        """Called once everything is decided that a planned device map depends on, with transformers' quantizer."""
+
     def set_device_map(self, device_map: Mapping[str, Any]) -> None:
         """Takes the device map that transformers has decided on."""
         self.device_map = device_map
@@ -184,12 +187,28 @@ class LoadSession:
 
 
 class PlanningSession(LoadSession):
-    """A load that reads nothing: what the checkpoint has for the model stands in it on meta, without values."""
+    """A load that reads nothing: what the checkpoint has for the model stands in it on meta, without values.
+
+    Attributes:
+        place: Called with the model and transformers' quantizer when a device map would be planned.
+    """
+
+    place: Callable[[Any, Any], object] | None = None
+    _is_placing = False
 
     @property
     def reserves_memory(self) -> bool:
         """That no memory is needed has the same effect."""
-        return True
+        return not self._is_placing
+
+    def plan_is_made(self, model: Any, quantizer: Any) -> None:
+        if self.place is None:
+            return
+        self._is_placing = True
+        try:
+            self.place(model, quantizer)
+        finally:
+            self._is_placing = False
 
     def make(self, name: str, loading_info: Any) -> dict[str, torch.Tensor]:
         assert self.planned is not None

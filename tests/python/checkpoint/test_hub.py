@@ -14,7 +14,7 @@ from zoo import ZOO, CheckpointStore
 
 import pyint8
 from pyint8.checkpoint.find import find_checkpoint
-from pyint8.errors import Pyint8Error
+from pyint8.errors import CheckpointNotFoundError, Pyint8Error
 from pyint8.streaming import preparation
 
 REPO = "people/llama"
@@ -38,6 +38,17 @@ def cache(checkpoints: CheckpointStore, tmp_path: Path, monkeypatch: pytest.Monk
         (root / "refs").mkdir(exist_ok=True)
         (root / "refs" / revision).write_text(REVISIONS[revision])
     return tmp_path / "hub"
+
+
+@pytest.mark.parametrize(("revision", "name"), [("main", "llama_sharded"), ("older", "llama")])
+def test_an_id_is_inspected_in_the_cache(revision: str, name: str, cache: Path, checkpoints: CheckpointStore) -> None:
+    found = pyint8.inspect(REPO, cache_dir=str(cache), revision=revision)
+    expected = pyint8.inspect(checkpoints.folder(ZOO[name], "bf16"))
+    assert (found.int8_files, found.device_bytes) == (expected.int8_files, expected.device_bytes)
+    assert [tensor.name for tensor in found.tensors] == [tensor.name for tensor in expected.tensors]
+    (cache / "models--people--llama" / "refs" / revision).unlink()
+    with pytest.raises(CheckpointNotFoundError, match="hf download people/llama"):
+        pyint8.inspect(REPO, cache_dir=str(cache), revision=revision)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,52 @@
+"""`pyint8 load PATH`: loads a model, and shows the report and first tokens."""
+
+from __future__ import annotations
+
+import argparse
+
+from pyint8.cli import arguments as args
+from pyint8.cli.text import field
+from pyint8.cli.verb import Output, Verb
+from pyint8.operations.generate import generate
+from pyint8.operations.load import load
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    args.add_path(parser)
+    parser.add_argument("--generate", metavar="TEXT", help="go on with this text, by the likeliest tokens")
+    parser.add_argument("--tokens", type=int, default=20, metavar="NUMBER", help="how many to generate; 20")
+    parser.add_argument("--offload-folder", metavar="DIR", help='for modules that a device map puts on "disk"')
+    args.add_progress(parser)
+    args.add_placement(parser, plans_only=False)
+    args.add_quantization(parser)
+    args.add_hub(parser)
+
+
+def _run(arguments: argparse.Namespace, out: Output) -> int:
+    model, report = load(
+        arguments.path,
+        return_report=True,
+        offload_folder=arguments.offload_folder,
+        progress=args.progress(arguments),
+        **args.placement(arguments),
+    )
+    out.line(str(report))
+    text = None
+    if arguments.generate is not None:
+        text = generate(model, arguments.path, arguments.generate, arguments.tokens, **args.hub(arguments))
+        out.line(field("generated", text))
+    out.value({"model": type(model).__name__, "generated": text, "report": report.to_dict()})
+    return 0
+
+
+VERB = Verb(
+    "load",
+    "load a model as int8, and show the report and, if asked to, first tokens",
+    (
+        "pyint8 load path/to/Llama-8B",
+        'pyint8 load path/to/Llama-8B --generate "The bus is" --tokens 40',
+        "pyint8 load path/to/Llama-8B --device-map cuda:1 --json | jq .report.seconds",
+    ),
+    _add_arguments,
+    _run,
+)

@@ -49,21 +49,24 @@ class CacheFolder:
     Args:
         root: Where they are; made when the first one is.
         most_bytes: That all of them may take.
+
+    Attributes:
+        root: As given, absolute.
     """
 
     def __init__(self, root: str, most_bytes: int) -> None:
-        self._root = os.path.abspath(root)
+        self.root = os.path.abspath(root)
         self._most_bytes = most_bytes
 
     def folder(self, key: str) -> str:
         """Where the entry of a key is, or would be."""
-        return os.path.join(self._root, key)
+        return os.path.join(self.root, key)
 
     def entries(self) -> list[CacheEntry]:
         """All that are whole, the least recently used first."""
-        if not os.path.isdir(self._root):
+        if not os.path.isdir(self.root):
             return []
-        found = (_entry(folder.path) for folder in os.scandir(self._root) if not folder.name.startswith("."))
+        found = (_entry(folder.path) for folder in os.scandir(self.root) if not folder.name.startswith("."))
         return sorted((entry for entry in found if entry is not None), key=lambda entry: entry.used)
 
     @contextmanager
@@ -106,8 +109,8 @@ class CacheFolder:
     def clear(self) -> list[CacheEntry]:
         """Removes all entries that are not in use, and what unfinished ones left; returns those removed."""
         removed = [entry for entry in self.entries() if _removed(entry.folder)]
-        if os.path.isdir(self._root):
-            for folder in list(os.scandir(self._root)):
+        if os.path.isdir(self.root):
+            for folder in list(os.scandir(self.root)):
                 if folder.is_dir(follow_symlinks=False) and _entry(folder.path) is None:
                     _removed(folder.path)
         return removed

@@ -10,11 +10,20 @@ from contextlib import contextmanager
 from importlib import metadata
 from typing import TextIO
 
-from pyint8.cli import bench, convert, doctor, inspect, load, plan, run
+from pyint8.cli import bench, cache, convert, doctor, inspect, load, plan, run
 from pyint8.cli.verb import NO, Output, Verb
 from pyint8.errors import Pyint8Error
 
-VERBS: tuple[Verb, ...] = (inspect.VERB, plan.VERB, load.VERB, convert.VERB, run.VERB, doctor.VERB, bench.VERB)
+VERBS: tuple[Verb, ...] = (
+    inspect.VERB,
+    plan.VERB,
+    load.VERB,
+    convert.VERB,
+    cache.VERB,
+    run.VERB,
+    doctor.VERB,
+    bench.VERB,
+)
 
 FAILED = 1
 INTERRUPTED = 130

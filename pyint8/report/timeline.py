@@ -6,6 +6,7 @@ import json
 import os
 import re
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 from pyint8.errors import MissingDependencyError, OptionError
@@ -82,14 +83,12 @@ class Timeline:
             MissingDependencyError: matplotlib is not installed.
             OSError: The file cannot be written.
         """
-        extension = os.path.splitext(path)[1].lower()
-        if extension == ".json":
+        require_drawable(path)
+        if _extension(path) == ".json":
             with open(path, "w", encoding="utf-8") as file:
                 json.dump(self._trace(), file)
-        elif extension in _PICTURES:
-            self._draw(path)
         else:
-            raise OptionError(f"{os.fspath(path)} ends in no {', '.join(_PICTURES)} or .json; name it so")
+            self._draw(path)
 
     def _trace(self) -> dict[str, Any]:
         """In Chrome's trace event format, whose times are microseconds."""
@@ -115,15 +114,10 @@ class Timeline:
         return {"traceEvents": events, "displayTimeUnit": "ms"}
 
     def _draw(self, path: str | os.PathLike[str]) -> None:
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-            from matplotlib.patches import Patch
-        except ImportError as error:
-            raise MissingDependencyError(
-                "a picture of a load needs matplotlib: `pip install matplotlib`, or save it as .json and open that in "
-                "https://ui.perfetto.dev"
-            ) from error
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+
         lanes = self.lanes()
         figure = Figure(figsize=(12, 1.2 + _LANE_INCHES * len(lanes)), layout="constrained")
         FigureCanvasAgg(figure)
@@ -138,6 +132,22 @@ class Timeline:
         handles = [Patch(color=_color(kind), label=kind) for kind in kinds]
         figure.legend(handles=handles, loc="outside upper center", ncols=len(kinds) or 1, frameon=False)
         figure.savefig(path, dpi=150)
+
+
+def require_drawable(path: str | os.PathLike[str]) -> None:
+    """Raises OptionError for a name that `Timeline.save` does not take, MissingDependencyError without matplotlib."""
+    extension = _extension(path)
+    if extension not in (*_PICTURES, ".json"):
+        raise OptionError(f"{os.fspath(path)} ends in no {', '.join(_PICTURES)} or .json; name it so")
+    if extension != ".json" and find_spec("matplotlib") is None:
+        raise MissingDependencyError(
+            "a picture of a load needs matplotlib: `pip install matplotlib`, or save it as .json and open that in "
+            "https://ui.perfetto.dev"
+        )
+
+
+def _extension(path: str | os.PathLike[str]) -> str:
+    return os.path.splitext(os.fspath(path))[1].lower()
 
 
 def _lane_order(lane: str) -> tuple[int, list[int], str]:

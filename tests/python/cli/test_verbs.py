@@ -182,3 +182,40 @@ def test_load_places_and_quantizes_as_it_is_told(llama: Path, command: Command) 
     refused = command("load", llama, "--device-map", "cuda:99")
     assert refused.returncode == 1
     assert "cuda:99" in refused.stderr
+
+
+# --- cache and timeline -----------------------------------------------------------------------------------------------
+
+
+def test_load_with_a_cache_and_what_is_in_it(llama: Path, tmp_path: Path, command: Command) -> None:
+    cache = tmp_path / "cache"
+    load = ("load", llama, "--device-map", "cpu", "--cache", cache, "--json")
+    assert [value_of(command(*load))["report"]["from_cache"] for _ in range(2)] == [False, True]
+    (entry,) = value_of(command("cache", "list", "--folder", cache, "--json"))["list"]
+    assert entry["source"] == str(llama)
+    assert entry["nbytes"] == sum(file.stat().st_size for file in Path(entry["folder"]).glob("*.safetensors"))
+    assert f"{llama}\n" in command("cache", "list", "--folder", cache).stdout
+    assert "removed     1, " in command("cache", "clear", "--folder", cache).stdout
+    assert value_of(command("cache", "list", "--folder", cache, "--json"))["list"] == []
+    assert not list(cache.iterdir())
+
+
+def test_the_users_cache(llama: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    command("load", llama, "--device-map", "cpu", "--cache")
+    value = value_of(command("cache", "list", "--json"))
+    assert value["folder"] == str(tmp_path / "pyint8")
+    assert len(value["list"]) == 1
+
+
+def test_a_timeline(llama: Path, tmp_path: Path, command: Command) -> None:
+    trace, picture = tmp_path / "load.json", tmp_path / "load.png"
+    assert f"timeline    {picture}" in command("load", llama, "--device-map", "cpu", "--timeline", picture).stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    value = value_of(command("load", llama, "--device-map", "cpu", "--timeline", trace, "--json"))
+    names = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
+    assert names >= {"reading", "build", "stream"}
+    assert value["report"]["timeline"]["Python"]
+    done = command("load", llama, "--timeline", tmp_path / "load.gif")
+    assert done.returncode == 1
+    assert "ends in no .png" in done.stderr

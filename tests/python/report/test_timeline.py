@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
 from pyint8.errors import MissingDependencyError, OptionError
-from pyint8.report import Recorder, Span, Timeline
+from pyint8.report import Recorder, Span, Timeline, timeline
 
 SPANS = [
     Span("cuda:0", "quantizing", 103.0, 104.0, 50),
@@ -69,14 +67,7 @@ def test_other_names_are_refused(tmp_path: Path) -> None:
 
 
 def test_without_matplotlib_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def absent(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", absent)
+    monkeypatch.setattr(timeline, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"pip install matplotlib.*perfetto"):
         Timeline(SPANS).save(tmp_path / "load.png")
     Timeline(SPANS).save(tmp_path / "load.json")
@@ -86,9 +77,9 @@ def test_a_recorder_notes_phases_and_waits() -> None:
     recorder = Recorder(timeline=True)
     with recorder.phase("build"), recorder.waiting():
         pass
-    timeline = recorder.report.timeline
-    assert timeline is not None
-    assert [span.what for span in timeline.lanes()["Python"]] == ["build", "waiting"]
+    noted = recorder.report.timeline
+    assert noted is not None
+    assert [span.what for span in noted.lanes()["Python"]] == ["build", "waiting"]
     assert recorder.report.to_dict()["timeline"]["Python"][0][0] == "build"
 
 

@@ -14,10 +14,11 @@ from pyint8.host.imports import importing
 from pyint8.models.transformers.releases import require_transformers
 from pyint8.operations.convert import convert
 from pyint8.operations.load import load
+from pyint8.operations.reload import reload
 from pyint8.operations.save import save
 from pyint8.report import LoadReport
 
-__all__ = ["Int8Config", "LoadReport", "Pyint8Error", "StreamOptions", "convert", "load", "save", "takeover"]
+__all__ = ["Int8Config", "LoadReport", "Pyint8Error", "StreamOptions", "convert", "load", "reload", "save", "takeover"]
 __version__ = "0.1.0"
 
 

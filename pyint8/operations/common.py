@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyint8.config import StreamOptions
 from pyint8.errors import OptionError
+from pyint8.host.imports import imported
 from pyint8.host.memory import peak_resident_bytes
 from pyint8.report import LoadReport
 
@@ -28,6 +29,12 @@ def decoded(path: Any) -> str:
         return os.fsdecode(path)
     except TypeError:
         raise OptionError(f"path is {path!r}; it must be a folder or a hub id") from None
+
+
+def is_of_transformers(model: object) -> bool:
+    """Whether it is a model of transformers'."""
+    transformers = imported("transformers.modeling_utils")
+    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
 
 
 def check_options(options: object) -> None:

@@ -79,7 +79,9 @@ def load_pretrained(
     return _from_pretrained(model_class, LoadSession(request, preparation, recorder), placement)
 
 
-def plan_pretrained(request: LoadRequest, preparation: Preparation, recorder: Recorder) -> tuple[Any, PlannedLoad]:
+def plan_pretrained(
+    request: LoadRequest, preparation: Preparation, recorder: Recorder, model_class: Any = None
+) -> tuple[Any, PlannedLoad]:
     """As `load_pretrained`, without reading tensors: those of the checkpoint stand in the model on meta.
 
     Returns:
@@ -92,10 +94,16 @@ def plan_pretrained(request: LoadRequest, preparation: Preparation, recorder: Re
     int8.validate_environment()
     session = PlanningSession(request, preparation, recorder)
     placement = {"device_map": request.device_map, "dtype": int8.update_dtype(request.dtype)}
-    model = _from_pretrained(None, session, placement)
+    model = _from_pretrained(model_class, session, placement)
     if session.planned is None:
         raise ModelNotSupportedError(f"transformers loads {request.path} without reading its checkpoint")
     return model, session.planned
+
+
+def is_int8_already(model_class: Any, request: LoadRequest) -> bool:
+    """Whether the configuration beside a checkpoint says that it is quantized."""
+    hub = {name: value for name, value in request.arguments.items() if name in _FINDING_ARGUMENTS}
+    return _stored_quantization(_read_config(model_class.config_class, request.base, hub)) is not None
 
 
 def _from_pretrained(model_class: Any, session: LoadSession, placement: dict[str, Any]) -> transformers.PreTrainedModel:

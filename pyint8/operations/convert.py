@@ -109,6 +109,7 @@ def _convert(
     begun: Preparation,
     recorder: Recorder,
 ) -> None:
+    from pyint8.models.converted_files import ConvertedFiles
     from pyint8.models.transformers.converting import Conversion
     from pyint8.models.transformers.loading import plan_pretrained
     from pyint8.models.transformers.saving import write_description
@@ -119,8 +120,12 @@ def _convert(
     with replaced_folder(target, is_of_a_save, is_resumed=_is_resumed) as staging, recorder.phase("stream"):
         file = os.path.join(staging, _JOURNAL)
         emptied_unless(staging, Journal.is_of(file, identity))
-        with Journal(file, identity) as journal:
-            conversion.run(staging, journal, devices, begun, recorder)
+        with (
+            Journal(file, identity) as journal,
+            ConvertedFiles(staging, conversion.shards, journal, conversion.num_parameters) as files,
+        ):
+            conversion.run(files, journal.done, devices, begun, recorder)
+            files.finish()
         load.checkpoint.require_unchanged(load.checkpoint.files)
         write_description(model, staging)
         describe(model, staging, has_card=os.path.exists(os.path.join(target, "README.md")))

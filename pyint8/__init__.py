@@ -16,9 +16,22 @@ from pyint8.operations.convert import convert
 from pyint8.operations.load import load
 from pyint8.operations.reload import reload
 from pyint8.operations.save import save
+from pyint8.operations.verify import Verification, verify
 from pyint8.report import LoadReport
 
-__all__ = ["Int8Config", "LoadReport", "Pyint8Error", "StreamOptions", "convert", "load", "reload", "save", "takeover"]
+__all__ = [
+    "Int8Config",
+    "LoadReport",
+    "Pyint8Error",
+    "StreamOptions",
+    "Verification",
+    "convert",
+    "load",
+    "reload",
+    "save",
+    "takeover",
+    "verify",
+]
 __version__ = "0.1.0"
 
 

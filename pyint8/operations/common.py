@@ -15,6 +15,8 @@ from pyint8.host.memory import peak_resident_bytes
 from pyint8.report import LoadReport
 
 if TYPE_CHECKING:
+    import torch
+
     from pyint8.checkpoint import Checkpoint
     from pyint8.streaming.preparation import Preparation
 
@@ -48,6 +50,28 @@ def prepare(checkpoint: Checkpoint | None, options: StreamOptions) -> Preparatio
     from pyint8.streaming.preparation import Preparation  # here, since `import pyint8` does not load the extension
 
     return Preparation(checkpoint, options)
+
+
+def devices_of(device: Any) -> list[torch.device]:
+    """Where weights are quantized: None for all visible GPUs that can, or the CPU.
+
+    Raises:
+        OptionError: It is no device.
+    """
+    import torch
+
+    from pyint8.quantizer import find_entry_point
+
+    if device is None:
+        count = torch.cuda.device_count() if find_entry_point() is not None else min(1, torch.cuda.device_count())
+        return [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
+    try:
+        found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    except (RuntimeError, TypeError):
+        raise OptionError(f'device is {device!r}; it must be "cpu", "cuda", "cuda:1" or the like, or None') from None
+    if str(found) == "cuda":
+        found = torch.device("cuda", torch.cuda.current_device())
+    return [found]
 
 
 @contextmanager

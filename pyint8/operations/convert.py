@@ -18,7 +18,7 @@ from pyint8.host.imports import importing
 from pyint8.models.keywords import int8_config, refuse_misplaced
 from pyint8.models.transformers.parallel import refuse_split_models
 from pyint8.models.transformers.releases import require_transformers
-from pyint8.operations.common import check_options, decoded, measured_memory, prepare
+from pyint8.operations.common import check_options, decoded, devices_of, measured_memory, prepare
 from pyint8.operations.save import describe
 from pyint8.report import LoadReport, Recorder
 
@@ -94,7 +94,7 @@ def convert(
         begun = stack.enter_context(prepare(checkpoint, options))
         with importing:
             import pyint8.models.transformers.loading  # noqa: F401
-        devices = _devices(device)
+        devices = devices_of(device)
         stack.enter_context(measured_memory(recorder.report))
         request = _request(path, devices[0], dtype, config, options, hub_and_model_kwargs)
         _convert(request, target, devices, max_shard_size, begun, recorder)
@@ -139,23 +139,6 @@ def _refuse(path: str, target: str, config: Int8Config | None, arguments: Mappin
         raise OptionError("config has has_fp16_weight, which keeps weights in 16 bit: there is nothing to convert")
     if arguments.get("ignore_mismatched_sizes"):
         raise OptionError("ignore_mismatched_sizes makes up weights that the checkpoint does not have; load, then save")
-
-
-def _devices(device: Any) -> list[torch.device]:
-    import torch
-
-    from pyint8.quantizer import find_entry_point
-
-    if device is None:
-        count = torch.cuda.device_count() if find_entry_point() is not None else min(1, torch.cuda.device_count())
-        return [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
-    try:
-        found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    except (RuntimeError, TypeError):
-        raise OptionError(f'device is {device!r}; it must be "cpu", "cuda", "cuda:1" or the like, or None') from None
-    if str(found) == "cuda":
-        found = torch.device("cuda", torch.cuda.current_device())
-    return [found]
 
 
 def _request(

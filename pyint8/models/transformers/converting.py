@@ -46,7 +46,7 @@ class Conversion:
 
     Attributes:
         shards: The files to write.
-        num_parameters: Of the model.
+        initialized: What the checkpoint has no values for, and the int8 one will, by name.
 
     Raises:
         ModelNotSupportedError: Nothing becomes int8.
@@ -66,7 +66,9 @@ class Conversion:
         saved = saved_form(model, own, lambda _, value: value)
         names = {id(value): name for name, value in saved.items()}
         self._names = {name: names[id(value)] for name, value in own.items() if id(value) in names}
-        self._initialized = {self._names[name]: value for name, value in own.items() if self._is_initialized(name)}
+        self.initialized: State = {
+            self._names[name]: value for name, value in own.items() if self._is_initialized(name)
+        }
         self.shards = shards_of((planned(name, value) for name, value in saved.items()), max_shard_size)
 
     def _is_initialized(self, name: str) -> bool:
@@ -83,7 +85,7 @@ class Conversion:
     def order(self) -> list[str]:
         """The names of all tensors, in the order in which `run` makes them."""
         made = (name for target in self._load.plan.targets for name in self._saved_by(target))
-        return [*self._initialized, *made]
+        return [*self.initialized, *made]
 
     def run(
         self,
@@ -108,7 +110,7 @@ class Conversion:
         names = [name for name in self._load.plan.targets if not set(self._saved_by(name)) <= set(done)]
         destinations = self._destinations(names, devices)
         with closing(self._load.maker_of(names, destinations, preparation, recorder, MOST_BYTES)) as maker:
-            self._put(self._initialized, sink)
+            self._put(self.initialized, sink)
             for name in names:
                 parts = self._saved_parts(maker.make(name, None))
                 maker.wait(name)

@@ -80,7 +80,7 @@ def load_pretrained(
 
 
 def plan_pretrained(
-    request: LoadRequest, preparation: Preparation, recorder: Recorder, model_class: Any = None
+    request: LoadRequest, preparation: Preparation, recorder: Recorder, *, model_class: Any = None
 ) -> tuple[Any, PlannedLoad]:
     """As `load_pretrained`, without reading tensors: those of the checkpoint stand in the model on meta.
 

@@ -41,7 +41,7 @@ def reload_pretrained(model: Any, request: LoadRequest, preparation: Preparation
     if is_int8_already(type(model), planning):
         planning = replace(planning, config=None)
     with torch.random.fork_rng(devices=[]):  # weights that a checkpoint lacks are drawn at random
-        stand_in, load = plan_pretrained(planning, preparation, recorder, type(model))
+        stand_in, load = plan_pretrained(planning, preparation, recorder, model_class=type(model))
     reload = _Reload(stand_in, load, places, recorder)
     reload.check(strict=request.strict)
     with recorder.phase("stream"):

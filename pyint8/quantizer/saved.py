@@ -54,10 +54,11 @@ def require_quantized(name: str, module: Any) -> None:
 def codes_and_scales(module: Any) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """The memory of a `Linear8bitLt`'s codes, int8 [out, in], and scales, fp32 [out]; each once.
 
-    The first forward pass moves codes and scales from the weight to the module's state.
+    The first forward pass moves codes and scales from the weight to the module's state; in a copy of a model the codes
+    lie apart from the parameter.
     """
     weight, state = module.weight, module.state
-    return _distinct(weight, weight.CB, state.CB), _distinct(weight.SCB, state.SCB)
+    return _distinct(weight, getattr(weight, "CB", None), state.CB), _distinct(_scales(weight), state.SCB)
 
 
 def _distinct(*tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
@@ -65,6 +66,11 @@ def _distinct(*tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     return tuple(found.values())
 
 
+def _scales(weight: Any) -> torch.Tensor | None:
+    found: torch.Tensor | None = getattr(weight, "SCB", None)
+    return found
+
+
 def _is_quantized(module: Any) -> bool:
-    has_scales = module.weight.SCB is not None or module.state.SCB is not None
+    has_scales = _scales(module.weight) is not None or module.state.SCB is not None
     return has_scales and not module.state.has_fp16_weights

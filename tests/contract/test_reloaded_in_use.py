@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,27 @@ def test_modules_that_are_compiled(old: Path, new: Path) -> None:
     logits(model)
     pyint8.reload(model, new)
     assert torch.equal(logits(model), logits(pyint8.load(new, CPU)))
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_copies(used: bool, old: Path, new: Path) -> None:
+    model = pyint8.load(old, CPU)
+    if used:
+        logits(model)
+    other = copy.deepcopy(model)
+    pyint8.reload(other, new)
+    assert state(other) == state(pyint8.load(new, CPU))
+    assert torch.equal(logits(other), logits(pyint8.load(new, CPU)))
+    assert state(model) == state(pyint8.load(old, CPU))
+
+
+def test_models_in_training(old: Path, new: Path) -> None:
+    """bitsandbytes computes in another way then."""
+    model = pyint8.load(old, CPU).train()
+    logits(model)
+    pyint8.reload(model, new)
+    assert model.training
+    assert torch.equal(logits(model), logits(pyint8.load(new, CPU).train()))
 
 
 def test_hooks_stay(old: Path, new: Path) -> None:

@@ -213,7 +213,10 @@ def configuration(path: str, kwargs: Mapping[str, Any]) -> tuple[str, dict[str, 
         CheckpointError: It is no JSON object.
     """
     inside = os.path.join(kwargs.get("subfolder") or "", "config.json")
-    file = os.path.join(path, inside) if os.path.exists(path) else cached_file(path, inside, kwargs)
+    try:
+        file = os.path.join(path, inside) if os.path.exists(path) else cached_file(path, inside, kwargs)
+    except ValueError:  # no hub id
+        return None
     if file is None or not os.path.isfile(file):
         return None
     try:

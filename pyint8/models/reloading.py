@@ -112,15 +112,16 @@ class _Reload:
         wanted = {name: self._wanted[name] for name in names}
         maker = _Maker({name: (stored, self._destination(name)) for name, stored in wanted.items()}, self._assembly)
         self._recorder.expect(sum(request.entry.nbytes for request in maker.requests()))
-        with open_stream(
+        replacement = Replacement({name: [self._places[name]] for name in names}, self._require_sound)
+        stream = open_stream(
             list(maker.requests()),
             request.options,
             recorder=self._recorder,
             quantizer=find_entry_point(),
             most_bytes=MOST_BYTES,
-        ) as maker.stream:
-            places = {name: [self._places[name]] for name in names}
-            Replacement(places, maker, self._require_sound).run(names)
+        )
+        with replacement.reported(), stream as maker.stream:
+            replacement.run(names, maker)
 
     @cached_property
     def _assembly(self) -> Assembly:

@@ -15,7 +15,7 @@ from pyint8.models.live import Place
 
 logger = logging.getLogger(__name__)
 
-MOST_BYTES = 512 << 20
+MOST_BYTES = 256 << 20
 """Of what is made for each GPU at a time."""
 # So many are checked before they are written, while others are made.
 _CHECKED_BYTES = MOST_BYTES // 4
@@ -42,41 +42,34 @@ class Replacement:
 
     Args:
         places: Where each value goes.
-        maker: Makes them.
         check: Raises if something that was made since the last call cannot be used.
     """
 
-    def __init__(self, places: Places, maker: Maker, check: Callable[[], None]) -> None:
+    def __init__(self, places: Places, check: Callable[[], None]) -> None:
         self._places = places
-        self._maker = maker
         self._check = check
         self._made: dict[str, dict[str, torch.Tensor]] = {}
         self._nbytes = 0
         self._done: list[str] = []
         self._torn: str | None = None
 
-    def run(self, names: Iterable[str]) -> None:
-        """Replaces what comes of the targets of these names, in order.
+    def run(self, names: Iterable[str], maker: Maker) -> None:
+        """Replaces what a maker makes for the targets of these names, in order; within `reported`."""
+        for name in names:
+            self._made[name] = made = maker.make(name, None)
+            self._nbytes += sum(value.nbytes for value in made.values())
+            if self._nbytes >= _CHECKED_BYTES:
+                self._write(maker)
+        self._write(maker)
 
-        Raises:
-            PartlyReplacedError: Of any error after the first write; its cause is that error.
-        """
-        with self._saying_what_was_replaced():
-            for name in names:
-                self._made[name] = made = self._maker.make(name, None)
-                self._nbytes += sum(value.nbytes for value in made.values())
-                if self._nbytes >= _CHECKED_BYTES:
-                    self._write()
-            self._write()
-
-    def _write(self) -> None:
+    def _write(self, maker: Maker) -> None:
         for name in self._made:
-            self._maker.wait(name)
+            maker.wait(name)
         self._check()
         for name in list(self._made):
             for made, value in self._made.pop(name).items():
                 self._put(made, value)
-            self._maker.release(name)
+            maker.release(name)
         self._nbytes = 0
 
     def _put(self, name: str, value: torch.Tensor) -> None:
@@ -87,7 +80,12 @@ class Replacement:
             self._torn = None
 
     @contextmanager
-    def _saying_what_was_replaced(self) -> Iterator[None]:
+    def reported(self) -> Iterator[None]:
+        """Errors within say what was replaced.
+
+        Raises:
+            PartlyReplacedError: Of any error after the first write; its cause is that error.
+        """
         try:
             yield
         except BaseException as error:

@@ -40,7 +40,8 @@ def reload(
     are those that `pyint8.load` would give with the model's dtype and devices, in the memory that the model has: what
     was compiled, hooked, dispatched or tied stays so, and forward passes may have been run. Values that are not
     quantized get the dtype that the model has there. Adapters of PEFT stay as they are; the model under them is
-    reloaded. A few tensors at a time are made, checked and copied, with no second copy of the model.
+    reloaded. A few tensors at a time are made, checked and copied, with no second copy of the model: that takes half a
+    gigabyte of each GPU (or of host memory, for what is there), and room for the largest tensor.
 
     Call it between forward passes: while it runs, the model has weights of both checkpoints.
 

@@ -100,10 +100,10 @@ def test_few_tensors_are_made_at_a_time(old: Path, new: Path, monkeypatch: pytes
     model, most = pyint8.load(old, CPU), 0
     write = replacing.Replacement._write
 
-    def counted(self: replacing.Replacement) -> None:
+    def counted(self: replacing.Replacement, maker: Any) -> None:
         nonlocal most
         most = max(most, self._nbytes)
-        write(self)
+        write(self, maker)
 
     monkeypatch.setattr(replacing, "_CHECKED_BYTES", nbytes)
     monkeypatch.setattr(replacing.Replacement, "_write", counted)

@@ -162,10 +162,10 @@ def test_a_file_that_changes(old: Path, new: Path, tmp_path: Path, monkeypatch: 
     source = changed(new, tmp_path / "a", lambda _: None)
     write = replacing.Replacement._write
 
-    def late(self: replacing.Replacement) -> None:
+    def late(self: replacing.Replacement, maker: Any) -> None:
         shutil.copy(source / "model.safetensors", source / "copy")
         (source / "copy").replace(source / "model.safetensors")
-        write(self)
+        write(self, maker)
 
     monkeypatch.setattr(replacing.Replacement, "_write", late)
     refused(pyint8.load(old, CPU), source, FileChangedError, "changed|another file|no longer")

@@ -97,5 +97,8 @@ def test_wrong_calls(int8: Path, source: Path, tmp_path: Path) -> None:
         pyint8.verify(int8, against=int8)
     with pytest.raises(OptionError, match="device is"):
         pyint8.verify(int8, against=source, device="nowhere")
-    with pytest.raises(Pyint8Error):
-        pyint8.verify(int8, against=tmp_path)
+    for nothing in (tmp_path, tmp_path / "nowhere", "no hub id"):
+        with pytest.raises(Pyint8Error):
+            pyint8.verify(int8, against=nothing)
+    with pytest.raises(CheckpointNotFoundError):
+        pyint8.verify("someone/nothing")

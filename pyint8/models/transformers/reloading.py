@@ -136,9 +136,9 @@ class _Reload:
         """Replaces everything."""
         names = [name for name in self._load.plan.targets if name not in self._left_out]
         maker = self._load.maker_of(names, dict(self._destinations()), preparation, self._recorder, MOST_BYTES)
-        with closing(maker):
-            replacement = Replacement(self._targets(), maker, self._require_sound)
-            replacement.run(by_turns(names, lambda name: self._places[name].device))
+        replacement = Replacement(self._targets(), self._require_sound)
+        with replacement.reported(), closing(maker):
+            replacement.run(by_turns(names, lambda name: self._places[name].device), maker)
 
     def _destinations(self) -> Iterator[tuple[str, Destination]]:
         """A value becomes what the model has there; what becomes int8 is rounded to the model's dtype before."""

@@ -62,7 +62,7 @@ def test_more_is_made_than_there_is_room_for(
     with open_stream(
         requests, OPTIONS, opener=driver.lane, quantizer=driver.quantizer, most_bytes=most_bytes
     ) as stream:
-        Replacement(places, Maker(stream, driver), lambda: None).run(weights)
+        Replacement(places, lambda: None).run(weights, Maker(stream, driver))
     for name, weight in weights.items():
         (place,) = places[name]
         if place.is_int8:

@@ -16,6 +16,7 @@ from torch import nn
 import pyint8
 from pyint8.errors import (
     CheckpointError,
+    FileChangedError,
     ModelNotSupportedError,
     NonFiniteWeightError,
     OptionError,
@@ -25,6 +26,7 @@ from pyint8.errors import (
     ShapeMismatchError,
 )
 from pyint8.models import replacing
+from pyint8.models.live import Place
 
 
 def other(**kwargs: Any) -> nn.Module:
@@ -231,3 +233,17 @@ def test_a_failure_in_the_middle(old: Path, tmp_path: Path, monkeypatch: pytest.
     for name, value in values(net).items():
         weight = name.removesuffix("SCB") + "weight" if name.endswith("SCB") else name
         assert torch.equal(value, (wanted if weight in raised.value.replaced else before)[name]), name
+
+
+def test_a_file_that_changes_after_the_last_write(old: Path, new: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put, net = Place.put, filled(old)
+
+    def late(place: Place, value: torch.Tensor) -> None:
+        put(place, value)
+        new.touch()
+
+    monkeypatch.setattr(Place, "put", late)
+    with pytest.raises(PartlyReplacedError) as raised:
+        pyint8.reload(net, new)
+    assert isinstance(raised.value.__cause__, FileChangedError)
+    assert set(raised.value.replaced) == set(other().state_dict())

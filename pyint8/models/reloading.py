@@ -53,7 +53,10 @@ class _Reload:
         self._recorder = recorder
         pre_quantized = any(name.endswith(f".{checks.SCALES}") for name in checkpoint)
         self._quantizer = Int8Quantizer(Int8Config(), pre_quantized=pre_quantized, strict=request.strict)
-        self._quantizer.adopt({name: each for name, each in live_modules(module) if is_int8(each)})
+        modules = dict(live_modules(module))
+        self._quantizer.adopt({name: each for name, each in modules.items() if is_int8(each)})
+        ordinary = (name for name in modules if name not in self._quantizer.converted)
+        self._quantizer.skipped = dict.fromkeys(ordinary, "it is not int8 in the module")
         self._quantizer.validate_environment()
         self._places = places_of(module)
         self._wanted = {name: self._stored(name) for name in checkpoint if name in self._places}
@@ -73,9 +76,12 @@ class _Reload:
             checks.refuse_unrelated(self._checkpoint, self._places)
         for name, stored in self._wanted.items():
             self._check(name, stored)
-        self._say_unexpected()
         reached = {self._places[name].address for name in self._wanted}
         lost = {name for name, place in self._places.items() if place.address not in reached}
+        unexpected = self._unexpected()
+        self._recorder.report.loading_info = {"missing_keys": lost, "unexpected_keys": set(unexpected)}
+        if unexpected:
+            logger.warning("the checkpoint's %s have no place in the module", first_names(unexpected, 10))
         require_all(lost, self._checkpoint.files[0], strict=self._quantizer.strict)
         for name in require_alike(self._wanted, self._places, self._are_alike):
             del self._wanted[name]
@@ -96,11 +102,9 @@ class _Reload:
                 f"its dtype is {stored.entry.dtype}, and {name} in the module is {place.dtype}", **stored.entry.location
             )
 
-    def _say_unexpected(self) -> None:
+    def _unexpected(self) -> list[str]:
         belonging = {f"{name}.{leaf}" for name in self._quantizer.converted for leaf in (checks.SCALES, checks.FORMAT)}
-        unexpected = sorted(set(self._checkpoint) - set(self._places) - belonging)
-        if unexpected:
-            logger.warning("the checkpoint's %s have no place in the module", first_names(unexpected, 10))
+        return sorted(set(self._checkpoint) - set(self._places) - belonging)
 
     def _are_alike(self, one: str, other: str) -> bool:
         dtypes = self._destination(one).dtype, self._destination(other).dtype

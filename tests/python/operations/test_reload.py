@@ -182,7 +182,8 @@ def test_what_is_missing(old: Path, tmp_path: Path, caplog: pytest.LogCaptureFix
 
 def test_what_is_unexpected(old: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        pyint8.reload(filled(old), changed(tmp_path / "new.safetensors", more=torch.zeros(2)))
+        report = pyint8.reload(filled(old), changed(tmp_path / "new.safetensors", more=torch.zeros(2)))
+    assert report.loading_info == {"missing_keys": set(), "unexpected_keys": {"more"}}
     assert "the checkpoint's more have no place" in caplog.text
 
 
@@ -208,6 +209,13 @@ def test_what_cannot_be(
 ) -> None:
     new = changed(tmp_path / "new.safetensors", **tensors)
     assert refused(filled(old), new, kind, words).path == str(new)
+
+
+def test_what_is_int8_on_one_side_alone(old: Path, new: Path, tmp_path: Path) -> None:
+    pyint8.save(filled(new, config=ALL), tmp_path / "all")
+    pyint8.save(filled(new), tmp_path / "less")
+    refused(filled(old), tmp_path / "all", QuantizationStateError, "head.weight.*: it is not int8 in the module")
+    refused(filled(old, config=ALL), tmp_path / "less", QuantizationStateError, "without its scales")
 
 
 def test_another_checkpoint_altogether(old: Path, tmp_path: Path) -> None:

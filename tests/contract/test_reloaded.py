@@ -50,6 +50,14 @@ def test_the_dtype_is_the_model_s(name: str, dtype: torch.dtype, kind: str, chec
     assert state(model) == state(pyint8.load(checkpoints.folder(ZOO[name], kind), CPU, dtype=dtype))
 
 
+def test_the_dtype_may_be_a_name(old: Path, checkpoints: CheckpointStore) -> None:
+    source = checkpoints.folder(ZOO["llama"], "fp32")
+    model = pyint8.load(old, CPU)
+    model.config.dtype = "bfloat16"
+    pyint8.reload(model, source)
+    assert state(model) == state(pyint8.load(source, CPU, dtype=torch.bfloat16))
+
+
 def test_16_bit_and_int8_by_turns(old: Path, new: Path, tmp_path: Path) -> None:
     model = pyint8.load(old, CPU)
     pyint8.convert(new, tmp_path / "int8", device="cpu")

@@ -14,7 +14,7 @@ from pyint8.errors import CheckpointError, QuantizationStateError, ShapeMismatch
 from pyint8.models.assembly import Destination
 from pyint8.models.live import Place, live_modules, places_of
 from pyint8.models.replacing import MOST_BYTES, Replacement, by_turns, require_alike, require_all
-from pyint8.models.request import LoadRequest
+from pyint8.models.request import LoadRequest, check_dtype
 from pyint8.models.transformers.compat import tied_weights
 from pyint8.models.transformers.loading import is_int8_already, plan_pretrained
 from pyint8.models.transformers.planned import PlannedLoad
@@ -50,7 +50,7 @@ def reload_pretrained(model: Any, request: LoadRequest, preparation: Preparation
 
 def _dtype(model: Any) -> torch.dtype:
     """What the model was loaded as; some of its parameters may have been cast since."""
-    dtype = getattr(model.config, "dtype", None)
+    dtype = check_dtype(getattr(model.config, "dtype", None))
     found: torch.dtype = dtype if isinstance(dtype, torch.dtype) else model.dtype
     return found
 

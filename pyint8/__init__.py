@@ -15,7 +15,9 @@ from pyint8.models.transformers.releases import require_transformers
 from pyint8.operations.convert import convert
 from pyint8.operations.inspect import Inspection, inspect
 from pyint8.operations.load import load
+from pyint8.operations.reload import reload
 from pyint8.operations.save import save
+from pyint8.operations.verify import Verification, verify
 from pyint8.report import LoadReport
 
 __all__ = [
@@ -24,11 +26,14 @@ __all__ = [
     "LoadReport",
     "Pyint8Error",
     "StreamOptions",
+    "Verification",
     "convert",
     "inspect",
     "load",
+    "reload",
     "save",
     "takeover",
+    "verify",
 ]
 __version__ = "0.1.0"
 

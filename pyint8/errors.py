@@ -163,6 +163,36 @@ class CancelledError(Pyint8Error, RuntimeError):
     """The stream was closed while a tensor was waited for."""
 
 
+class PartlyReplacedError(Pyint8Error, RuntimeError):
+    """A reload stopped halfway; its cause is `__cause__`.
+
+    Attributes:
+        replaced: The model's tensors that have their new values, by name; the others have those that they had.
+        torn: The one that was being written, which may have some of both; None if there is none.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        replaced: Sequence[str] = (),
+        torn: str | None = None,
+        **place: Any,
+    ) -> None:
+        super().__init__(problem, **place)
+        self.replaced = tuple(replaced)
+        self.torn = torn
+
+    def __reduce__(self) -> Any:
+        state = self.problem, self.path, self.tensor, self.offset, self.replaced, self.torn
+        return _rebuild_partly_replaced, state
+
+
+def _rebuild_partly_replaced(*state: Any) -> PartlyReplacedError:
+    problem, path, tensor, offset, replaced, torn = state
+    return PartlyReplacedError(problem, path=path, tensor=tensor, offset=offset, replaced=replaced, torn=torn)
+
+
 _FROM_CORE: dict[str, type[Pyint8Error]] = {
     "invalid_argument": OptionError,
     "driver": DeviceError,

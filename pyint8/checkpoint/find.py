@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from pyint8.errors import (
+    CheckpointError,
     CheckpointNotFoundError,
     MissingDependencyError,
     ModelNotSupportedError,
@@ -163,7 +164,9 @@ def _downloaded(hub_id: str, file: str, where: Mapping[str, Any]) -> str | None:
     return str(found)
 
 
-def find_checkpoint(path: str, kwargs: Mapping[str, Any]) -> Checkpoint | None:
+def find_checkpoint(
+    path: str, kwargs: Mapping[str, Any], problems: list[Pyint8Error] | None = None
+) -> Checkpoint | None:
     """A folder's (or a file's) checkpoint; of a hub id what the local cache has, if anything.
 
     transformers decides later whether that is up to date, and downloads what is missing.
@@ -172,18 +175,20 @@ def find_checkpoint(path: str, kwargs: Mapping[str, Any]) -> Checkpoint | None:
         path: Folder, file or hub id.
         kwargs: `subfolder`, `variant`, `use_safetensors`, and for the hub `cache_dir`, `revision` and `force_download`,
             with which the cache has nothing of use.
+        problems: See `open_checkpoint`.
     """
     names = ("subfolder", "variant", "use_safetensors")
     where = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
     if os.path.exists(path):
         named = _weights_named_in_config(os.path.join(path, kwargs.get("subfolder") or ""))
-        return open_checkpoint(path, **where) if named is None else open_checkpoint(named)
+        where = where if named is None else {}
+        return open_checkpoint(named or path, problems=problems, **where)
 
     if kwargs.get("force_download"):
         return None
     try:
         config = cached_file(path, "config.json", kwargs)
-        return None if config is None else open_checkpoint(os.path.dirname(config), **where)
+        return None if config is None else open_checkpoint(os.path.dirname(config), problems=problems, **where)
     except (Pyint8Error, ValueError):  # the load itself reports it
         return None
 
@@ -199,6 +204,28 @@ def cached_file(hub_id: str, file: str, kwargs: Mapping[str, Any]) -> str | None
     where = {name: kwargs[name] for name in ("cache_dir", "revision") if kwargs.get(name) is not None}
     found = try_to_load_from_cache(hub_id, file, **where)
     return found if isinstance(found, str) else None
+
+
+def configuration(path: str, kwargs: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """The path and the content of a model's config.json, in its folder or the local cache; None if there is none.
+
+    Raises:
+        CheckpointError: It is no JSON object.
+    """
+    inside = os.path.join(kwargs.get("subfolder") or "", "config.json")
+    try:
+        file = os.path.join(path, inside) if os.path.exists(path) else cached_file(path, inside, kwargs)
+    except ValueError:  # no hub id
+        return None
+    if file is None or not os.path.isfile(file):
+        return None
+    try:
+        content = _json_in(file)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"the configuration is no JSON ({error}); download it again", path=file) from None
+    if not isinstance(content, dict):
+        raise CheckpointError("the configuration is no JSON object; download it again", path=file)
+    return file, content
 
 
 def _json_in(path: str) -> Any:

@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
-from pyint8.errors import CheckpointNotFoundError, OptionError, first_names
+from pyint8.errors import CheckpointNotFoundError, OptionError, Pyint8Error, first_names
 from pyint8.host.files import open_file
 
 from ._reading import os_errors
@@ -111,6 +111,7 @@ def open_checkpoint(
     subfolder: str = "",
     variant: str | None = None,
     use_safetensors: bool | None = None,
+    problems: list[Pyint8Error] | None = None,
 ) -> Checkpoint:
     """Find the checkpoint of a folder as transformers does, and read its headers.
 
@@ -120,6 +121,7 @@ def open_checkpoint(
         subfolder: Where in the folder to look.
         variant: "fp16" makes that `model.fp16.safetensors` and `model.safetensors.index.fp16.json`.
         use_safetensors: True looks for safetensors alone, False for the other format alone.
+        problems: Takes the errors of shards, which are left out; without it the first is raised.
 
     Raises:
         CheckpointNotFoundError: There is no such path, no checkpoint in the folder, only one of another format, or a
@@ -133,7 +135,7 @@ def open_checkpoint(
         if subfolder or variant is not None:
             raise OptionError(f"subfolder and variant are for a folder, and {path} is a file; give the file alone")
         if path.endswith(".index.json"):
-            return _open_sharded(os.path.dirname(path), path)
+            return _open_sharded(os.path.dirname(path), path, problems)
         return Checkpoint([_read_file(path)])
     folder = os.path.join(path, subfolder) if subfolder else path
     formats = {None: (_SAFETENSORS, _PICKLED), True: (_SAFETENSORS,), False: (_PICKLED,)}[use_safetensors]
@@ -142,7 +144,7 @@ def open_checkpoint(
         if _is_file(os.path.join(folder, single)):
             return Checkpoint([_read_file(os.path.join(folder, single))])
         if _is_file(os.path.join(folder, index)):
-            return _open_sharded(folder, os.path.join(folder, index))
+            return _open_sharded(folder, os.path.join(folder, index), problems)
     raise _nothing_in(folder, looked_for)
 
 
@@ -220,11 +222,25 @@ def _read_bytes(path: str) -> bytes:
         return file.read()
 
 
-def _open_sharded(folder: str, index: str) -> Checkpoint:
+def _open_sharded(folder: str, index: str, problems: list[Pyint8Error] | None) -> Checkpoint:
     weight_map = weight_map_of(index, _read_bytes(index))
     paths = {shard: os.path.join(folder, shard) for shard in sorted(set(weight_map.values()))}
-    shards = [_read_shard(path, index, weight_map) for path in paths.values()]
-    return Checkpoint(shards, [_index(index, weight_map, paths)])
+    read = {shard: _read_if_sound(path, index, weight_map, problems) for shard, path in paths.items()}
+    shards = [file for file in read.values() if file is not None]
+    known = {name: shard for name, shard in weight_map.items() if read[shard] is not None}
+    return Checkpoint(shards, [_index(index, known, paths)])
+
+
+def _read_if_sound(
+    path: str, index: str, weight_map: Mapping[str, str], problems: list[Pyint8Error] | None
+) -> CheckpointFile | None:
+    try:
+        return _read_shard(path, index, weight_map)
+    except Pyint8Error as error:
+        if problems is None:
+            raise
+        problems.append(error)
+        return None
 
 
 def _index(path: str, weight_map: Mapping[str, str], paths: Mapping[str, str]) -> Index:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from typing import TextIO
 
-from pyint8.cli import bench, cache, convert, doctor, inspect, load, plan, run
+from pyint8.cli import bench, cache, convert, doctor, inspect, load, plan, run, verify
 from pyint8.cli.verb import NO, Output, Verb
 from pyint8.errors import Pyint8Error
 
@@ -19,6 +19,7 @@ VERBS: tuple[Verb, ...] = (
     plan.VERB,
     load.VERB,
     convert.VERB,
+    verify.VERB,
     cache.VERB,
     run.VERB,
     doctor.VERB,

@@ -20,7 +20,7 @@ from pyint8.config import Int8Config, StreamOptions, cache_bytes, cache_folder
 from pyint8.errors import CancelledError, OptionError, Pyint8Error
 from pyint8.host import ending
 from pyint8.host.files import open_file
-from pyint8.operations.common import prepare
+from pyint8.operations.common import devices_of, prepare
 from pyint8.report import LoadReport, Recorder
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ class Cache:
             _fills.discard(threading.current_thread())
 
     def _make(self, folder: CacheFolder) -> None:
-        from pyint8.operations.convert import devices_of, plan_conversion, write_converted
+        from pyint8.operations.convert import plan_conversion, write_converted
 
         wanted = self._wanted
         with ExitStack() as stack:

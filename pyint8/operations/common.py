@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from pyint8.config import StreamOptions
 from pyint8.errors import OptionError
+from pyint8.host.imports import imported
 from pyint8.host.memory import peak_resident_bytes
 from pyint8.report import LoadReport
 
 if TYPE_CHECKING:
+    import torch
+
     from pyint8.checkpoint import Checkpoint
     from pyint8.streaming.preparation import Preparation
 
@@ -30,6 +33,12 @@ def decoded(path: Any) -> str:
         raise OptionError(f"path is {path!r}; it must be a folder or a hub id") from None
 
 
+def is_of_transformers(model: object) -> bool:
+    """Whether it is a model of transformers'."""
+    transformers = imported("transformers.modeling_utils")
+    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
+
+
 def check_options(options: object) -> None:
     """Raises OptionError unless it is a StreamOptions or None."""
     if options is not None and not isinstance(options, StreamOptions):
@@ -41,6 +50,28 @@ def prepare(checkpoint: Checkpoint | None, options: StreamOptions) -> Preparatio
     from pyint8.streaming.preparation import Preparation  # here, since `import pyint8` does not load the extension
 
     return Preparation(checkpoint, options)
+
+
+def devices_of(device: Any) -> list[torch.device]:
+    """Where weights are quantized: None for all visible GPUs that can, or the CPU.
+
+    Raises:
+        OptionError: It is no device.
+    """
+    import torch
+
+    from pyint8.quantizer import find_entry_point
+
+    if device is None:
+        count = torch.cuda.device_count() if find_entry_point() is not None else min(1, torch.cuda.device_count())
+        return [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
+    try:
+        found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    except (RuntimeError, TypeError):
+        raise OptionError(f'device is {device!r}; it must be "cpu", "cuda", "cuda:1" or the like, or None') from None
+    if str(found) == "cuda":
+        found = torch.device("cuda", torch.cuda.current_device())
+    return [found]
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from pyint8.host.imports import importing
 from pyint8.models.keywords import int8_config, refuse_misplaced
 from pyint8.models.transformers.parallel import refuse_split_models
 from pyint8.models.transformers.releases import require_transformers
-from pyint8.operations.common import check_options, decoded, measured_memory, prepare
+from pyint8.operations.common import check_options, decoded, devices_of, measured_memory, prepare
 from pyint8.operations.save import describe
 from pyint8.report import LoadReport, Recorder
 
@@ -144,7 +144,7 @@ def plan_conversion(
     from pyint8.models.transformers.converting import Conversion
     from pyint8.models.transformers.loading import plan_pretrained
 
-    model, load = plan_pretrained(model_class, request, begun, recorder)
+    model, load = plan_pretrained(request, begun, recorder, model_class=model_class)
     return ConversionPlan(request, model, load, Conversion(model, load, max_shard_size))
 
 
@@ -169,14 +169,19 @@ def write_converted(
     Raises:
         Pyint8Error: A tensor cannot be read, quantized or written.
     """
+    from pyint8.models.converted_files import ConvertedFiles
     from pyint8.models.transformers.saving import write_description
 
     identity, checkpoint = _identity(plan, devices[0]), plan.load.checkpoint
     with replaced_folder(target, is_of_a_save, is_resumed=_is_resumed) as staging, recorder.phase("stream"):
         file = os.path.join(staging, _JOURNAL)
         emptied_unless(staging, Journal.is_of(file, identity))
-        with Journal(file, identity) as journal:
-            plan.conversion.run(staging, journal, devices, begun, recorder)
+        with (
+            Journal(file, identity) as journal,
+            ConvertedFiles(staging, plan.conversion.shards, journal, plan.conversion.num_parameters) as files,
+        ):
+            plan.conversion.run(files, journal.done, devices, begun, recorder)
+            files.finish()
         checkpoint.require_unchanged(checkpoint.files)
         write_description(plan.model, staging)
         complete(staging)
@@ -190,28 +195,6 @@ def _refuse(path: str, target: str, config: Int8Config | None, arguments: Mappin
         raise OptionError("config has has_fp16_weight, which keeps weights in 16 bit: there is nothing to convert")
     if arguments.get("ignore_mismatched_sizes"):
         raise OptionError("ignore_mismatched_sizes makes up weights that the checkpoint does not have; load, then save")
-
-
-def devices_of(device: Any) -> list[torch.device]:
-    """Where weights are quantized (see `convert`).
-
-    Raises:
-        OptionError: It is no device.
-    """
-    import torch
-
-    from pyint8.quantizer import find_entry_point
-
-    if device is None:
-        count = torch.cuda.device_count() if find_entry_point() is not None else min(1, torch.cuda.device_count())
-        return [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
-    try:
-        found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    except (RuntimeError, TypeError):
-        raise OptionError(f'device is {device!r}; it must be "cpu", "cuda", "cuda:1" or the like, or None') from None
-    if str(found) == "cuda":
-        found = torch.device("cuda", torch.cuda.current_device())
-    return [found]
 
 
 def _request(

@@ -10,8 +10,9 @@ from pyint8.checkpoint.find import cached_file
 from pyint8.checkpoint.replacement import replaced_folder
 from pyint8.checkpoint.side_files import carry_side_files, is_of_a_save
 from pyint8.errors import OptionError
-from pyint8.host.imports import imported, importing
+from pyint8.host.imports import importing
 from pyint8.host.writing import write_errors
+from pyint8.operations.common import is_of_transformers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,7 +41,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_size: in
     """
     module, path = _checked(model), _decoded(folder)
     with replaced_folder(path, is_of_a_save) as staging, write_errors(path):
-        if _is_of_transformers(module):
+        if is_of_transformers(module):
             with importing:
                 from pyint8.models.transformers.saving import save_model
 
@@ -80,27 +81,16 @@ def _checked(model: Any) -> nn.Module:
 
     if not isinstance(model, nn.Module):
         raise OptionError(f"model is {model!r:.80}; it must be an int8 model")
-    unwrapped: nn.Module = _unwrapped(model)
-    if hasattr(unwrapped, "peft_config") and not _is_of_transformers(unwrapped):
+    with importing:
+        from pyint8.models.live import unwrapped
+
+    inside: nn.Module = unwrapped(model)
+    if hasattr(inside, "peft_config") and not is_of_transformers(inside):
         raise OptionError(
             "model is a PEFT model: save its adapter with model.save_pretrained(folder), or its base model with "
             "pyint8.save(model.unload(), folder)"
         )
-    return unwrapped
-
-
-def _unwrapped(model: Any) -> Any:
-    """What is inside of torch's wrappers, which put a prefix before all names."""
-    from torch.nn.parallel import DataParallel, DistributedDataParallel
-
-    while isinstance(model, DataParallel | DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    return model
-
-
-def _is_of_transformers(model: Any) -> bool:
-    transformers = imported("transformers.modeling_utils")
-    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
+    return inside
 
 
 def _decoded(folder: Any) -> str:

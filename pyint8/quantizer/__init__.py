@@ -3,9 +3,10 @@
 from pyint8.quantizer.entry_point import ENTRY_POINT, OPERATOR, find_entry_point
 from pyint8.quantizer.health import BadWeight, WeightHealth, first_overflow
 from pyint8.quantizer.lifecycle import Int8Quantizer
-from pyint8.quantizer.modules import modules_to_keep, tied_names
-from pyint8.quantizer.saved import int8_modules, require_codes
+from pyint8.quantizer.modules import is_linear, modules_to_keep, tied_names
+from pyint8.quantizer.saved import codes_and_scales, int8_modules, is_int8, require_codes, require_quantized
 from pyint8.quantizer.sizes import tensor_bytes
+from pyint8.quantizer.skip_list import entry_for
 from pyint8.quantizer.weights import TensorSource, WeightSource, stand_in
 
 __all__ = [
@@ -16,11 +17,16 @@ __all__ = [
     "TensorSource",
     "WeightHealth",
     "WeightSource",
+    "codes_and_scales",
+    "entry_for",
     "find_entry_point",
     "first_overflow",
     "int8_modules",
+    "is_int8",
+    "is_linear",
     "modules_to_keep",
     "require_codes",
+    "require_quantized",
     "stand_in",
     "tensor_bytes",
     "tied_names",

@@ -45,10 +45,18 @@ class _Marked:
     marks: torch.Tensor
     find_overflow: Callable[[], BadWeight | None] | None = None
 
-    def bad(self, on_host: torch.Tensor) -> BadWeight | None:
-        """Looks at the marks in a copy of all of their storage."""
-        start = self.marks.storage_offset()
-        rows = on_host[start : start + len(self.marks)].nonzero()
+    @property
+    def start(self) -> int:
+        """Where they lie in their storage."""
+        return int(self.marks.storage_offset())
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.marks)
+
+    def bad(self, on_host: torch.Tensor, first: int) -> BadWeight | None:
+        """Looks at the marks in a copy of their storage from `first` on."""
+        rows = on_host[self.start - first : self.end - first].nonzero()
         if not len(rows):
             return None
         return BadWeight(self.name, int(rows[0])) if self.find_overflow is None else self.find_overflow()
@@ -169,15 +177,17 @@ class WeightHealth:
         return list(found.values())
 
     def _bad_marks(self) -> Iterator[BadWeight]:
-        """Marks lie in few storages, each copied once."""
+        """Marks lie in few storages; what is between the first and the last that are asked for is copied at once."""
         groups: dict[int, list[_Marked]] = {}
         for marked in self._marked:
             groups.setdefault(marked.marks.untyped_storage().data_ptr(), []).append(marked)
         for group in groups.values():
             marks = group[0].marks
-            on_host = torch.empty(0, dtype=torch.uint8, device=marks.device).set_(marks.untyped_storage()).cpu()
+            first, last = min(marked.start for marked in group), max(marked.end for marked in group)
+            whole = torch.empty(0, dtype=torch.uint8, device=marks.device).set_(marks.untyped_storage())
+            on_host = whole[first:last].cpu()
             if bool(on_host.any()):
-                yield from filter(None, (marked.bad(on_host) for marked in group))
+                yield from filter(None, (marked.bad(on_host, first) for marked in group))
 
     def _look_at_casts(self) -> None:
         for cast in self._casts:

@@ -19,7 +19,7 @@ from pyint8.placement.device_map import DeviceMap, off_device
 from pyint8.quantizer import requirements, weights
 from pyint8.quantizer.backend import require_device
 from pyint8.quantizer.health import WeightHealth
-from pyint8.quantizer.modules import choose_modules, is_conv1d, replace_with_int8, why_read
+from pyint8.quantizer.modules import choose_modules, is_conv1d, original_class, replace_with_int8, why_read
 from pyint8.quantizer.skip_list import Matches, check_entries, entry_for, name_matches, warn_of_dead_entries
 from pyint8.quantizer.weights import WeightSource
 
@@ -168,6 +168,10 @@ class Int8Quantizer:
         self.skipped |= reasons
         self._say_unquantized(reasons)
 
+    def adopt(self, modules: Mapping[str, nn.Module]) -> None:
+        """Takes `Linear8bitLt` of a model that is loaded already, by name, as modules that were converted."""
+        self.converted = dict(modules)
+
     def put_back(self, model: nn.Module, name: str, reason: str) -> None:
         """Puts an ordinary module back that `preprocess_model` replaced, because its weight is absent or unsuitable."""
         model.set_submodule(name, self.converted.pop(name))
@@ -307,7 +311,7 @@ class Int8Quantizer:
     def is_stored_transposed(self, parameter_name: str) -> bool:
         """Whether this weight is stored as [in, out]: a Conv1D's, unless the checkpoint is int8 already."""
         module = self.converted.get(parameter_name.rpartition(".")[0])
-        return module is not None and not self.pre_quantized and is_conv1d(type(module))
+        return module is not None and not self.pre_quantized and is_conv1d(original_class(module))
 
     def _check_placement(self, device_map: DeviceMap) -> None:
         if not self.config.fp32_cpu_offload:

@@ -28,6 +28,12 @@ def is_conv1d(kind: type[nn.Module]) -> bool:
     return conv1d is not None and issubclass(kind, conv1d)
 
 
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before it became a `Linear8bitLt`, as far as that is known; else its class."""
+    found = getattr(module, "source_cls", None)
+    return found if isinstance(found, type) else type(module)
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether it is a Linear of some kind, or a Conv1D."""
     return isinstance(module, nn.Linear) or is_conv1d(type(module))

@@ -1,9 +1,10 @@
-"""What bitsandbytes saves of an int8 model."""
+"""What bitsandbytes has of an int8 model, before a forward pass and after it."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from pyint8.errors import ModelNotSupportedError
@@ -29,8 +30,47 @@ def require_codes(model: nn.Module) -> None:
             "save_pretrained, or safetensors.torch.save_model"
         )
     for name, module in found.items():
-        if module.state.has_fp16_weights or (module.weight.SCB is None and module.state.SCB is None):
+        if not _is_quantized(module):
             raise ModelNotSupportedError(
                 f"the weight of {name} is not quantized (has_fp16_weight, or it never was moved to a device): an int8 "
                 "checkpoint cannot hold it. Keep the 16-bit checkpoint it was loaded from"
             )
+
+
+def is_int8(module: nn.Module) -> bool:
+    """Whether it is a `Linear8bitLt`."""
+    return isinstance(module, bitsandbytes.nn.Linear8bitLt)
+
+
+def require_quantized(name: str, module: Any) -> None:
+    """Raises ModelNotSupportedError unless the weight `name` of a `Linear8bitLt` has codes."""
+    if not _is_quantized(module):
+        raise ModelNotSupportedError(
+            f"{name} is not quantized (has_fp16_weight, or it never was moved to a device), so it cannot be reloaded; "
+            "load the model again"
+        )
+
+
+def codes_and_scales(module: Any) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """The memory of a `Linear8bitLt`'s codes, int8 [out, in], and scales, fp32 [out]; each once.
+
+    The first forward pass moves codes and scales from the weight to the module's state; in a copy of a model the codes
+    lie apart from the parameter.
+    """
+    weight, state = module.weight, module.state
+    return _distinct(weight, getattr(weight, "CB", None), state.CB), _distinct(_scales(weight), state.SCB)
+
+
+def _distinct(*tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    found = {(tensor.device, tensor.data_ptr()): tensor.detach() for tensor in tensors if tensor is not None}
+    return tuple(found.values())
+
+
+def _scales(weight: Any) -> torch.Tensor | None:
+    found: torch.Tensor | None = getattr(weight, "SCB", None)
+    return found
+
+
+def _is_quantized(module: Any) -> bool:
+    has_scales = _scales(module.weight) is not None or module.state.SCB is not None
+    return has_scales and not module.state.has_fp16_weights

@@ -27,6 +27,7 @@ def open_stream(
     recorder: Recorder | None = None,
     opener: LaneOpener = open_lane,
     quantizer: int | None = None,
+    most_bytes: int | None = None,
 ) -> Iterator[TensorStream]:
     """A stream with a transport of its own: on leaving, the workers are joined and nothing is on its way any more.
 
@@ -38,6 +39,7 @@ def open_stream(
         recorder: Told of bytes as they land, and of what the engine did.
         opener: Makes the lane of a device (another one for tests).
         quantizer: See `TensorStream`.
+        most_bytes: See `TensorStream`.
 
     Raises:
         FileChangedError: A file is not the one whose header was read, or was written to since.
@@ -46,7 +48,7 @@ def open_stream(
     """
     gpus = {request.device for request in requests if request.device.type == "cuda"}
     with closing(Transport(options, opener, len(gpus))) as transport:
-        stream = TensorStream(requests, transport, recorder=recorder, quantizer=quantizer)
+        stream = TensorStream(requests, transport, recorder=recorder, quantizer=quantizer, most_bytes=most_bytes)
         try:
             yield stream
             if recorder is not None:
@@ -63,3 +65,16 @@ def read_tensor(entry: Entry) -> torch.Tensor:
     """One entry, contiguous, in host memory of its own: for a question that is seldom asked."""
     with open_stream([TensorRequest(entry, torch.device("cpu"))], StreamOptions(threads=1)) as stream:
         return stream.whole(entry.name)
+
+
+def is_same(one: Entry, other: Entry) -> bool:
+    """Whether two entries are the same bytes of the same file."""
+    return (one.path, one.offset, one.dtype) == (other.path, other.offset, other.dtype)
+
+
+def are_alike(one: Entry, other: Entry, dtypes: tuple[torch.dtype, torch.dtype]) -> bool:
+    """Whether two entries have the same values, each cast to its dtype."""
+    if is_same(one, other):
+        return True
+    values = [read_tensor(entry).to(dtype) for entry, dtype in zip((one, other), dtypes, strict=True)]
+    return torch.equal(*values)

@@ -187,9 +187,9 @@ def test_the_users_cache(source: Path, tmp_path: Path, monkeypatch: pytest.Monke
 LOADS = """
 import sys
 import pyint8
-from pyint8.models.transformers import converting
+from pyint8.models import converted_files
 from pyint8.operations.cached import wait_for_fills
-converting._NOTED_BYTES = 1
+converted_files._NOTED_BYTES = 1
 for _ in range(2):
     _, report = pyint8.load(sys.argv[1], {"": "cpu"}, cache=sys.argv[2], return_report=True)
     print(report.from_cache, flush=True)
@@ -215,9 +215,9 @@ def test_two_processes_fill_one_cache(source: Path, cache: Path) -> None:
 ENDS = """
 import sys, time
 import pyint8
-from pyint8.models.transformers import converting
+from pyint8.models import converted_files
 from pyint8.streaming.write_behind import WriteBehind
-converting._NOTED_BYTES = 1
+converted_files._NOTED_BYTES = 1
 put = WriteBehind.put
 def slow_put(*args):
     time.sleep(0.05)

@@ -20,6 +20,7 @@ from zoo import PREQUANTIZED, ZOO, CheckpointStore, ZooModel, checkpoint_store
 
 import pyint8
 from pyint8.errors import NonFiniteWeightError, OptionError, Pyint8Error, ReadError, WriteError
+from pyint8.models import converted_files
 from pyint8.models.transformers import converting
 from pyint8.streaming.write_behind import WriteBehind
 
@@ -123,8 +124,8 @@ def test_little_is_in_memory_at_a_time(llama: Path, tmp_path: Path, monkeypatch:
             most = max(most, self._bytes)
             return future
 
-    monkeypatch.setattr(converting, "WriteBehind", Watched)
-    monkeypatch.setattr(converting, "MOST_BYTES", 5000)
+    monkeypatch.setattr(converted_files, "WriteBehind", Watched)
+    monkeypatch.setattr(converted_files, "MOST_BYTES", 5000)
     ours = converted(llama, tmp_path / "a")
     assert ours == loaded_and_saved(llama, tmp_path / "b")
     assert most <= max(5000, *(tensor.nbytes for tensor in load_file(tmp_path / "a" / "model.safetensors").values()))
@@ -140,7 +141,7 @@ class Interrupted:
         self._after, self._error, self.written = after, error, 0
         self._put = WriteBehind.put
         monkeypatch.setattr(WriteBehind, "put", lambda behind, *args: self.put(behind, *args))
-        monkeypatch.setattr(converting, "_NOTED_BYTES", 1)
+        monkeypatch.setattr(converted_files, "_NOTED_BYTES", 1)
 
     def put(self, behind: WriteBehind, *args: Any) -> Any:
         if self.written == self._after:
@@ -194,6 +195,7 @@ def test_an_error_leaves_nothing(
 CONVERTS = """
 import sys, time
 import pyint8
+from pyint8.models import converted_files
 from pyint8.models.transformers import converting
 from pyint8.streaming.write_behind import WriteBehind
 
@@ -207,7 +209,7 @@ def announced_run(*args):
     print("begun", flush=True)
     run(*args)
 
-converting._NOTED_BYTES = 1
+converted_files._NOTED_BYTES = 1
 WriteBehind.put, converting.Conversion.run = slow_put, announced_run
 pyint8.convert(sys.argv[1], sys.argv[2], device="cpu", max_shard_size="40KB")
 """
@@ -253,9 +255,12 @@ def test_what_is_refused(llama: Path, tmp_path: Path) -> None:
 
 
 def test_two_do_not_write_to_one_folder(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def again(*_: Any) -> None:
+    run = converting.Conversion.run
+
+    def again(*args: Any) -> None:
         with pytest.raises(OptionError, match="another process is writing"):
             pyint8.convert(llama, tmp_path / "int8", device="cpu")
+        run(*args)
 
     monkeypatch.setattr(converting.Conversion, "run", again)
     pyint8.convert(llama, tmp_path / "int8", device="cpu")

@@ -31,6 +31,7 @@ BUILTINS: dict[type[Pyint8Error], type[Exception]] = {
     errors.WriteError: OSError,
     errors.DeviceError: RuntimeError,
     errors.CancelledError: RuntimeError,
+    errors.PartlyReplacedError: RuntimeError,
 }
 
 
@@ -75,6 +76,12 @@ def test_errno_is_carried() -> None:
     error = ReadError("broken", path="/a/b", offset=3, errno=errno.EIO)
     again = pickle.loads(pickle.dumps(error))
     assert (again.errno, again.path, again.offset) == (errno.EIO, "/a/b", 3)
+
+
+def test_what_was_replaced_is_carried() -> None:
+    error = errors.PartlyReplacedError("broken", replaced=["a", "b"], torn="c")
+    again = pickle.loads(pickle.dumps(error))
+    assert (again.replaced, again.torn) == (("a", "b"), "c")
 
 
 def test_not_found_can_be_caught_as_the_builtin() -> None:

@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import closing
+from typing import Any, Protocol
 
 import torch
 
-from pyint8.checkpoint.journal import Journal
 from pyint8.checkpoint.shards import shards_of
-from pyint8.checkpoint.shards_writer import ShardsWriter
-from pyint8.host.ending import submit
 from pyint8.models.assembly import Destination
 from pyint8.models.checks import FORMAT, SCALES
-from pyint8.models.saving import MOST_BYTES, WRITERS, planned
+from pyint8.models.saving import MOST_BYTES, planned
 from pyint8.models.transformers.compat import in_conversions, reverted, revertible
 from pyint8.models.transformers.planned import PlannedLoad
 from pyint8.models.transformers.saving import require_saveable, saved_form
 from pyint8.quantizer import int8_modules
 from pyint8.report import Recorder
 from pyint8.streaming.preparation import Preparation
-from pyint8.streaming.write_behind import WriteBehind
 
 State = dict[str, torch.Tensor]
 
-# After so many bytes they are brought to the disk and noted there.
-_NOTED_BYTES = 1 << 30
+
+class Sink(Protocol):
+    """What takes the tensors of an int8 checkpoint."""
+
+    def put(self, name: str, value: torch.Tensor) -> None:
+        """Takes a tensor, ordered before its device's current stream, and not to be changed any more."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether it wants to know that what it has is sound."""
+
+    def note_sound(self) -> None:
+        """Is told that."""
 
 
 class Conversion:
-    """What is to be written of a checkpoint, known before a tensor is read.
+    """What a checkpoint becomes, known before a tensor of it is read.
 
     Args:
         model: The model, with stand-ins for what the checkpoint has.
@@ -42,6 +47,7 @@ class Conversion:
 
     Attributes:
         shards: The files to write.
+        initialized: What the checkpoint has no values for, and the int8 one will, by name.
 
     Raises:
         ModelNotSupportedError: Nothing becomes int8.
@@ -67,7 +73,9 @@ class Conversion:
         saved = saved_form(model, own, lambda _, value: value)
         names = {id(value): name for name, value in saved.items()}
         self._names = {name: names[id(value)] for name, value in own.items() if id(value) in names}
-        self._initialized = {self._names[name]: value for name, value in own.items() if self._is_initialized(name)}
+        self.initialized: State = {
+            self._names[name]: value for name, value in own.items() if self._is_initialized(name)
+        }
         self.shards = shards_of((planned(name, value) for name, value in saved.items()), max_shard_size)
 
     def _is_initialized(self, name: str) -> bool:
@@ -77,52 +85,52 @@ class Conversion:
         belongs = leaf in (SCALES, FORMAT) and module in self._codes
         return name in self._names and (f"{module}.weight" if belongs else name) not in made_by
 
+    @property
+    def num_parameters(self) -> int:
+        return int(self._model.num_parameters())
+
+    def order(self) -> list[str]:
+        """The names of all tensors, in the order in which `run` makes them."""
+        made = (name for target in self._load.plan.targets for name in self._saved_by(target))
+        return [*self.initialized, *made]
+
     def run(
         self,
-        folder: str,
-        journal: Journal,
+        sink: Sink,
+        done: Collection[str],
         devices: Sequence[torch.device],
         preparation: Preparation,
         recorder: Recorder,
     ) -> None:
-        """Writes the files.
+        """Makes the tensors, a few at a time.
 
         Args:
-            folder: Where to.
-            journal: Of what is there already.
+            sink: Takes them.
+            done: The names of those that it need not have.
             devices: Where weights are quantized.
             preparation: What has begun already.
             recorder: Told of bytes as they land.
 
         Raises:
-            Pyint8Error: A tensor cannot be read, quantized or written.
+            Pyint8Error: A tensor cannot be read or quantized; or what the sink raises.
         """
-        names = [name for name in self._load.plan.targets if not self._saved_by(name) <= journal.done]
+        names = [name for name in self._load.plan.targets if not set(self._saved_by(name)) <= set(done)]
         destinations = self._destinations(names, devices)
-        with ExitStack() as stack:
-            writer = stack.enter_context(ShardsWriter(folder, self.shards, journal.done))
-            notes = _Notes(journal, writer)
-            stack.callback(notes.close)
-            behind = stack.enter_context(WriteBehind(WRITERS, MOST_BYTES))
-            maker = self._load.maker_of(names, destinations, preparation, recorder, MOST_BYTES)
-            stack.callback(maker.close)
-            self._write(self._initialized, writer, behind, notes)
+        with closing(self._load.maker_of(names, destinations, preparation, recorder, MOST_BYTES)) as maker:
+            self._put(self.initialized, sink)
             for name in names:
                 parts = self._saved_parts(maker.make(name, None))
                 maker.wait(name)
-                self._write(parts, writer, behind, notes)
+                self._put(parts, sink)
                 maker.release(name)
             self._load.check_values()
-            behind.finish()
-            writer.finish()
-            writer.write_index({"total_parameters": self._model.num_parameters()})
 
-    def _write(self, parts: State, writer: ShardsWriter, behind: WriteBehind, notes: _Notes) -> None:
+    def _put(self, parts: State, sink: Sink) -> None:
         for name, value in parts.items():
-            notes.add(name, value.nbytes, behind.put(value, partial(writer.write, name)))
-        if notes.are_due:
+            sink.put(name, value)
+        if sink.waits:
             self._load.check_values()
-            notes.note()
+            sink.note_sound()
 
     def _saved_parts(self, made: State) -> State:
         """What is written of a target's parameters, by the checkpoint's names."""
@@ -143,9 +151,9 @@ class Conversion:
             yield f"{module}.{SCALES}", parameter.SCB  # type: ignore[attr-defined]
             yield f"{module}.{FORMAT}", torch.zeros((), dtype=torch.uint8)  # row-major, as bitsandbytes has it
 
-    def _saved_by(self, target: str) -> set[str]:
+    def _saved_by(self, target: str) -> list[str]:
         """The names of all that is written of a target."""
-        return set(self._saved_parts(self._load.stand_ins(target)))
+        return list(self._saved_parts(self._load.stand_ins(target)))
 
     def _destinations(self, names: Sequence[str], devices: Sequence[torch.device]) -> dict[str, Destination]:
         """Each target's parameters on one device, by turns."""
@@ -156,48 +164,6 @@ class Conversion:
             for made in targets[name].makes()
             if made in dtypes
         }
-
-
-class _Notes:
-    """Brings what is written to the disk, many tensors at a time, and notes them in the journal; on a thread."""
-
-    def __init__(self, journal: Journal, writer: ShardsWriter) -> None:
-        self._journal, self._writer = journal, writer
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="pyint8 journal")
-        self._noting: list[Future[None]] = []
-        self._names: list[str] = []
-        self._writes: list[Future[None]] = []
-        self._nbytes = 0
-
-    def add(self, name: str, nbytes: int, write: Future[None]) -> None:
-        self._names.append(name)
-        self._writes.append(write)
-        self._nbytes += nbytes
-
-    @property
-    def are_due(self) -> bool:
-        return self._nbytes >= _NOTED_BYTES
-
-    def note(self) -> None:
-        """Takes it that the values added so far are good.
-
-        Raises:
-            WriteError: Of an earlier time.
-        """
-        for earlier in self._noting:
-            if earlier.done():
-                earlier.result()
-        self._noting.append(submit(self._pool, self._note, self._names, self._writes))
-        self._names, self._writes, self._nbytes = [], [], 0
-
-    def _note(self, names: list[str], writes: list[Future[None]]) -> None:
-        if all(write.exception() is None for write in writes):  # an error stops everything
-            self._writer.sync()
-            self._journal.add(names)
-
-    def close(self) -> None:
-        """Waits for the thread."""
-        self._pool.shutdown()
 
 
 def _tie(model: Any, load: PlannedLoad, equal: Callable[[str, str], bool] | None) -> None:

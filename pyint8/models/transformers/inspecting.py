@@ -75,13 +75,12 @@ def inspect_pretrained(request: LoadRequest, plan: str, recorder: Recorder) -> I
     """
     placements: list[Placement] = []
     offloads = request.config is not None and request.config.fp32_cpu_offload
-    model, load = plan_pretrained(
-        None,
-        _on_one_device(request),
-        Preparation(None, request.options),
-        recorder,
-        lambda model, quantizer: placements.append(_placed(model, quantizer, plan, request.budget, offloads=offloads)),
-    )
+
+    def note(model: Any, quantizer: Any) -> None:
+        placements.append(_placed(model, quantizer, plan, request.budget, offloads=offloads))
+
+    preparation = Preparation(None, request.options)
+    model, load = plan_pretrained(_on_one_device(request), preparation, recorder, place=note)
     ties: dict[str, str] = {}
 
     def assume(one: str, other: str) -> bool:

@@ -80,10 +80,11 @@ def load_pretrained(
 
 
 def plan_pretrained(
-    model_class: Any,
     request: LoadRequest,
     preparation: Preparation,
     recorder: Recorder,
+    *,
+    model_class: Any = None,
     place: Callable[[Any, Any], object] | None = None,
 ) -> tuple[Any, PlannedLoad]:
     """As `load_pretrained`, without reading tensors: those of the checkpoint stand in the model on meta.
@@ -109,6 +110,12 @@ def plan_pretrained(
     if session.planned is None:
         raise ModelNotSupportedError(f"transformers loads {request.path} without reading its checkpoint")
     return model, session.planned
+
+
+def is_int8_already(model_class: Any, request: LoadRequest) -> bool:
+    """Whether the configuration beside a checkpoint says that it is quantized."""
+    hub = {name: value for name, value in request.arguments.items() if name in _FINDING_ARGUMENTS}
+    return _stored_quantization(_read_config(model_class.config_class, request.base, hub)) is not None
 
 
 def _from_pretrained(model_class: Any, session: LoadSession, placement: dict[str, Any]) -> transformers.PreTrainedModel:

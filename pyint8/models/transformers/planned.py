@@ -19,7 +19,7 @@ from pyint8.models.transformers.reconcile import check_index, reconcile
 from pyint8.quantizer import Int8Quantizer, stand_in
 from pyint8.report import Recorder
 from pyint8.streaming.preparation import Preparation
-from pyint8.streaming.reading import read_tensor
+from pyint8.streaming.reading import are_alike, is_same
 
 
 class PlannedLoad:
@@ -125,11 +125,9 @@ class PlannedLoad:
         if None in sources:
             return False
         first, second = (self.checkpoint[name] for name in sources if name is not None)
-        if (first.path, first.offset, first.dtype) == (second.path, second.offset, second.dtype):
-            return True
-        if equal is not None:
+        if equal is not None and not is_same(first, second):
             return equal(one, other)
-        return torch.equal(read_tensor(first).to(self.dtypes[one]), read_tensor(second).to(self.dtypes[other]))
+        return are_alike(first, second, (self.dtypes[one], self.dtypes[other]))
 
     def check_values(self) -> None:
         """Raises NonFiniteWeightError, or warns, if a value that was quantized or cast since the last time is bad."""

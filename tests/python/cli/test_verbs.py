@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from zoo import VOCAB, ZOO, CheckpointStore
@@ -219,3 +219,26 @@ def test_a_timeline(llama: Path, tmp_path: Path, command: Command) -> None:
     done = command("load", llama, "--timeline", tmp_path / "load.gif")
     assert done.returncode == 1
     assert "ends in no .png" in done.stderr
+
+
+# --- verify -----------------------------------------------------------------------------------------------------------
+
+
+def test_verify(llama: Path, tmp_path: Path, command: Command) -> None:
+    folder = tmp_path / "int8"
+    pyint8.convert(llama, folder, device="cpu")
+    value = value_of(command("verify", folder, "--against", llama, "--device", "cpu", "--json"))
+    assert value["is_sound"]
+    assert value["compared"] == value["tensors"]
+    done = command("verify", folder)
+    assert done.returncode == 0
+    assert "sound       yes" in done.stdout
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.SCB"
+    tensors[name][3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    done = command("verify", folder)
+    assert done.returncode == 3
+    assert done.stdout.startswith(f"{name}, {folder / 'model.safetensors'}, byte ")
+    (finding,) = value_of(command("verify", folder, "--json"), code=3)["findings"]
+    assert finding["tensor"] == name

@@ -1,0 +1,117 @@
+"""The files of a conversion: written behind, brought to the disk, and noted in a journal."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from types import TracebackType
+
+import torch
+
+from pyint8.checkpoint.journal import Journal
+from pyint8.checkpoint.shards import Shards
+from pyint8.checkpoint.shards_writer import ShardsWriter
+from pyint8.host.ending import submit
+from pyint8.models.saving import MOST_BYTES, WRITERS
+from pyint8.streaming.write_behind import WriteBehind
+
+# After so many bytes they are brought to the disk and noted there.
+_NOTED_BYTES = 1 << 30
+
+
+class ConvertedFiles:
+    """Takes the tensors of a conversion; a context manager that joins its threads.
+
+    Args:
+        folder: Where to.
+        shards: What the files hold.
+        journal: Of what is there already.
+        num_parameters: Of the model, for the index.
+    """
+
+    def __init__(self, folder: str, shards: Shards, journal: Journal, num_parameters: int) -> None:
+        self._num_parameters = num_parameters
+        with ExitStack() as stack:
+            self._writer = stack.enter_context(ShardsWriter(folder, shards, journal.done))
+            self._notes = _Notes(journal, self._writer)
+            stack.callback(self._notes.close)
+            self._behind = stack.enter_context(WriteBehind(WRITERS, MOST_BYTES))
+            self._stack = stack.pop_all()
+
+    def put(self, name: str, value: torch.Tensor) -> None:
+        """Writes a tensor, later; waits while there is no room.
+
+        Raises:
+            WriteError: Of an earlier one.
+        """
+        self._notes.add(name, value.nbytes, self._behind.put(value, partial(self._writer.write, name)))
+
+    @property
+    def waits(self) -> bool:
+        """Whether there is enough to be brought to the disk."""
+        return self._notes.are_due
+
+    def note_sound(self) -> None:
+        """Brings to the disk, and notes, what was taken so far."""
+        self._notes.note()
+
+    def finish(self) -> None:
+        """Waits until all is written, and writes the index.
+
+        Raises:
+            WriteError: The operating system refused.
+        """
+        self._behind.finish()
+        self._writer.finish()
+        self._writer.write_index({"total_parameters": self._num_parameters})
+
+    def __enter__(self) -> ConvertedFiles:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, traceback)
+
+
+class _Notes:
+    """Brings what is written to the disk, many tensors at a time, and notes them in the journal; on a thread."""
+
+    def __init__(self, journal: Journal, writer: ShardsWriter) -> None:
+        self._journal, self._writer = journal, writer
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="pyint8 journal")
+        self._noting: list[Future[None]] = []
+        self._names: list[str] = []
+        self._writes: list[Future[None]] = []
+        self._nbytes = 0
+
+    def add(self, name: str, nbytes: int, write: Future[None]) -> None:
+        self._names.append(name)
+        self._writes.append(write)
+        self._nbytes += nbytes
+
+    @property
+    def are_due(self) -> bool:
+        return self._nbytes >= _NOTED_BYTES
+
+    def note(self) -> None:
+        """Takes it that the values added so far are good.
+
+        Raises:
+            WriteError: Of an earlier time.
+        """
+        for earlier in self._noting:
+            if earlier.done():
+                earlier.result()
+        self._noting.append(submit(self._pool, self._note, self._names, self._writes))
+        self._names, self._writes, self._nbytes = [], [], 0
+
+    def _note(self, names: list[str], writes: list[Future[None]]) -> None:
+        if all(write.exception() is None for write in writes):  # an error stops everything
+            self._writer.sync()
+            self._journal.add(names)
+
+    def close(self) -> None:
+        """Waits for the thread."""
+        self._pool.shutdown()

@@ -1,0 +1,151 @@
+"""From a checkpoint into the memory of a transformers model that is loaded; planned with stand-ins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from pyint8.config import Int8Config
+from pyint8.errors import CheckpointError, QuantizationStateError, ShapeMismatchError
+from pyint8.models.assembly import Destination
+from pyint8.models.live import Place, live_modules, places_of
+from pyint8.models.replacing import MOST_BYTES, Replacement, by_turns, require_alike, require_all
+from pyint8.models.request import LoadRequest, check_dtype
+from pyint8.models.transformers.compat import tied_weights
+from pyint8.models.transformers.loading import is_int8_already, plan_pretrained
+from pyint8.models.transformers.planned import PlannedLoad
+from pyint8.quantizer import entry_for, is_int8, is_linear
+from pyint8.report import Recorder
+from pyint8.streaming.preparation import Preparation
+
+
+def reload_pretrained(model: Any, request: LoadRequest, preparation: Preparation, recorder: Recorder) -> None:
+    """Replaces the weights of `model`, which transformers or pyint8 has loaded, by those of a checkpoint.
+
+    Args:
+        model: Without wrappers; adapters in it stay.
+        request: The path, and how to read it; what the model decides is added.
+        preparation: What has begun already.
+        recorder: Told of bytes as they land.
+
+    Raises:
+        PartlyReplacedError: It stopped halfway.
+        Pyint8Error: The checkpoint cannot be that of the model; nothing was replaced.
+    """
+    places = places_of(model)
+    planning = replace(request, device_map={"": "cpu"}, dtype=_dtype(model), config=_config(model, places))
+    if is_int8_already(type(model), planning):
+        planning = replace(planning, config=None)
+    with torch.random.fork_rng(devices=[]):  # weights that a checkpoint lacks are drawn at random
+        stand_in, load = plan_pretrained(planning, preparation, recorder, model_class=type(model))
+    reload = _Reload(stand_in, load, places, recorder)
+    reload.check(strict=request.strict)
+    with recorder.phase("stream"):
+        reload.run(preparation)
+
+
+def _dtype(model: Any) -> torch.dtype:
+    """What the model was loaded as; some of its parameters may have been cast since."""
+    dtype = check_dtype(getattr(model.config, "dtype", None))
+    found: torch.dtype = dtype if isinstance(dtype, torch.dtype) else model.dtype
+    return found
+
+
+def _config(model: Any, places: Mapping[str, Place]) -> Int8Config:
+    """What makes those modules int8 that are it in the model."""
+    codes = [name.removesuffix(".weight") for name, place in places.items() if place.is_int8]
+    others = [name for name, module in live_modules(model) if is_linear(module) and not is_int8(module)]
+    return Int8Config(skip_modules=[entry_for(name, codes) for name in others])
+
+
+class _Reload:
+    """What a checkpoint has for a model, and where the model has it.
+
+    Args:
+        model: On meta, with stand-ins for what the checkpoint has.
+        load: Its load.
+        places: Of the model that is loaded.
+        recorder: Told of bytes as they land.
+    """
+
+    def __init__(self, model: Any, load: PlannedLoad, places: Mapping[str, Place], recorder: Recorder) -> None:
+        self._model = model
+        self._load = load
+        self._places = places
+        self._recorder = recorder
+        stand_ins = [load.stand_ins(target) for target in load.plan.targets]
+        self._made = {name: value for made in stand_ins for name, value in made.items()}
+        self._left_out: dict[str, str] = {}
+
+    def check(self, *, strict: bool) -> None:
+        """Refuses what the model has no place for, and what would stay as it is."""
+        for name, value in self._made.items():
+            self._check(name, value)
+        require_all(self._lost(), self._load.checkpoint.files[0], strict=strict)
+        single = [name for name in self._made if len(self._load.plan.made_by[name].makes()) == 1]
+        self._left_out = require_alike(single, self._places, self._load.are_alike)
+
+    def _check(self, name: str, value: torch.Tensor) -> None:
+        place, where = self._places.get(name), self._load.locate(name)
+        if place is None:
+            raise CheckpointError(
+                f"it is for {name}, which the model does not have; is it of this architecture?", **where
+            )
+        becomes_int8 = hasattr(value, "SCB")
+        if becomes_int8 != place.is_int8:
+            kinds = ["is not quantized", "is int8"]
+            raise QuantizationStateError(
+                f"{name} {kinds[place.is_int8]} in the model, and what the checkpoint gives {kinds[becomes_int8]}. "
+                "Nothing was replaced; load the checkpoint as a model of its own",
+                **where,
+            )
+        if tuple(value.shape) != place.shape:
+            raise ShapeMismatchError(
+                f"{name} is {list(value.shape)} in this checkpoint, and {list(place.shape)} in the model", **where
+            )
+        if value.dtype != place.dtype and not (value.is_floating_point() and place.dtype.is_floating_point):
+            raise CheckpointError(
+                f"{name} is {value.dtype} in this checkpoint, and {place.dtype} in the model", **where
+            )
+
+    def _lost(self) -> set[str]:
+        """What would keep its values, and should not."""
+        reached = {place.address for places in self._targets().values() for place in places}
+        missing = set(self._recorder.report.loading_info["missing_keys"])
+        known = set(self._model.state_dict())
+        kept = {name for name, place in self._places.items() if place.address not in reached}
+        return {name for name in kept if name in missing or name not in known}
+
+    def _targets(self) -> dict[str, Sequence[Place]]:
+        """Where the values go: also to what is tied to them, but has memory of its own."""
+        ties = tied_weights(self._model)
+        targets = {name: [self._places[name]] for name in self._made if name not in self._left_out}
+        for name, place in self._places.items():
+            source = name
+            while source not in self._made and source in ties:
+                source = ties[source]
+            if source != name and source in targets and place.address != self._places[source].address:
+                targets[source].append(place)
+        return dict(targets)
+
+    def run(self, preparation: Preparation) -> None:
+        """Replaces everything."""
+        names = [name for name in self._load.plan.targets if name not in self._left_out]
+        maker = self._load.maker_of(names, dict(self._destinations()), preparation, self._recorder, MOST_BYTES)
+        replacement = Replacement(self._targets(), self._require_sound)
+        with replacement.reported(), closing(maker):
+            replacement.run(by_turns(names, lambda name: self._places[name].device), maker)
+
+    def _destinations(self) -> Iterator[tuple[str, Destination]]:
+        """A value becomes what the model has there; what becomes int8 is rounded to the model's dtype before."""
+        for name in self._made:
+            place = self._places[name]
+            yield name, Destination(place.device, self._load.dtypes[name] if place.is_int8 else place.dtype)
+
+    def _require_sound(self) -> None:
+        self._load.check_values()
+        self._load.checkpoint.require_unchanged(self._load.checkpoint.files)

@@ -1,0 +1,126 @@
+"""New weights into the memory that a model has: `pyint8.reload`."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from pyint8.checkpoint.find import base_of_adapter, check_path, find_checkpoint
+from pyint8.config import StreamOptions
+from pyint8.errors import OptionError
+from pyint8.host import ending, garbage
+from pyint8.host.imports import importing
+from pyint8.models.keywords import refuse_misplaced
+from pyint8.models.transformers.releases import require_transformers
+from pyint8.operations.common import check_options, decoded, is_of_transformers, measured_memory, prepare
+from pyint8.report import LoadReport, Recorder
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pyint8.models.request import LoadRequest
+    from pyint8.streaming.preparation import Preparation
+
+_OF_THE_MODEL = ("config", "device_map", "dtype", "headroom", "max_memory", "model", "offload_folder", "return_report")
+
+
+def reload(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    strict: bool = True,
+    progress: bool | None = None,
+    options: StreamOptions | None = None,
+    **hub_kwargs: Any,
+) -> LoadReport:
+    """Replace the weights of an int8 model by those of another checkpoint of its architecture, in place.
+
+    For reinforcement learning and fine-tuning, where a trainer writes new weights for a model that generates. The bytes
+    are those that `pyint8.load` would give with the model's dtype and devices, in the memory that the model has: what
+    was compiled, hooked, dispatched or tied stays so, and forward passes may have been run. Values that are not
+    quantized get the dtype that the model has there. Adapters of PEFT stay as they are; the model under them is
+    reloaded. A few tensors at a time are made, checked and copied, with no second copy of the model: that takes half a
+    gigabyte of each GPU (or of host memory, for what is there), and room for the largest tensor.
+
+    Call it between forward passes: while it runs, the model has weights of both checkpoints.
+
+    Args:
+        model: Any model with int8 modules that is loaded: pyint8's or transformers' own, a module of yours that
+            `pyint8.load` has filled, or one of these in the wrappers of PEFT, torch.compile or DistributedDataParallel.
+        path: A folder or hub id with a checkpoint in 16 or 32 bit, or an int8 one; for a module of yours a file, too.
+        strict: Raise if a weight cannot be quantized soundly (see `pyint8.load`), before it is written, and if the
+            checkpoint lacks something that the model has. False logs one warning and goes on.
+        progress: Whether to show a bar; None shows one on a terminal.
+        options: How to move bytes.
+        hub_kwargs: Where a checkpoint is found: revision, subfolder, variant, token and so on.
+
+    Returns:
+        What was done.
+
+    Raises:
+        PartlyReplacedError: It stopped after the first write. It names what was replaced; its cause is the error.
+        Pyint8Error: Another of `pyint8.errors`; the model is as it was. All that can be known without reading tensors
+            (names, shapes, dtypes, what is int8 on both sides) is checked before the first is written.
+    """
+    refuse_misplaced(hub_kwargs)
+    path = decoded(path)
+    inside = _checked(model, hub_kwargs)
+    is_plain = not is_of_transformers(inside)
+    check_options(options)
+    _check_path(path, hub_kwargs, is_plain=is_plain)
+    options = StreamOptions.from_environment() if options is None else options
+    with ExitStack() as stack:
+        recorder = stack.enter_context(Recorder(progress))
+        stack.enter_context(ending.awaited(recorder))
+        with garbage.paused(), recorder.phase("read headers"):
+            checkpoint = find_checkpoint(path, hub_kwargs)
+        begun = stack.enter_context(prepare(checkpoint, options))
+        stack.enter_context(measured_memory(recorder.report))
+        _reload(inside, _request(path, strict, options, hub_kwargs), begun, recorder, is_plain=is_plain)
+    return recorder.report
+
+
+def _reload(model: Any, request: LoadRequest, begun: Preparation, recorder: Recorder, *, is_plain: bool) -> None:
+    if is_plain:
+        with importing:
+            from pyint8.models.reloading import reload_module
+        reload_module(model, request, begun, recorder)
+    else:
+        with importing:
+            from pyint8.models.transformers.reloading import reload_pretrained
+        reload_pretrained(model, request, begun, recorder)
+
+
+def _checked(model: Any, arguments: dict[str, Any]) -> Any:
+    """The model without wrappers."""
+    from torch import nn
+
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model is {model!r:.80}; it must be an int8 model that is loaded")
+    for name in _OF_THE_MODEL:
+        if name in arguments:
+            raise OptionError(
+                f"{name} is not an argument of pyint8.reload: the model stays as it is but for its values"
+            )
+    with importing:
+        from pyint8.models.live import require_int8, without_adapters
+    inside = without_adapters(model)
+    require_int8(inside)
+    return inside
+
+
+def _check_path(path: str, arguments: dict[str, Any], *, is_plain: bool) -> None:
+    if not is_plain:
+        require_transformers()
+    elif arguments:
+        raise OptionError(f"these arguments mean nothing for a module of your own: {', '.join(sorted(arguments))}")
+    check_path(path, arguments, is_plain=is_plain)
+    if base_of_adapter(path, arguments) is not None:
+        raise OptionError(f"{path} is an adapter; reload the model that it is for, or use model.load_adapter of PEFT")
+
+
+def _request(path: str, strict: bool, options: StreamOptions, arguments: dict[str, Any]) -> LoadRequest:
+    from pyint8.models.request import LoadRequest
+
+    return LoadRequest(path=path, base=path, strict=strict, options=options, arguments=arguments)

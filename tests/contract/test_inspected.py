@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from zoo import PREQUANTIZED, ZOO, CheckpointStore, ZooModel, checkpoint_store
 
 import pyint8
-from pyint8.models.transformers import planned
+from pyint8.streaming import reading
 from pyint8.streaming.transport import Transport
 
 CPU = {"": "cpu"}
@@ -33,7 +33,7 @@ def inspected(source: Path, **options: Any) -> pyint8.Inspection:
         raise AssertionError("a tensor is read")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planned, "read_tensor", refuse)
+        patch.setattr(reading, "read_tensor", refuse)
         patch.setattr(Transport, "__init__", refuse)
         return pyint8.inspect(source, **options)
 

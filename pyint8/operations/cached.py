@@ -159,6 +159,8 @@ class Cache:
         try:
             self._make(folder)
             logger.info("the int8 form of %s is cached", source)
+        except _ThereError:
+            logger.info("the int8 form of %s was cached by another process", source)
         except CancelledError:
             logger.info("the int8 form of %s is not cached yet; the next load goes on with it", source)
         except Exception as error:  # the load, which has ended, is none the worse for it
@@ -185,8 +187,14 @@ class Cache:
             nbytes = plan.conversion.shards.total_bytes
             if not folder.make_room(nbytes):
                 raise OptionError(f"it takes {nbytes / 1e9:.1f} GB, more than the cache may (PYINT8_CACHE_BYTES)")
-            target = folder.folder(wanted.key(checkpoint))
-            write_converted(plan, target, devices, begun, recorder, lambda staging: seal(staging, wanted.source))
+            key = wanted.key(checkpoint)
+
+            def complete(staging: str) -> None:
+                _refuse_twice(folder, key)  # again: another process may have been faster, and loads may use its form
+                seal(staging, wanted.source)
+
+            _refuse_twice(folder, key)
+            write_converted(plan, folder.folder(key), devices, begun, recorder, complete)
 
     def _request(self, device: torch.device) -> LoadRequest:
         from pyint8.models.request import LoadRequest
@@ -257,6 +265,16 @@ def _refuse_fresh(report: LoadReport) -> None:
     missing = report.loading_info.get("missing_keys")
     if missing:
         raise OptionError(f"the checkpoint has no values for {min(missing)}, which each load draws anew")
+
+
+class _ThereError(Exception):
+    """What was to be made is there."""
+
+
+def _refuse_twice(folder: CacheFolder, key: str) -> None:
+    with folder.opened(key) as found:
+        if found is not None:
+            raise _ThereError
 
 
 def _beside(device: torch.device) -> Any:

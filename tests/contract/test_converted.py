@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 import random
@@ -138,7 +139,9 @@ class Interrupted:
     """Lets so many tensors be written, then raises."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, after: int, error: BaseException) -> None:
-        self._after, self._error, self.written = after, error, 0
+        self._after, self.written = after, 0
+        # A copy: one that is raised keeps all that was on the stack, as long as the parameters of tests are kept.
+        self._error = copy.copy(error)
         self._put = WriteBehind.put
         monkeypatch.setattr(WriteBehind, "put", lambda behind, *args: self.put(behind, *args))
         monkeypatch.setattr(converted_files, "_NOTED_BYTES", 1)

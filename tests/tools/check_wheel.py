@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from configparser import ConfigParser
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import ZipFile
@@ -22,6 +23,7 @@ from packaging.metadata import Metadata
 from packaging.tags import Tag
 from packaging.utils import parse_wheel_filename
 
+_SCRIPTS = "entry_points.txt"
 ROOT = Path(__file__).parents[2]
 PLATFORM = "manylinux_2_28"
 MOST_BYTES = 1_000_000
@@ -73,7 +75,7 @@ def licences() -> set[str]:
 
 def check_contents(wheel: Wheel) -> Iterator[str]:
     """The package as it is in the source tree, one binary, the metadata and every licence; nothing else."""
-    metadata = {f"{wheel.info}/{name}" for name in ("METADATA", "WHEEL", "RECORD")}
+    metadata = {f"{wheel.info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", _SCRIPTS)}
     notices = {f"{wheel.info}/licenses/{name}" for name in licences()}
     expected = own_files() | {wheel.extension} | metadata | notices
     yield from (f"stray file: {name}" for name in sorted(wheel.files.keys() - expected))
@@ -103,6 +105,11 @@ def check_metadata(wheel: Wheel) -> Iterator[str]:
     metadata = Metadata.from_email(wheel.files[f"{wheel.info}/METADATA"], validate=True)
     if str(metadata.version) != source_version() or wheel.version != source_version():
         yield f"version {wheel.version} of {metadata.version}; the source says {source_version()}"
+    scripts = ConfigParser(delimiters="=")
+    scripts.read_string(wheel.files.get(f"{wheel.info}/{_SCRIPTS}", b"").decode())
+    found = {section: dict(scripts[section]) for section in scripts.sections()}
+    if found != {"console_scripts": {"pyint8": "pyint8.cli.main:main"}}:
+        yield f"scripts {found}; it must be pyint8 alone, by pyint8.cli.main:main"
     if not wheel.tag.platform.startswith(PLATFORM + "_"):
         yield f"platform {wheel.tag.platform}; it must be {PLATFORM}"
     said = re.findall(rb"^Tag: (.+)$", wheel.files.get(f"{wheel.info}/WHEEL", b""), re.MULTILINE)

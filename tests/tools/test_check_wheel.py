@@ -58,12 +58,19 @@ def metadata(version: str) -> bytes:
     return message.as_bytes()
 
 
+SCRIPTS = b"[console_scripts]\npyint8=pyint8.cli.main:main\n\n"
+
+
 @pytest.fixture
 def files(compile_c: Compiler) -> Files:
     """What a wheel without a fault has in it."""
     package = {name: (check_wheel.ROOT / name).read_bytes() for name in check_wheel.own_files()}
     notices = {f"{NAME}.dist-info/licenses/{name}": b"notice" for name in check_wheel.licences()}
-    info = {"METADATA": metadata(check_wheel.source_version()), "WHEEL": f"Tag: {TAG}\n".encode()}
+    info = {
+        "METADATA": metadata(check_wheel.source_version()),
+        "WHEEL": f"Tag: {TAG}\n".encode(),
+        "entry_points.txt": SCRIPTS,
+    }
     infos = {f"{NAME}.dist-info/{name}": content for name, content in info.items()}
     return package | notices | infos | {BINARY: compile_c(SOURCE)}
 
@@ -118,6 +125,12 @@ def test_a_binary_of_another_python(files: Files, faults: Faults) -> None:
     other = BINARY.replace("311", "312")
     files[other] = files.pop(BINARY)
     assert faults(files) == [f"stray file: {other}", f"missing file: {BINARY}"]
+
+
+def test_another_command(files: Files, faults: Faults) -> None:
+    files[f"{NAME}.dist-info/entry_points.txt"] = SCRIPTS.replace(b"cli", b"run")
+    (fault,) = faults(files)
+    assert fault.startswith("scripts ")
 
 
 def test_too_large(files: Files, faults: Faults, monkeypatch: pytest.MonkeyPatch) -> None:

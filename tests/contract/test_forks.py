@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from loading_processes import Loading, load_small
 from torch import nn
 from zoo import ZOO, CheckpointStore
 
@@ -155,25 +156,6 @@ def test_a_child_that_leaves_its_parents_load(checkpoints: CheckpointStore, monk
     finally:
         if os.getpid() != parent:
             os._exit(1)
-
-
-def load_small(path: str) -> list[str]:
-    config = pyint8.Int8Config(skip_modules=[])
-    module = pyint8.load(path, "cpu", model=nn.Sequential(nn.Linear(64, 64)), config=config)
-    return [str(parameter.dtype) for parameter in module.parameters()]
-
-
-class Loading(torch.utils.data.Dataset[int]):
-    """Each item loads a model, in whatever process asks for it."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def __len__(self) -> int:
-        return 4
-
-    def __getitem__(self, at: int) -> int:
-        return len(load_small(self._path))
 
 
 @pytest.fixture

@@ -140,6 +140,7 @@ def is_in_finalizer(line: Line) -> bool:
 def test_nothing_is_left(road: Road) -> None:
     expected = road()
     lines = lines_of(road)
+    gc.collect()  # what other tests left, open fonts of pictures among it
     before, left = state(), []
     for line in lines if EVERY_LINE else random.Random(0).sample(lines, SAMPLE):
         was_interrupted = interrupted_at(line, road)

@@ -23,6 +23,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is import
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background was started to ignore it
 
 
+@pytest.fixture(scope="session", autouse=True)
+def away(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Programs that tests run would import the unbuilt package, were they run inside the source tree."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("away"))
+    yield
+    os.chdir(before)
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> CheckpointStore:
     from zoo import checkpoint_store

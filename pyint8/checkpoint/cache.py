@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 from pyint8.errors import Pyint8Error
 from pyint8.host.files import open_file
-from pyint8.host.locks import lock
+from pyint8.host.locks import lock, remove_unlocked
 
 from .identity import identity_of
 from .index import Checkpoint, open_checkpoint
@@ -159,15 +158,5 @@ def _sound(folder: str) -> Checkpoint | None:
 
 def _removed(folder: str) -> bool:
     """Removes a folder, unless a load uses it, or a process writes it."""
-    seal_file = os.path.join(folder, _SEAL)
-    try:
-        locked = lock(seal_file if os.path.exists(seal_file) else folder, wait=False)
-    except OSError:
-        return False
-    if locked is None:
-        return False
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        return not os.path.exists(folder)
-    finally:
-        os.close(locked)
+    sealed = os.path.join(folder, _SEAL)
+    return remove_unlocked(folder, sealed if os.path.exists(sealed) else None)

@@ -45,6 +45,11 @@ DTYPES: Mapping[str, tuple[int, str | None]] = MappingProxyType(
 the same dtype, None where torch has none. torch's `float4_e2m1fn_x2` holds two of the format's elements."""
 
 
+SCALES = "SCB"
+"""What bitsandbytes saves the scales of an int8 weight as, beside it: "X.SCB" for "X.weight"."""
+FORMAT = "weight_format"
+"""The same, of the layout of its codes."""
+
 CODES: Mapping[str, str] = MappingProxyType(
     {attribute: code for code, (_, attribute) in DTYPES.items() if attribute is not None}
 )

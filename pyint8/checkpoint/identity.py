@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 
@@ -21,4 +20,6 @@ def identity_of(checkpoint: Checkpoint) -> str:
 
 def digest(value: object) -> str:
     """Of anything that JSON has."""
+    import hashlib
+
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -15,7 +15,7 @@ from pyint8.host.files import open_file
 from ._reading import os_errors
 from .advice import advice_for_file, advice_for_folder
 from .agreement import Index, choose, weight_map_of
-from .entry import Entry
+from .entry import SCALES, Entry
 from .pickled import EXTENSIONS, PickledFile, is_pickled, read_pickled
 from .safetensors import SafetensorsFile, read_header
 from .stamp import FileStamp, changed, has_changed
@@ -54,6 +54,11 @@ class Checkpoint(Mapping[str, Entry]):
             self.metadata = {**file.metadata, **self.metadata}
         self.nbytes = sum(entry.nbytes for entry in entries.values())
         self._nonempty = {file.path: [entry for entry in file.entries.values() if entry.nbytes] for file in files}
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether weights are int8 codes already, with bitsandbytes' scales beside them."""
+        return any(name.endswith(f".{SCALES}") for name in self.entries)
 
     @property
     def absent(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""What is done of a checkpoint that is being written, so that a killed process's work is gone on with."""
+"""What is done of a checkpoint that is being written, so that the work of a killed process can be continued."""
 
 from __future__ import annotations
 

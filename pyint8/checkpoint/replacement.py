@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import glob
 import os
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from pyint8.errors import OptionError
-from pyint8.host.locks import lock
+from pyint8.host.locks import lock, remove_unlocked
 from pyint8.host.writing import sync, write_errors
 
 _AT_FDCWD = -100
@@ -125,13 +124,7 @@ def _resumed_folder(target: str) -> tuple[str, int]:
 def _remove_leftovers(target: str, but: str | None) -> None:
     pattern = os.path.join(glob.escape(os.path.dirname(target)), glob.escape(_prefix(target)) + "*")
     for leftover in set(glob.glob(pattern)) - {but}:
-        try:
-            locked = lock(leftover, wait=False)
-        except OSError:  # its process lives, or it was removed meanwhile
-            continue
-        if locked is not None:
-            shutil.rmtree(leftover, ignore_errors=True)
-            os.close(locked)
+        remove_unlocked(leftover)
 
 
 def _keep_others(target: str, staging: str, is_replaced: Callable[[str], bool]) -> None:
@@ -172,6 +165,8 @@ def _take_place(staging: str, target: str) -> None:
 
 def _exchanged(one: str, other: str) -> bool:
     """Whether two folders have changed names, in one step; False where the system or the file system has no such."""
+    import ctypes
+
     exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if exchange is None:
         return False

@@ -48,7 +48,7 @@ def _run(arguments: argparse.Namespace, out: Output) -> int:
 
 VERB = Verb(
     "convert",
-    "write the int8 form of a checkpoint, never holding the model; goes on where it was interrupted",
+    "write the int8 form of a checkpoint, never holding the model; continues where it was interrupted",
     (
         "pyint8 convert path/to/Llama-70B llama-70b-int8",
         "pyint8 convert meta-llama/Llama-3.1-8B llama-8b-int8 --push-to-hub me/Llama-3.1-8B-int8 --private",

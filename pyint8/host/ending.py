@@ -9,12 +9,14 @@ import atexit
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from pyint8.errors import CancelledError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor, Future
 
 _PATIENCE_SECONDS = 10.0
 _POLL_SECONDS = 0.005

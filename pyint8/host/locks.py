@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 
 
 def lock(path: str, *, shared: bool = False, wait: bool = True) -> int | None:
@@ -33,3 +34,26 @@ def lock(path: str, *, shared: bool = False, wait: bool = True) -> int | None:
         raise
     os.close(file)
     return None
+
+
+def remove_unlocked(folder: str, locked_by: str | None = None) -> bool:
+    """Remove a folder that no process holds.
+
+    Args:
+        folder: What to remove.
+        locked_by: The file in it that a process would have locked; None for the folder itself.
+
+    Returns:
+        Whether it is gone.
+    """
+    try:
+        locked = lock(locked_by or folder, wait=False)
+    except OSError:  # a process holds it, or it was removed meanwhile
+        return False
+    if locked is None:
+        return False
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        return not os.path.exists(folder)
+    finally:
+        os.close(locked)

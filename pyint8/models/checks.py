@@ -8,13 +8,12 @@ from collections.abc import Callable, Collection, Container, Iterable
 from enum import Enum, auto
 
 from pyint8.checkpoint import Checkpoint, Entry
+from pyint8.checkpoint.entry import FORMAT as FORMAT
+from pyint8.checkpoint.entry import SCALES as SCALES
 from pyint8.errors import CheckpointError, QuantizationStateError, ShapeMismatchError
 
 logger = logging.getLogger(__name__)
 
-# The tensors that bitsandbytes saves beside an int8 weight.
-SCALES = "SCB"
-FORMAT = "weight_format"
 _ROW_MAJOR = 0
 
 _GO_ON_WITHOUT = "; or load without it, with strict=False (of pyint8.load, or of Int8Config)"

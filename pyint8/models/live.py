@@ -150,10 +150,18 @@ def _require_values(name: str, *tensors: torch.Tensor) -> None:
         raise CheckpointError("it has no values in the model (it is on meta); load the model first", tensor=name)
 
 
-def _offloaded(name: str, module: nn.Module, leaf: str, value: torch.Tensor) -> torch.Tensor:
+def weights_maps(module: nn.Module) -> Iterator[Any]:
+    """Where accelerate keeps values of a module's tensors, by their names in it, while they are on meta."""
     hook = getattr(module, "_hf_hook", None)
     for each in getattr(hook, "hooks", [hook]):  # of a SequentialHook
-        values: Any = getattr(each, "weights_map", None)
+        values = getattr(each, "weights_map", None)
+        if values is not None:
+            yield values
+
+
+def _offloaded(name: str, module: nn.Module, leaf: str, value: torch.Tensor) -> torch.Tensor:
+    values: Any
+    for values in weights_maps(module):
         key = leaf
         while hasattr(values, "prefix"):
             values, key = values.dataset, values.prefix + key

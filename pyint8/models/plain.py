@@ -44,7 +44,7 @@ def fill_module(module: nn.Module, request: LoadRequest, preparation: Preparatio
     assert checkpoint is not None
     _refuse_arguments_for_transformers(request)
     _warn_of_own_saving(module)
-    pre_quantized = any(name.endswith(f".{checks.SCALES}") for name in checkpoint)
+    pre_quantized = checkpoint.has_codes
     quantizer = Int8Quantizer(request.config or Int8Config(), pre_quantized=pre_quantized, strict=request.strict)
     with _undone_on_failure(module, quantizer):
         with recorder.phase("build"):

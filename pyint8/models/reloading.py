@@ -51,7 +51,7 @@ class _Reload:
     def __init__(self, module: nn.Module, checkpoint: Checkpoint, request: LoadRequest, recorder: Recorder) -> None:
         self._checkpoint = checkpoint
         self._recorder = recorder
-        pre_quantized = any(name.endswith(f".{checks.SCALES}") for name in checkpoint)
+        pre_quantized = checkpoint.has_codes
         self._quantizer = Int8Quantizer(Int8Config(), pre_quantized=pre_quantized, strict=request.strict)
         modules = dict(live_modules(module))
         self._quantizer.adopt({name: each for name, each in modules.items() if is_int8(each)})

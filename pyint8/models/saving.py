@@ -13,6 +13,7 @@ from pyint8.checkpoint.shards import Shards, shards_of
 from pyint8.checkpoint.shards_writer import ShardsWriter
 from pyint8.checkpoint.writer import TensorPlan
 from pyint8.errors import CheckpointError, ModelNotSupportedError
+from pyint8.models.live import weights_maps
 from pyint8.quantizer import require_codes
 from pyint8.streaming.write_behind import WriteBehind
 
@@ -85,11 +86,8 @@ def in_memory(model: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
     if not value.is_meta:
         return value
     owner_name, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(owner_name)
-    hook = getattr(owner, "_hf_hook", None)
-    for each in getattr(hook, "hooks", [hook]):  # of a SequentialHook
-        values = getattr(each, "weights_map", None)
-        if values is not None and leaf in values:
+    for values in weights_maps(model.get_submodule(owner_name)):
+        if leaf in values:
             value = values[leaf]
     if value.is_meta:
         raise CheckpointError("it has no values (it is on meta); load the model first", tensor=name)

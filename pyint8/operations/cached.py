@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from pyint8.checkpoint import Checkpoint
 from pyint8.checkpoint.cache import CacheFolder, seal
-from pyint8.checkpoint.find import HUB_ARGUMENTS, find_checkpoint
+from pyint8.checkpoint.find import HUB_ARGUMENTS
 from pyint8.checkpoint.identity import digest, identity_of
 from pyint8.config import Int8Config, StreamOptions, cache_bytes, cache_folder
 from pyint8.errors import CancelledError, OptionError, Pyint8Error
-from pyint8.host import ending
 from pyint8.host.files import open_file
-from pyint8.operations.common import devices_of, prepare
-from pyint8.report import LoadReport, Recorder
+from pyint8.operations.common import begun, devices_of
+from pyint8.report import LoadReport
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +33,8 @@ logger = logging.getLogger(__name__)
 _FINDING = frozenset({*HUB_ARGUMENTS, "variant", "use_safetensors", "code_revision"})
 # What changes which tensor is which, in a way that the int8 form has behind it.
 _UNFIT = ("key_mapping", "state_dict", "gguf_file", "ignore_mismatched_sizes", "num_labels", "id2label")
+
+_CONFIGURATIONS = ("config.json", "generation_config.json")
 
 _fills: set[threading.Thread] = set()
 
@@ -101,7 +102,7 @@ class Wanted:
             return "has_fp16_weight keeps weights in 16 bit"
         if self.device is None or (self.config is not None and self.config.fp32_cpu_offload):
             return "the model is spread over several kinds of devices"
-        if checkpoint is not None and any(name.endswith(".SCB") for name in checkpoint):
+        if checkpoint is not None and checkpoint.has_codes:
             return "the checkpoint is int8 already"
         return None
 
@@ -145,7 +146,7 @@ class Cache:
             self.fill(self._folder)
 
     def fill(self, folder: CacheFolder) -> None:
-        """Makes the int8 form, on a thread, which stops when the interpreter ends; the next load goes on there."""
+        """Makes the int8 form, on a thread, which stops when the interpreter ends; the next load continues it."""
         thread = threading.Thread(target=self._fill, args=(folder,), name="pyint8 cache", daemon=True)
         _fills.add(thread)
         try:
@@ -159,10 +160,10 @@ class Cache:
         try:
             self._make(folder)
             logger.info("the int8 form of %s is cached", source)
-        except _ThereError:
+        except _AlreadyCachedError:
             logger.info("the int8 form of %s was cached by another process", source)
         except CancelledError:
-            logger.info("the int8 form of %s is not cached yet; the next load goes on with it", source)
+            logger.info("the int8 form of %s is not cached yet; the next load continues", source)
         except Exception as error:  # the load, which has ended, is none the worse for it
             reason = str(error) if isinstance(error, (Pyint8Error, OSError)) else repr(error)
             logger.warning("the int8 form of %s is not cached: %s", source, reason)
@@ -173,42 +174,34 @@ class Cache:
         from pyint8.operations.convert import plan_conversion, write_converted
 
         wanted = self._wanted
-        with ExitStack() as stack:
-            recorder = stack.enter_context(Recorder(False))
-            stack.enter_context(ending.awaited(recorder))
-            checkpoint = find_checkpoint(wanted.source, wanted.arguments)
-            if checkpoint is None:
+        with begun(wanted.source, wanted.arguments, wanted.options, progress=False) as (preparation, recorder):
+            if preparation.checkpoint is None:
                 raise OptionError("its files are not here")
             devices = devices_of(None if wanted.device == "cuda" else "cpu")
-            stack.enter_context(_beside(devices[0]))
-            begun = stack.enter_context(prepare(checkpoint, wanted.options))
-            plan = plan_conversion(wanted.model_class, self._request(devices[0]), "5GB", begun, recorder)
-            _refuse_fresh(recorder.report)
-            nbytes = plan.conversion.shards.total_bytes
-            if not folder.make_room(nbytes):
-                raise OptionError(f"it takes {nbytes / 1e9:.1f} GB, more than the cache may (PYINT8_CACHE_BYTES)")
-            key = wanted.key(checkpoint)
+            with _beside(devices[0]):
+                plan = plan_conversion(wanted.model_class, self._request(devices[0]), "5GB", preparation, recorder)
+                _refuse_fresh(recorder.report)
+                nbytes = plan.conversion.shards.total_bytes
+                if not folder.make_room(nbytes):
+                    raise OptionError(f"it takes {nbytes / 1e9:.1f} GB, more than the cache may (PYINT8_CACHE_BYTES)")
+                key = wanted.key(preparation.checkpoint)
 
-            def complete(staging: str) -> None:
-                _refuse_twice(folder, key)  # again: another process may have been faster, and loads may use its form
-                seal(staging, wanted.source)
+                def complete(staging: str) -> None:
+                    _refuse_if_cached(folder, key)  # another process may have been faster, and loads may use its form
+                    seal(staging, wanted.source)
 
-            _refuse_twice(folder, key)
-            write_converted(plan, folder.folder(key), devices, begun, recorder, complete)
+                _refuse_if_cached(folder, key)
+                write_converted(plan, folder.folder(key), devices, preparation, recorder, complete)
 
     def _request(self, device: torch.device) -> LoadRequest:
-        from pyint8.models.request import LoadRequest
+        """Strict in any case: the form is for all loads, and some of them may be."""
+        from pyint8.operations.convert import conversion_request
 
         wanted = self._wanted
-        return LoadRequest(
-            path=wanted.source,
-            base=wanted.source,
-            device_map={"": device},
-            dtype=wanted.dtype,
-            config=wanted.config,
-            options=wanted.options,
-            arguments=wanted.arguments,
+        request = conversion_request(
+            wanted.source, device, wanted.dtype, wanted.config, wanted.options, wanted.arguments
         )
+        return replace(request, strict=True)
 
 
 def cache_of(where: Any, wanted: Wanted, checkpoint: Checkpoint | None) -> Cache:
@@ -267,14 +260,14 @@ def _refuse_fresh(report: LoadReport) -> None:
         raise OptionError(f"the checkpoint has no values for {min(missing)}, which each load draws anew")
 
 
-class _ThereError(Exception):
+class _AlreadyCachedError(Exception):
     """What was to be made is there."""
 
 
-def _refuse_twice(folder: CacheFolder, key: str) -> None:
+def _refuse_if_cached(folder: CacheFolder, key: str) -> None:
     with folder.opened(key) as found:
         if found is not None:
-            raise _ThereError
+            raise _AlreadyCachedError
 
 
 def _beside(device: torch.device) -> Any:
@@ -292,6 +285,3 @@ def _descriptions(folder: str) -> dict[str, str]:
         with open_file(os.path.join(folder, name)) as file:
             found[name] = digest(file.read().decode(errors="replace"))
     return found
-
-
-_CONFIGURATIONS = ("config.json", "generation_config.json")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import reprlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from pyint8.checkpoint.find import find_checkpoint
 from pyint8.config import StreamOptions
 from pyint8.errors import OptionError
+from pyint8.host import ending, garbage
 from pyint8.host.imports import imported
 from pyint8.host.memory import peak_resident_bytes
-from pyint8.report import LoadReport
+from pyint8.report import LoadReport, Recorder
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +35,21 @@ def decoded(path: Any) -> str:
         raise OptionError(f"path is {path!r}; it must be a folder or a hub id") from None
 
 
+def decoded_folder(folder: Any) -> str:
+    """The path of a folder to write, as a string.
+
+    Raises:
+        OptionError: It is none.
+    """
+    try:
+        path = os.fsdecode(folder)
+    except TypeError:
+        raise OptionError(f"folder is {folder!r}; it must be the path of a folder") from None
+    if not path:
+        raise OptionError("folder is empty; it must be the path of a folder")
+    return path
+
+
 def is_of_transformers(model: object) -> bool:
     """Whether it is a model of transformers'."""
     transformers = imported("transformers.modeling_utils")
@@ -43,6 +60,26 @@ def check_options(options: object) -> None:
     """Raises OptionError unless it is a StreamOptions or None."""
     if options is not None and not isinstance(options, StreamOptions):
         raise OptionError(f"options is {reprlib.repr(options)}; it must be a pyint8.StreamOptions or None")
+
+
+@contextmanager
+def begun(
+    path: str, arguments: Mapping[str, Any], options: StreamOptions, *, progress: bool | None
+) -> Iterator[tuple[Preparation, Recorder]]:
+    """What begins before anything heavy is imported: bad folders fail at once, and the disk has something to do.
+
+    Args:
+        path: A folder or hub id.
+        arguments: Where the checkpoint is found.
+        options: How to move bytes.
+        progress: Whether to show a bar.
+    """
+    with ExitStack() as stack:
+        recorder = stack.enter_context(Recorder(progress, timeline=options.timeline))
+        stack.enter_context(ending.awaited(recorder))
+        with garbage.paused(), recorder.phase("read headers"):
+            checkpoint = find_checkpoint(path, arguments)
+        yield stack.enter_context(prepare(checkpoint, options)), recorder
 
 
 def prepare(checkpoint: Checkpoint | None, options: StreamOptions) -> Preparation:

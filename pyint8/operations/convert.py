@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pyint8.checkpoint.find import base_of_adapter, check_path, find_checkpoint
+from pyint8.checkpoint.find import base_of_adapter, check_path
 from pyint8.checkpoint.identity import digest, identity_of
 from pyint8.checkpoint.journal import Journal
 from pyint8.checkpoint.replacement import emptied_unless, replaced_folder
 from pyint8.checkpoint.side_files import is_of_a_save
 from pyint8.config import Int8Config, StreamOptions
 from pyint8.errors import CancelledError, OptionError, ReadError
-from pyint8.host import ending, garbage
 from pyint8.host.imports import importing
 from pyint8.models.keywords import int8_config, refuse_misplaced
 from pyint8.models.transformers.parallel import refuse_split_models
 from pyint8.models.transformers.releases import require_transformers
-from pyint8.operations.common import check_options, decoded, devices_of, measured_memory, prepare
+from pyint8.operations.common import begun, check_options, decoded, decoded_folder, devices_of, measured_memory
 from pyint8.operations.save import describe
 from pyint8.report import LoadReport, Recorder
 
@@ -53,8 +51,8 @@ def convert(
     read, quantized and written: a GPU needs 1.5 GB and room for the largest tensor, host memory a few hundred megabytes
     and room for the largest tensor.
 
-    What a process leaves behind that is killed or interrupted, or that cannot read a file, is gone on with by the next
-    call with the same arguments. `folder` is as it was until all is done.
+    A conversion that was killed or interrupted, or that could not read a file, is continued by the next call with the
+    same arguments. `folder` is as it was until all is done.
 
     Args:
         source: A folder or hub id with the checkpoint of a transformers model.
@@ -75,7 +73,7 @@ def convert(
         Pyint8Error: One of `pyint8.errors`.
     """
     refuse_misplaced(hub_and_model_kwargs)
-    path, target = decoded(source), decoded(folder)
+    path, target = decoded(source), decoded_folder(folder)
     config = int8_config(config)
     _refuse(path, target, config, hub_and_model_kwargs)
     check_options(options)
@@ -86,18 +84,13 @@ def convert(
     if base is not None:
         raise OptionError(f"{path} is an adapter; convert the model that it is for, {base}")
     options = StreamOptions.from_environment() if options is None else options
-    with ExitStack() as stack:
-        recorder = stack.enter_context(Recorder(progress, timeline=options.timeline))
-        stack.enter_context(ending.awaited(recorder))
-        with garbage.paused(), recorder.phase("read headers"):
-            checkpoint = find_checkpoint(path, hub_and_model_kwargs)
-        begun = stack.enter_context(prepare(checkpoint, options))
+    with begun(path, hub_and_model_kwargs, options, progress=progress) as (preparation, recorder):
         with importing:
             import pyint8.models.transformers.loading  # noqa: F401
         devices = devices_of(device)
-        stack.enter_context(measured_memory(recorder.report))
-        request = _request(path, devices[0], dtype, config, options, hub_and_model_kwargs)
-        _convert(request, target, devices, max_shard_size, begun, recorder)
+        with measured_memory(recorder.report):
+            request = conversion_request(path, devices[0], dtype, config, options, hub_and_model_kwargs)
+            _convert(request, target, devices, max_shard_size, preparation, recorder)
     return recorder.report
 
 
@@ -106,15 +99,15 @@ def _convert(
     target: str,
     devices: Sequence[torch.device],
     max_shard_size: int | str,
-    begun: Preparation,
+    preparation: Preparation,
     recorder: Recorder,
 ) -> None:
-    plan = plan_conversion(None, request, max_shard_size, begun, recorder)
+    plan = plan_conversion(None, request, max_shard_size, preparation, recorder)
 
     def complete(staging: str) -> None:
         describe(plan.model, staging, has_card=os.path.exists(os.path.join(target, "README.md")))
 
-    write_converted(plan, target, devices, begun, recorder, complete)
+    write_converted(plan, target, devices, preparation, recorder, complete)
 
 
 class ConversionPlan(NamedTuple):
@@ -127,7 +120,7 @@ class ConversionPlan(NamedTuple):
 
 
 def plan_conversion(
-    model_class: Any, request: LoadRequest, max_shard_size: int | str, begun: Preparation, recorder: Recorder
+    model_class: Any, request: LoadRequest, max_shard_size: int | str, preparation: Preparation, recorder: Recorder
 ) -> ConversionPlan:
     """Everything about a conversion, before a tensor is read.
 
@@ -135,7 +128,7 @@ def plan_conversion(
         model_class: A transformers class, or None for the one that the configuration names.
         request: What is converted, to the device that its map names.
         max_shard_size: Of one file.
-        begun: What has begun already.
+        preparation: What has begun already.
         recorder: Told of phases.
 
     Raises:
@@ -144,7 +137,7 @@ def plan_conversion(
     from pyint8.models.transformers.converting import Conversion
     from pyint8.models.transformers.loading import plan_pretrained
 
-    model, load = plan_pretrained(request, begun, recorder, model_class=model_class)
+    model, load = plan_pretrained(request, preparation, recorder, model_class=model_class)
     return ConversionPlan(request, model, load, Conversion(model, load, max_shard_size))
 
 
@@ -152,7 +145,7 @@ def write_converted(
     plan: ConversionPlan,
     target: str,
     devices: Sequence[torch.device],
-    begun: Preparation,
+    preparation: Preparation,
     recorder: Recorder,
     complete: Callable[[str], None],
 ) -> None:
@@ -162,7 +155,7 @@ def write_converted(
         plan: What to write.
         target: The folder.
         devices: Where weights are quantized.
-        begun: What has begun already.
+        preparation: What has begun already.
         recorder: Told of bytes and phases.
         complete: Adds to the finished folder whatever else belongs there.
 
@@ -180,7 +173,7 @@ def write_converted(
             Journal(file, identity) as journal,
             ConvertedFiles(staging, plan.conversion.shards, journal, plan.conversion.num_parameters) as files,
         ):
-            plan.conversion.run(files, journal.done, devices, begun, recorder)
+            plan.conversion.run(files, journal.done, devices, preparation, recorder)
             files.finish()
         checkpoint.require_unchanged(checkpoint.files)
         write_description(plan.model, staging)
@@ -197,7 +190,7 @@ def _refuse(path: str, target: str, config: Int8Config | None, arguments: Mappin
         raise OptionError("ignore_mismatched_sizes makes up weights that the checkpoint does not have; load, then save")
 
 
-def _request(
+def conversion_request(
     path: str,
     device: torch.device,
     dtype: Any,
@@ -205,6 +198,19 @@ def _request(
     options: StreamOptions,
     arguments: Mapping[str, Any],
 ) -> LoadRequest:
+    """What `plan_conversion` takes.
+
+    Args:
+        path: A folder or hub id.
+        device: Where the first weight is quantized.
+        dtype: As in `pyint8.load`.
+        config: What to quantize.
+        options: How to move bytes.
+        arguments: For `from_pretrained`.
+
+    Raises:
+        OptionError: `dtype` is none.
+    """
     from pyint8.models.request import LoadRequest, check_dtype
 
     return LoadRequest(

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from pyint8.checkpoint.find import base_of_adapter, check_path, find_checkpoint
+from pyint8.checkpoint.find import base_of_adapter, check_path
 from pyint8.config import StreamOptions
 from pyint8.errors import OptionError
-from pyint8.host import ending, garbage
 from pyint8.host.imports import importing
 from pyint8.models.keywords import refuse_misplaced
 from pyint8.models.transformers.releases import require_transformers
-from pyint8.operations.common import check_options, decoded, is_of_transformers, measured_memory, prepare
+from pyint8.operations.common import begun, check_options, decoded, is_of_transformers, measured_memory
 from pyint8.report import LoadReport, Recorder
 
 if TYPE_CHECKING:
@@ -70,26 +68,24 @@ def reload(
     check_options(options)
     _check_path(path, hub_kwargs, is_plain=is_plain)
     options = StreamOptions.from_environment() if options is None else options
-    with ExitStack() as stack:
-        recorder = stack.enter_context(Recorder(progress))
-        stack.enter_context(ending.awaited(recorder))
-        with garbage.paused(), recorder.phase("read headers"):
-            checkpoint = find_checkpoint(path, hub_kwargs)
-        begun = stack.enter_context(prepare(checkpoint, options))
-        stack.enter_context(measured_memory(recorder.report))
-        _reload(inside, _request(path, strict, options, hub_kwargs), begun, recorder, is_plain=is_plain)
+    request = _request(path, strict, options, hub_kwargs)
+    with (
+        begun(path, hub_kwargs, options, progress=progress) as (preparation, recorder),
+        measured_memory(recorder.report),
+    ):
+        _reload(inside, request, preparation, recorder, is_plain=is_plain)
     return recorder.report
 
 
-def _reload(model: Any, request: LoadRequest, begun: Preparation, recorder: Recorder, *, is_plain: bool) -> None:
+def _reload(model: Any, request: LoadRequest, preparation: Preparation, recorder: Recorder, *, is_plain: bool) -> None:
     if is_plain:
         with importing:
             from pyint8.models.reloading import reload_module
-        reload_module(model, request, begun, recorder)
+        reload_module(model, request, preparation, recorder)
     else:
         with importing:
             from pyint8.models.transformers.reloading import reload_pretrained
-        reload_pretrained(model, request, begun, recorder)
+        reload_pretrained(model, request, preparation, recorder)
 
 
 def _checked(model: Any, arguments: dict[str, Any]) -> Any:

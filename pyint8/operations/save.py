@@ -12,7 +12,7 @@ from pyint8.checkpoint.side_files import carry_side_files, is_of_a_save
 from pyint8.errors import OptionError
 from pyint8.host.imports import importing
 from pyint8.host.writing import write_errors
-from pyint8.operations.common import is_of_transformers
+from pyint8.operations.common import decoded_folder, is_of_transformers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,7 +39,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_size: in
         OptionError: An argument that cannot be used.
         WriteError: The operating system refused, as when the disk is full.
     """
-    module, path = _checked(model), _decoded(folder)
+    module, path = _checked(model), decoded_folder(folder)
     with replaced_folder(path, is_of_a_save) as staging, write_errors(path):
         if is_of_transformers(module):
             with importing:
@@ -91,13 +91,3 @@ def _checked(model: Any) -> nn.Module:
             "pyint8.save(model.unload(), folder)"
         )
     return inside
-
-
-def _decoded(folder: Any) -> str:
-    try:
-        path = os.fsdecode(folder)
-    except TypeError:
-        raise OptionError(f"folder is {folder!r}; it must be the path of a folder") from None
-    if not path:
-        raise OptionError("folder is empty; it must be the path of a folder")
-    return path

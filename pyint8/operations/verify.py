@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from pyint8.checkpoint import Checkpoint
+from pyint8.checkpoint.entry import SCALES
 from pyint8.checkpoint.find import check_path, configuration, find_checkpoint
 from pyint8.config import Int8Config, StreamOptions
 from pyint8.errors import CheckpointError, CheckpointNotFoundError, OptionError, Pyint8Error, ReadError
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from pyint8.models.transformers.converting import Conversion
 
 _QUANTIZATION = "quantization_config"
-_SCALES = ".SCB"
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def verify(
         against=source,
         files=checkpoint.files,
         tensors=len(checkpoint),
-        int8_weights=sum(name.endswith(_SCALES) for name in checkpoint),
+        int8_weights=sum(name.endswith(f".{SCALES}") for name in checkpoint),
         nbytes=checkpoint.nbytes,
         compared=0 if comparison is None else len(checkpoint) - len(comparison.left()),
         not_compared=() if comparison is None else tuple(sorted(comparison.not_compared)),
@@ -185,8 +185,7 @@ def _misfits(checkpoint: Checkpoint, path: str, arguments: Mapping[str, Any]) ->
     if described is None:
         return found
     file, config = described
-    has_codes = any(name.endswith(_SCALES) for name in checkpoint)
-    if has_codes and not config.get(_QUANTIZATION):
+    if checkpoint.has_codes and not config.get(_QUANTIZATION):
         problem = f"it does not say that the weights are int8 (no {_QUANTIZATION}), so codes would be taken for weights"
         found.append(CheckpointError(f"{problem}; save the model again", path=file))
     return found

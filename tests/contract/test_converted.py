@@ -244,6 +244,8 @@ def test_killed_at_any_moment(llama: Path, tmp_path: Path) -> None:
 def test_what_is_refused(llama: Path, tmp_path: Path) -> None:
     refused: list[tuple[dict[str, Any], str]] = [
         ({"folder": llama}, "the source itself"),
+        ({"folder": ""}, "folder is empty"),
+        ({"folder": 3}, "folder is 3"),
         ({"config": pyint8.Int8Config(has_fp16_weight=True)}, "nothing to convert"),
         ({"device": "nowhere"}, "device is"),
         ({"max_shard_size": 0}, "max_shard_size"),

@@ -47,6 +47,13 @@ def test_of_a_conversion(checkpoints: CheckpointStore, tmp_path: Path) -> None:
     assert nbytes(report.timeline, "reading") == report.engine["bytes_read"]
 
 
+def test_of_a_reload(checkpoints: CheckpointStore) -> None:
+    folder = checkpoints.folder(ZOO["llama_sharded"], "bf16")
+    report = pyint8.reload(pyint8.load(folder, "cpu"), folder, options=OPTIONS)
+    assert report.timeline is not None
+    assert nbytes(report.timeline, "reading") == report.engine["bytes_read"]
+
+
 def test_of_plain_modules(tmp_path: Path) -> None:
     save_file({"0.weight": torch.rand(64, 64), "0.bias": torch.rand(64)}, tmp_path / "model.safetensors")
     module = torch.nn.Sequential(torch.nn.Linear(64, 64))

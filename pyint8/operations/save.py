@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,22 @@ from pyint8.errors import OptionError
 from pyint8.host.imports import importing
 from pyint8.host.writing import write_errors
 from pyint8.operations.common import decoded_folder, is_of_transformers
+from pyint8.operations.push import push_folder, require_repository
 
 if TYPE_CHECKING:
     from torch import nn
 
+logger = logging.getLogger(__name__)
 
-def save(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
+
+def save(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str = "5GB",
+    push_to_hub: str | None = None,
+    private: bool = False,
+) -> None:
     """Save an int8 model as bitsandbytes' standard int8 checkpoint, which transformers, accelerate and pyint8 load.
 
     For a transformers model, pyint8's or transformers' own: the weights as `save_pretrained` writes them, the
@@ -33,13 +44,24 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_size: in
         model: Any model with int8 modules (bitsandbytes' `Linear8bitLt`).
         folder: Where to; made if it is not there.
         max_shard_size: Of one file, in bytes or as a size such as "5GB"; a tensor that is larger has its own.
+        push_to_hub: The repository that `folder` is uploaded to afterwards, "me/Llama-3.1-8B-int8"; made before, if it
+            is not there.
+        private: Whether that repository, if it is made, is private.
 
     Raises:
         ModelNotSupportedError: The model is not int8, or has adapters.
         OptionError: An argument that cannot be used.
-        WriteError: The operating system refused, as when the disk is full.
+        WriteError: The operating system refused, as when the disk is full; or the hub did, and `folder` is complete.
     """
     module, path = _checked(model), decoded_folder(folder)
+    if push_to_hub is not None:
+        require_repository(push_to_hub, private=private)
+    _save(module, path, max_shard_size)
+    if push_to_hub is not None:
+        logger.info("pushed to %s", push_folder(path, push_to_hub))
+
+
+def _save(module: nn.Module, path: str, max_shard_size: int | str) -> None:
     with replaced_folder(path, is_of_a_save) as staging, write_errors(path):
         if is_of_transformers(module):
             with importing:

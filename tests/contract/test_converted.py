@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_disk import on_a_small_disk
 from zoo import PREQUANTIZED, ZOO, CheckpointStore, ZooModel, checkpoint_store
 
 import pyint8
@@ -193,6 +194,14 @@ def test_an_error_leaves_nothing(
         pyint8.convert(llama, target, device="cpu")
     assert files(target) == {"mine": b"mine"}
     assert nothing_beside(target)
+
+
+def test_a_full_disk(llama: Path, tmp_path: Path) -> None:
+    ran = on_a_small_disk(tmp_path, f'pyint8.convert("{llama}", f"{{disk}}/int8", device="cpu")', size="64k")
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.stdout.startswith(f"{errno.ENOSPC}|tensor '"), ran.stdout
+    assert "No space left on device" in ran.stdout
+    assert len(ran.stdout.splitlines()) == 1, "files were left"
 
 
 CONVERTS = """

@@ -18,6 +18,7 @@ from accelerate import cpu_offload, disk_offload
 from huggingface_hub import metadata_load
 from plain_models import ALL, IDS, Net, drawn
 from safetensors.torch import save_file, save_model
+from small_disk import on_a_small_disk
 from torch import nn
 from zoo import ZOO, checkpoint_store
 
@@ -215,3 +216,58 @@ def test_added_adapters_are_not_the_model(model: Any, tmp_path: Path) -> None:
 def test_folders_that_are_none(model: Any, folder: Any) -> None:
     with pytest.raises(OptionError, match="folder"):
         pyint8.save(model, folder)
+
+
+def test_a_full_disk(llama: Path, tmp_path: Path) -> None:
+    ran = on_a_small_disk(tmp_path, f'pyint8.save(pyint8.load("{llama}", "cpu"), f"{{disk}}/int8")', size="64k")
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.stdout.startswith(f"{errno.ENOSPC}|tensor '"), ran.stdout
+    assert len(ran.stdout.splitlines()) == 1, "files were left"
+
+
+# --- the hub ----------------------------------------------------------------------------------------------------------
+
+
+class Hub:
+    """Of huggingface_hub's HfApi, what a push calls."""
+
+    def __init__(self, fails: Exception | None = None) -> None:
+        self.fails = fails
+        self.made: list[Any] = []
+        self.uploaded: list[Any] = []
+
+    def create_repo(self, repository: str, *, private: bool, exist_ok: bool) -> None:
+        self.made.append((repository, private, exist_ok))
+
+    def upload_folder(self, *, repo_id: str, folder_path: str) -> str:
+        assert self.made
+        if self.fails is not None:
+            raise self.fails
+        self.uploaded.append((repo_id, sorted(os.listdir(folder_path))))
+        return f"https://hub/{repo_id}"
+
+
+def test_a_save_is_pushed(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub = Hub()
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+    with caplog.at_level("INFO", logger="pyint8"):
+        pyint8.save(model, tmp_path / "int8", push_to_hub="me/int8", private=True)
+    assert hub.made == [("me/int8", True, True)]
+    assert hub.uploaded == [("me/int8", sorted(os.listdir(tmp_path / "int8")))]
+    assert "https://hub/me/int8" in caplog.text
+
+
+def test_a_push_that_fails_leaves_what_was_saved(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(fails=OSError("the network is gone"))
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+    with pytest.raises(WriteError, match=r"network is gone; the folder is complete.*`hf upload me/int8 "):
+        pyint8.save(model, tmp_path / "int8", push_to_hub="me/int8")
+    assert (tmp_path / "int8" / "model.safetensors").exists()
+
+
+def test_what_names_no_repository_is_refused_before_the_work(model: Any, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="'a/b/c' names no repository"):
+        pyint8.save(model, tmp_path / "int8", push_to_hub="a/b/c")
+    assert not (tmp_path / "int8").exists()

@@ -50,6 +50,7 @@ __all__ = [
     "WeightConverter",
     "WeightRenaming",
     "WeightTransform",
+    "converts_on_cpu",
     "custom_object_save",
     "dot_natural_key",
     "expand_device_map",
@@ -104,6 +105,11 @@ def tied_weights(model: Any) -> Mapping[str, str]:
 def may_be_missing(model: Any, name: str) -> bool:
     """Whether the model can do without a parameter of its checkpoint."""
     return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_missing or ())
+
+
+def converts_on_cpu(converter: WeightConverter | None) -> bool:
+    """Whether transformers converts on the CPU, to save a GPU's memory; releases before 5.16 never do."""
+    return getattr(converter, "force_cpu", False)
 
 
 def set_used_conversions(model: Any, used: list[WeightTransform]) -> None:

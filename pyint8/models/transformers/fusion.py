@@ -8,7 +8,7 @@ from math import prod
 import torch
 
 from pyint8.checkpoint import Checkpoint, Entry
-from pyint8.models.transformers.compat import Concatenate, MergeModulelist, WeightConverter
+from pyint8.models.transformers.compat import Concatenate, MergeModulelist, WeightConverter, converts_on_cpu
 from pyint8.models.transformers.plan import Target
 from pyint8.streaming.requests import Part, is_plain, kernels_cast
 
@@ -42,7 +42,7 @@ def _is_plain_merge(converter: WeightConverter) -> bool:
     merge, concatenate = (MergeModulelist, 0), (Concatenate, 1)
     patterns = len(converter.source_patterns)
     is_merge = kinds == [merge, concatenate] or (kinds == [merge] and patterns == 1)
-    return is_merge and len(converter.target_patterns) == 1 and not converter.force_cpu
+    return is_merge and len(converter.target_patterns) == 1 and not converts_on_cpu(converter)
 
 
 def _fit_together(entries: Sequence[Entry], dtype: torch.dtype) -> bool:

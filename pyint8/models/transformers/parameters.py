@@ -14,7 +14,7 @@ import torch
 from pyint8.checkpoint import Checkpoint, Entry
 from pyint8.errors import QuantizationStateError
 from pyint8.models.assembly import Assembly, Destination
-from pyint8.models.transformers.compat import expand_device_map, fixed_dtypes
+from pyint8.models.transformers.compat import converts_on_cpu, expand_device_map, fixed_dtypes
 from pyint8.models.transformers.device_worker import DeviceWorker
 from pyint8.models.transformers.fusion import find_parts
 from pyint8.models.transformers.plan import LoadPlan, Target
@@ -218,7 +218,7 @@ class ParameterMaker:
 
     def _landing_device(self, target: Target) -> torch.device:
         """Where a target lands: on the CPU for conversions that transformers does there to save GPU memory."""
-        on_cpu = getattr(target.converter, "force_cpu", False)
+        on_cpu = converts_on_cpu(target.converter)
         return torch.device("cpu") if on_cpu else self._destinations[target.name].device
 
     def _converted(self, target: Target, stream: TensorStream, loading_info: Any) -> dict[str, torch.Tensor]:

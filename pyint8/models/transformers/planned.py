@@ -12,7 +12,7 @@ import torch
 from pyint8.checkpoint import Checkpoint
 from pyint8.models.assembly import Destination
 from pyint8.models.request import LoadRequest
-from pyint8.models.transformers.compat import WeightTransform
+from pyint8.models.transformers.compat import WeightTransform, converts_on_cpu
 from pyint8.models.transformers.parameters import ParameterMaker, find_destinations, find_dtypes
 from pyint8.models.transformers.plan import plan_load
 from pyint8.models.transformers.reconcile import check_index, reconcile
@@ -175,7 +175,7 @@ class PlannedLoad:
         sources = (
             sum(self.checkpoint[name].numel for name, _ in target.sources)
             for target in self.plan.targets.values()
-            if target.converter is not None and not getattr(target.converter, "force_cpu", False)
+            if target.converter is not None and not converts_on_cpu(target.converter)
         )
         # The sources, and as much again for a copy, where they are first stacked, then concatenated.
         return 2 * self._dtype.itemsize * max(sources, default=0)

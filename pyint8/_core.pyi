@@ -35,6 +35,13 @@ class Engine:
             FileChangedError: It is in another state.
         """
 
+    def add_checksum(self, file: int, offset: int, nbytes: int, expected: int) -> int:
+        """Returns the number of a checksum, for `submit`: bytes of a file, and the CRC-32C they shall have.
+
+        The reads that name it are parts of these bytes, and have each once. The last of them to arrive does not, and
+        its wait raises ChecksumError, if they have another.
+        """
+
     def add_host_device(self, threads: int) -> int:
         """Adds a lane for host memory and returns its number; `threads` may transpose one weight together."""
 
@@ -59,7 +66,15 @@ class Engine:
             DeviceError: Memory cannot be pinned.
         """
 
-    def submit(self, lane: int, reads: list[tuple[int, int, int, int]], stream: int, *, first: bool) -> int:
+    def submit(
+        self,
+        lane: int,
+        reads: list[tuple[int, int, int, int]],
+        stream: int,
+        *,
+        first: bool,
+        checksums: list[int] = ...,
+    ) -> int:
         """Asks for ranges of files, in order.
 
         Args:
@@ -67,6 +82,7 @@ class Engine:
             reads: (file, offset, bytes, address) each.
             stream: Destinations are written only after what was put on this stream so far.
             first: Ahead of everything that waits.
+            checksums: For each read, the number of the one that its bytes are part of, or `UNCHECKED`; [] for none.
 
         Returns:
             The first read's ticket; the others' follow, one by one.
@@ -84,6 +100,7 @@ class Engine:
         Raises:
             ReadError: The first error of any worker, which stops them all; with its file and offset.
             TruncatedError: A file ends before the bytes that were asked for.
+            ChecksumError: The bytes are not those that were saved.
             DeviceError: The driver refused.
             CancelledError: The engine was closed.
         """
@@ -139,7 +156,7 @@ class Engine:
             seconds of `time.monotonic`.
         """
 
-RequestTuple = tuple[tuple[bool, int, int], str, int, int, tuple[bool, bool, int, int] | tuple[str, int], int]
+RequestTuple = tuple[tuple[bool, int, int, int], str, int, int, tuple[bool, bool, int, int] | tuple[str, int], int]
 
 class Consumer:
     """Makes int8 weights, and casts, on one GPU of an engine's, by a thread and a stream of its own.
@@ -174,7 +191,8 @@ class Consumer:
 
         Args:
             requests: (from, dtype, rows, columns, to, marks) each:
-                from: (False, file, offset), or (True, ticket, address) for what lands, or has landed, there.
+                from: (False, file, offset, checksum or `UNCHECKED`), or (True, ticket, address, 0) for what lands, or
+                    has landed, there.
                 dtype: As stored, "F16", "BF16" or "F32".
                 rows, columns: As stored; their product counts bytes where values stay as they are.
                 to: (through bfloat16, transposed, address of int8 codes, address of fp32 scales), or
@@ -201,7 +219,7 @@ class Consumer:
             How many requests, from the first one on, `stream` waits for now: at least `ticket` + 1.
 
         Raises:
-            ReadError, TruncatedError, DeviceError, CancelledError: See `Engine.wait`.
+            ReadError, TruncatedError, ChecksumError, DeviceError, CancelledError: See `Engine.wait`.
         """
 
     def done(self) -> int:
@@ -210,6 +228,16 @@ class Consumer:
     def close(self) -> None:
         """Joins the thread and waits until no kernel uses any memory it was given; close the engine first.
         Idempotent."""
+
+UNCHECKED: int
+"""The number of no checksum."""
+
+def crc32c(bytes: bytes | bytearray | memoryview, before: int = 0) -> int:
+    """The CRC-32C of contiguous bytes, or of those that have the checksum `before` and these behind them.
+
+    Raises:
+        OptionError: They are not contiguous.
+    """
 
 def has_kernels() -> bool:
     """Whether this build has GPU kernels."""

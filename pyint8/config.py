@@ -165,6 +165,7 @@ class StreamOptions:
             that should not displace other files there. Default False.
         libcuda: The driver library to open, by name or path. Default "libcuda.so.1".
         timeline: Note in `LoadReport.timeline` what is done when, for a picture. Default False.
+        checksums: Compare what is read with the checksums of the checkpoint, where it has some. Default True.
 
     Raises:
         OptionError: A value out of its range, naming the option.
@@ -178,6 +179,7 @@ class StreamOptions:
     direct_io: bool = False
     libcuda: str = "libcuda.so.1"
     timeline: bool = False
+    checksums: bool = True
 
     def __post_init__(self) -> None:
         _require_int("threads", self.threads, 1, 1024, optional=True)
@@ -187,7 +189,7 @@ class StreamOptions:
             raise OptionError(f"slot_bytes is {self.slot_bytes}; it must be a multiple of 4096")
         _require_int("device_scratch", self.device_scratch, _MIB, 1 << 40)
         _require_int("host_scratch", self.host_scratch, _MIB, 1 << 40)
-        for name in ("direct_io", "timeline"):
+        for name in ("direct_io", "timeline", "checksums"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} is {getattr(self, name)!r}; it must be True or False")
         if not isinstance(self.libcuda, str):

@@ -104,6 +104,10 @@ class TruncatedError(CheckpointError):
     """A file that ends before the tensors its header promises."""
 
 
+class ChecksumError(CheckpointError):
+    """A tensor whose bytes are not those that were saved: a disk, a network or memory has damaged them."""
+
+
 class FileChangedError(CheckpointError):
     """A file that was replaced, or written to, after its header was read and before its tensors were."""
 
@@ -208,4 +212,7 @@ def from_core(code: str, message: str, path: str, offset: int | None, errno: int
         return TruncatedError(message, path=path or None, offset=offset)
     if code == "changed":
         return FileChangedError(message, path=path or None, offset=offset)
+    if code == "damaged":
+        advice = "copy or download the file again; if it was changed on purpose, remove the checksums beside it"
+        return ChecksumError(f"{message}: {advice}", path=path or None, offset=offset)
     return _FROM_CORE.get(code, Pyint8Error)(message)

@@ -12,6 +12,7 @@
 #include "device/device_host.hpp"
 #include "device/kernel_images.hpp"
 #include "error.hpp"
+#include "numeric/crc32c.hpp"
 #include "quantize/consumer.hpp"
 #include "transfer/engine.hpp"
 
@@ -26,6 +27,7 @@ constexpr std::chrono::milliseconds kSignalInterval{50};
 
 // Device, inode, size and mtime_ns.
 using StampTuple = std::tuple<std::uint64_t, std::uint64_t, std::int64_t, std::int64_t>;
+// File, offset, bytes, and where to.
 using ReadTuple = std::tuple<std::uint32_t, std::uint64_t, std::uint64_t, Address>;
 
 // The class and its fields are chosen in pyint8/errors.py.
@@ -45,12 +47,18 @@ std::uint32_t add_file(Engine& engine, const std::string& path, const std::optio
   return engine.add_file(path, FileStamp{device, inode, size, mtime_ns});
 }
 
+// `checksums`: one for each read, or none at all.
 Ticket submit(Engine& engine, std::uint32_t lane, const std::vector<ReadTuple>& tuples, StreamHandle stream,
-              bool first) {
+              bool first, const std::vector<std::uint32_t>& checksums) {
   const py::gil_scoped_release released;
+  if (!checksums.empty() && checksums.size() != tuples.size()) {
+    throw Error(ErrorCode::kInvalidArgument, "there are not as many checksums as reads");
+  }
   std::vector<Read> reads;
   reads.reserve(tuples.size());
-  for (const auto& [file, offset, nbytes, to] : tuples) reads.push_back({{file, offset, nbytes}, to});
+  for (const auto& [file, offset, nbytes, to] : tuples) {
+    reads.push_back({{file, offset, nbytes, checksums.empty() ? kUnchecked : checksums[reads.size()]}, to});
+  }
   return engine.submit(lane, reads, stream, first);
 }
 
@@ -74,8 +82,8 @@ ElementType element_type(const std::string& dtype) {
   throw Error(ErrorCode::kInvalidArgument, "no kernel reads " + dtype + "; F16, BF16 and F32 are read");
 }
 
-// Where rows come from: (false, file, offset), or (true, ticket, address) of what has landed.
-using FromTuple = std::tuple<bool, std::uint64_t, std::uint64_t>;
+// Where rows come from: (false, file, offset, checksum), or (true, ticket, address, 0) of what has landed.
+using FromTuple = std::tuple<bool, std::uint64_t, std::uint64_t, std::uint32_t>;
 // What becomes of them: int8 codes by (through bfloat16, transposed, codes, scales), or (dtype, values),
 // where
 // "" leaves values as they are stored.
@@ -100,11 +108,11 @@ Request request_of(const RequestTuple& tuple) {
     request.stored = element_type(stored);
     row_bytes *= size_of(request.stored);
   }
-  const auto& [has_landed, where, offset] = from_tuple;
+  const auto& [has_landed, where, offset, checksum] = from_tuple;
   if (has_landed) {
     request.from = Landed{where, offset};
   } else {
-    request.from = Range{static_cast<std::uint32_t>(where), offset, rows * row_bytes};
+    request.from = Range{static_cast<std::uint32_t>(where), offset, rows * row_bytes, checksum};
   }
   return request;
 }
@@ -172,6 +180,17 @@ py::dict stats(const Engine& engine) {
                   "slot_seconds"_a = stats.slot_seconds);
 }
 
+std::uint32_t checksum_of(const py::buffer& bytes, std::uint32_t before) {
+  const py::buffer_info info = bytes.request();
+  if (PyBuffer_IsContiguous(info.view(), 'C') == 0) {
+    throw Error(ErrorCode::kInvalidArgument, "the buffer is not contiguous");
+  }
+  const std::span span(static_cast<const std::byte*>(info.ptr),
+                       static_cast<std::size_t>(info.size * info.itemsize));
+  const py::gil_scoped_release released;
+  return crc32c(span, before);
+}
+
 const char* name_of(Doing doing) {
   switch (doing) {
     case Doing::kWaiting:
@@ -222,6 +241,11 @@ PYBIND11_MODULE(_core, module) {
            "timeline"_a = false)
       .def("add_file", &add_file, "path"_a, "stamp"_a = py::none(), py::call_guard<py::gil_scoped_release>())
       .def(
+          "add_checksum",
+          [](Engine& engine, std::uint32_t file, std::uint64_t offset, std::uint64_t nbytes,
+             std::uint32_t expected) { return engine.add_checksum({file, offset, nbytes}, expected); },
+          "file"_a, "offset"_a, "nbytes"_a, "expected"_a, py::call_guard<py::gil_scoped_release>())
+      .def(
           "add_host_device",
           [](Engine& engine, std::size_t threads) {
             return engine.add_device(std::make_unique<HostDevice>(threads));
@@ -231,7 +255,8 @@ PYBIND11_MODULE(_core, module) {
            [](Engine& engine) { return engine.add_device(std::make_unique<DiscardingDevice>()); })
       .def("add_cuda_device", &add_cuda_device, "ordinal"_a, "library"_a)
       .def("prepare", &Engine::prepare, "lane"_a, py::call_guard<py::gil_scoped_release>())
-      .def("submit", &submit, "lane"_a, "reads"_a, "stream"_a, py::kw_only(), "first"_a)
+      .def("submit", &submit, "lane"_a, "reads"_a, "stream"_a, py::kw_only(), "first"_a,
+           "checksums"_a = std::vector<std::uint32_t>())
       .def("wait", &wait, "ticket"_a, "stream"_a)
       .def("transpose_to_half", &transpose, "lane"_a, "source"_a, "dtype"_a, "through_bfloat16"_a, "rows"_a,
            "columns"_a, "destination"_a, "destination_stride"_a, "stream"_a)
@@ -248,6 +273,8 @@ PYBIND11_MODULE(_core, module) {
       .def("done", &Consumer::done, py::call_guard<py::gil_scoped_release>())
       .def("close", &Consumer::close, py::call_guard<py::gil_scoped_release>());
 
+  module.attr("UNCHECKED") = kUnchecked;
+  module.def("crc32c", &checksum_of, "bytes"_a, "before"_a = 0);
   module.def("has_kernels", [] { return !kernel_images().empty(); });
   module.def("pinned_bytes_in_use", &pinned_bytes_in_use);
 }

@@ -14,6 +14,8 @@ const char* name_of(ErrorCode code) {
       return "truncated";
     case ErrorCode::kChanged:
       return "changed";
+    case ErrorCode::kDamaged:
+      return "damaged";
     case ErrorCode::kDriver:
       return "driver";
     case ErrorCode::kCancelled:

@@ -70,6 +70,7 @@ class Entry:
         stride: Steps between elements, as torch has them, of a tensor that is not contiguous; `nbytes` then reaches
             from its first element to its last.
         stamp: The state of the file when its header was read; None if any state will do.
+        crc32c: The CRC-32C of its bytes, if a file of checksums has it.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Entry:
     nbytes: int
     stride: tuple[int, ...] | None = None
     stamp: FileStamp | None = None
+    crc32c: int | None = None
 
     @property
     def location(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pyint8.host.files import open_file
 from ._reading import os_errors
 from .advice import advice_for_file, advice_for_folder
 from .agreement import Index, choose, weight_map_of
+from .checksums import with_checksums
 from .entry import SCALES, Entry
 from .pickled import EXTENSIONS, PickledFile, is_pickled, read_pickled
 from .safetensors import SafetensorsFile, read_header
@@ -141,13 +142,13 @@ def open_checkpoint(
             raise OptionError(f"subfolder and variant are for a folder, and {path} is a file; give the file alone")
         if path.endswith(".index.json"):
             return _open_sharded(os.path.dirname(path), path, problems)
-        return Checkpoint([_read_file(path)])
+        return Checkpoint(with_checksums([_read_file(path)]))
     folder = os.path.join(path, subfolder) if subfolder else path
     formats = {None: (_SAFETENSORS, _PICKLED), True: (_SAFETENSORS,), False: (_PICKLED,)}[use_safetensors]
     looked_for = [_with_variant(name, variant) for names in formats for name in names]
     for single, index in zip(looked_for[::2], looked_for[1::2], strict=True):
         if _is_file(os.path.join(folder, single)):
-            return Checkpoint([_read_file(os.path.join(folder, single))])
+            return Checkpoint(with_checksums([_read_file(os.path.join(folder, single))]))
         if _is_file(os.path.join(folder, index)):
             return _open_sharded(folder, os.path.join(folder, index), problems)
     raise _nothing_in(folder, looked_for)
@@ -169,7 +170,7 @@ def checkpoint_of_files(files: Sequence[str]) -> Checkpoint:
     """
     if not files:
         raise CheckpointNotFoundError("no checkpoint file was given; give at least one")
-    read = [_read_file(file) for file in files]
+    read = with_checksums(_read_file(file) for file in files)
     by_folder: dict[str, dict[str, str]] = {}
     for file in files:
         folder, name = os.path.split(file)
@@ -233,7 +234,7 @@ def _open_sharded(folder: str, index: str, problems: list[Pyint8Error] | None) -
     read = {shard: _read_if_sound(path, index, weight_map, problems) for shard, path in paths.items()}
     shards = [file for file in read.values() if file is not None]
     known = {name: shard for name, shard in weight_map.items() if read[shard] is not None}
-    return Checkpoint(shards, [_index(index, known, paths)])
+    return Checkpoint(with_checksums(shards), [_index(index, known, paths)])
 
 
 def _read_if_sound(

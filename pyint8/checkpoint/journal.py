@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
 
 from pyint8.host.files import open_file
 from pyint8.host.writing import create, write_errors
@@ -14,7 +15,8 @@ from pyint8.host.writing import create, write_errors
 class Journal:
     """Names of tensors that are on the disk; a context manager that closes its file.
 
-    Each line is a JSON list. One that was cut short by a crash does not count.
+    Its first line is the identity, in JSON, each other an object of names and checksums. One that was cut short by a
+    crash does not count.
 
     Args:
         path: A file, there already or not.
@@ -22,6 +24,7 @@ class Journal:
 
     Attributes:
         done: The names that were there at the start.
+        checksums: Of those among them that were noted with one.
 
     Raises:
         WriteError: The operating system refused.
@@ -31,24 +34,29 @@ class Journal:
         self._path = path
         with write_errors(path):
             lines = _whole_lines(path) if self.is_of(path, identity) else []
-            self.done = frozenset(name for line in lines[1:] for name in line)
+            noted = {name: checksum for line in lines[1:] for name, checksum in line.items()}
+            self.done = frozenset(noted)
+            self.checksums = {name: checksum for name, checksum in noted.items() if checksum is not None}
             self._file = create(path)
-            self.add([identity])
-            if self.done:
-                self.add(self.done)
+            self._write(identity)
+            if noted:
+                self.add(noted)
 
     @staticmethod
     def is_of(path: str, identity: str) -> bool:
         """Whether there is a journal of this work."""
-        return _whole_lines(path)[:1] == [[identity]]
+        return _whole_lines(path)[:1] == [identity]
 
-    def add(self, names: Iterable[str]) -> None:
-        """Notes names whose bytes are on the disk; returns once they are noted there, too.
+    def add(self, noted: Mapping[str, int | None]) -> None:
+        """Notes names whose bytes are on the disk, and their checksums; returns once they are noted there, too.
 
         Raises:
             WriteError: The operating system refused.
         """
-        line = json.dumps(list(names)).encode() + b"\n"
+        self._write(noted)
+
+    def _write(self, value: object) -> None:
+        line = json.dumps(value).encode() + b"\n"
         with write_errors(self._path):
             while line:
                 line = line[os.write(self._file, line) :]
@@ -63,7 +71,7 @@ class Journal:
         os.close(self._file)
 
 
-def _whole_lines(path: str) -> list[list[str]]:
+def _whole_lines(path: str) -> list[Any]:
     try:
         with open_file(path) as file:
             whole = [line for line in file if line.endswith(b"\n")]

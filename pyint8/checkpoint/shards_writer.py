@@ -10,6 +10,7 @@ from types import TracebackType
 
 from pyint8.errors import CheckpointError
 
+from .checksums import CHECKSUMS, checksums_text
 from .shards import INDEX, Shards
 from .writer import Buffer, SafetensorsWriter, file_bytes
 
@@ -82,6 +83,11 @@ class ShardsWriter:
         if index is not None:
             with open(os.path.join(self._folder, INDEX), "wb") as file:
                 file.write(index)
+
+    def write_checksums(self, checksums: Mapping[str, int]) -> None:
+        """Writes the file of checksums: the CRC-32C of each tensor."""
+        with open(os.path.join(self._folder, CHECKSUMS), "wb") as file:
+            file.write(checksums_text(self._shards.file_of, checksums))
 
     def __enter__(self) -> ShardsWriter:
         return self

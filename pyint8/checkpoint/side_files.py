@@ -7,12 +7,16 @@ import re
 import shutil
 from collections.abc import Iterator
 
+from .checksums import CHECKSUMS
+
 _WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".npz"),
     *(".tflite", ".ot", ".index"),
 )
-_NOT_CARRIED = frozenset({"config.json", "generation_config.json", "README.md"})
-_OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json")
+_NOT_CARRIED = frozenset({"config.json", "generation_config.json", "README.md", CHECKSUMS})
+_OURS = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.(index|crc32c)\.json|(generation_)?config\.json"
+)
 
 
 def is_of_a_save(name: str) -> bool:

@@ -16,6 +16,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DST", help="where to; its other files stay")
     parser.add_argument("--device", metavar="NAME", type=args.device, help="where to quantize: cpu, cuda or cuda:1")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", type=args.size, help="of a file; 5GB")
+    parser.add_argument("--checksums", action="store_true", help="write the CRC-32C of each tensor, too")
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload the folder to this repository afterwards")
     parser.add_argument("--private", action="store_true", help="if that repository is made, make it private")
     args.add_progress(parser)
@@ -33,6 +34,7 @@ def _run(arguments: argparse.Namespace, out: Output) -> int:
         dtype=arguments.dtype,
         config=args.config(arguments),
         max_shard_size=arguments.max_shard_size,
+        checksums=arguments.checksums,
         progress=args.progress(arguments),
         **args.hub(arguments),
     )

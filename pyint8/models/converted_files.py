@@ -13,7 +13,8 @@ from pyint8.checkpoint.journal import Journal
 from pyint8.checkpoint.shards import Shards
 from pyint8.checkpoint.shards_writer import ShardsWriter
 from pyint8.host.ending import submit
-from pyint8.models.saving import MOST_BYTES, WRITERS
+from pyint8.models.saving import MOST_BYTES, WRITERS, write_tensor
+from pyint8.streaming.checksums import Checksums
 from pyint8.streaming.write_behind import WriteBehind
 
 # After so many bytes they are brought to the disk and noted there.
@@ -28,13 +29,17 @@ class ConvertedFiles:
         shards: What the files hold.
         journal: Of what is there already.
         num_parameters: Of the model, for the index.
+        checksums: Whether to write those of all tensors.
     """
 
-    def __init__(self, folder: str, shards: Shards, journal: Journal, num_parameters: int) -> None:
+    def __init__(
+        self, folder: str, shards: Shards, journal: Journal, num_parameters: int, *, checksums: bool = False
+    ) -> None:
         self._num_parameters = num_parameters
+        self._checksums = Checksums(journal.checksums) if checksums else None
         with ExitStack() as stack:
             self._writer = stack.enter_context(ShardsWriter(folder, shards, journal.done))
-            self._notes = _Notes(journal, self._writer)
+            self._notes = _Notes(journal, self._writer, self._checksums)
             stack.callback(self._notes.close)
             self._behind = stack.enter_context(WriteBehind(WRITERS, MOST_BYTES))
             self._stack = stack.pop_all()
@@ -45,7 +50,8 @@ class ConvertedFiles:
         Raises:
             WriteError: Of an earlier one.
         """
-        self._notes.add(name, value.nbytes, self._behind.put(value, partial(self._writer.write, name)))
+        write = partial(write_tensor, self._writer, self._checksums, name)
+        self._notes.add(name, value.nbytes, self._behind.put(value, write))
 
     @property
     def waits(self) -> bool:
@@ -65,6 +71,8 @@ class ConvertedFiles:
         self._behind.finish()
         self._writer.finish()
         self._writer.write_index({"total_parameters": self._num_parameters})
+        if self._checksums is not None:
+            self._writer.write_checksums(self._checksums.of)
 
     def __enter__(self) -> ConvertedFiles:
         return self
@@ -78,8 +86,8 @@ class ConvertedFiles:
 class _Notes:
     """Brings what is written to the disk, many tensors at a time, and notes them in the journal; on a thread."""
 
-    def __init__(self, journal: Journal, writer: ShardsWriter) -> None:
-        self._journal, self._writer = journal, writer
+    def __init__(self, journal: Journal, writer: ShardsWriter, checksums: Checksums | None) -> None:
+        self._journal, self._writer, self._checksums = journal, writer, checksums
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="pyint8 journal")
         self._noting: list[Future[None]] = []
         self._names: list[str] = []
@@ -110,7 +118,8 @@ class _Notes:
     def _note(self, names: list[str], writes: list[Future[None]]) -> None:
         if all(write.exception() is None for write in writes):  # an error stops everything
             self._writer.sync()
-            self._journal.add(names)
+            known = {} if self._checksums is None else self._checksums.of
+            self._journal.add({name: known.get(name) for name in names})
 
     def close(self) -> None:
         """Waits for the thread."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -15,6 +15,7 @@ from pyint8.checkpoint.writer import TensorPlan
 from pyint8.errors import CheckpointError, ModelNotSupportedError
 from pyint8.models.live import weights_maps
 from pyint8.quantizer import require_codes
+from pyint8.streaming.checksums import Checksums
 from pyint8.streaming.write_behind import WriteBehind
 
 WRITERS = 4
@@ -23,7 +24,7 @@ MOST_BYTES = 512 << 20
 """Of tensors that wait to be written."""
 
 
-def save_module(module: nn.Module, folder: str, max_shard_size: int | str) -> None:
+def save_module(module: nn.Module, folder: str, max_shard_size: int | str, *, checksums: bool) -> None:
     """Writes a plain module's state dict to an empty folder; tied parameters once.
 
     Raises:
@@ -40,7 +41,7 @@ def save_module(module: nn.Module, folder: str, max_shard_size: int | str) -> No
             seen.add(id(value))
             tensors[name] = value.detach()
     shards = shards_of((planned(name, tensor) for name, tensor in tensors.items()), max_shard_size)
-    write_shards(folder, shards, lambda name: in_memory(module, name, tensors[name]), {})
+    write_shards(folder, shards, lambda name: in_memory(module, name, tensors[name]), {}, checksums=checksums)
 
 
 def planned(name: str, tensor: torch.Tensor) -> TensorPlan:
@@ -56,7 +57,12 @@ def planned(name: str, tensor: torch.Tensor) -> TensorPlan:
 
 
 def write_shards(
-    folder: str, shards: Shards, tensor: Callable[[str], torch.Tensor], metadata: Mapping[str, object]
+    folder: str,
+    shards: Shards,
+    tensor: Callable[[str], torch.Tensor],
+    metadata: Mapping[str, object],
+    *,
+    checksums: bool,
 ) -> None:
     """Writes all files of a checkpoint.
 
@@ -65,16 +71,29 @@ def write_shards(
         shards: What they hold.
         tensor: The value of a tensor, by its name.
         metadata: Of the index, where there is one.
+        checksums: Whether to write those of all tensors.
 
     Raises:
         WriteError: The operating system refused.
     """
     with ShardsWriter(folder, shards) as writer, WriteBehind(WRITERS, MOST_BYTES) as behind:
+        sums = Checksums() if checksums else None
         for name in shards.file_of:
-            behind.put(tensor(name), partial(writer.write, name))
+            behind.put(tensor(name), partial(write_tensor, writer, sums, name))
         behind.finish()
         writer.finish()
         writer.write_index(metadata)
+        if sums is not None:
+            writer.write_checksums(sums.of)
+
+
+def write_tensor(writer: ShardsWriter, checksums: Checksums | None, name: str, pieces: Iterator[memoryview]) -> None:
+    """Writes the pieces of a tensor's bytes, and takes its checksum, if they are wanted.
+
+    Raises:
+        WriteError: The operating system refused.
+    """
+    writer.write(name, pieces if checksums is None else checksums.noting(name, pieces))
 
 
 def in_memory(model: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from pyint8.models.converted_files import ConvertedFiles
     from pyint8.models.request import LoadRequest
     from pyint8.models.transformers.converting import Conversion
     from pyint8.models.transformers.planned import PlannedLoad
@@ -41,6 +42,7 @@ def convert(
     dtype: torch.dtype | str | Mapping[str, torch.dtype | str] | None = "auto",
     config: Int8Config | None = None,
     max_shard_size: int | str = "5GB",
+    checksums: bool = False,
     progress: bool | None = None,
     options: StreamOptions | None = None,
     **hub_and_model_kwargs: Any,
@@ -62,6 +64,7 @@ def convert(
         dtype: As in `pyint8.load`.
         config: What to quantize.
         max_shard_size: Of one file, in bytes or as a size such as "5GB"; a tensor that is larger has its own.
+        checksums: Also write the CRC-32C of each tensor, as in `pyint8.save`.
         progress: Whether to show a bar; None shows one on a terminal.
         options: How to move bytes.
         hub_and_model_kwargs: For `from_pretrained`: revision, subfolder, token, trust_remote_code and so on.
@@ -90,20 +93,14 @@ def convert(
         devices = devices_of(device)
         with measured_memory(recorder.report):
             request = conversion_request(path, devices[0], dtype, config, options, hub_and_model_kwargs)
-            _convert(request, target, devices, max_shard_size, preparation, recorder)
+            plan = plan_conversion(None, request, max_shard_size, preparation, recorder)
+            _convert(plan._replace(checksums=checksums), target, devices, preparation, recorder)
     return recorder.report
 
 
 def _convert(
-    request: LoadRequest,
-    target: str,
-    devices: Sequence[torch.device],
-    max_shard_size: int | str,
-    preparation: Preparation,
-    recorder: Recorder,
+    plan: ConversionPlan, target: str, devices: Sequence[torch.device], preparation: Preparation, recorder: Recorder
 ) -> None:
-    plan = plan_conversion(None, request, max_shard_size, preparation, recorder)
-
     def complete(staging: str) -> None:
         describe(plan.model, staging, has_card=os.path.exists(os.path.join(target, "README.md")))
 
@@ -117,6 +114,7 @@ class ConversionPlan(NamedTuple):
     model: Any
     load: PlannedLoad
     conversion: Conversion
+    checksums: bool = False
 
 
 def plan_conversion(
@@ -162,7 +160,6 @@ def write_converted(
     Raises:
         Pyint8Error: A tensor cannot be read, quantized or written.
     """
-    from pyint8.models.converted_files import ConvertedFiles
     from pyint8.models.transformers.saving import write_description
 
     identity, checkpoint = _identity(plan, devices[0]), plan.load.checkpoint
@@ -171,7 +168,7 @@ def write_converted(
         emptied_unless(staging, Journal.is_of(file, identity))
         with (
             Journal(file, identity) as journal,
-            ConvertedFiles(staging, plan.conversion.shards, journal, plan.conversion.num_parameters) as files,
+            _files(plan, staging, journal) as files,
         ):
             plan.conversion.run(files, journal.done, devices, preparation, recorder)
             files.finish()
@@ -179,6 +176,13 @@ def write_converted(
         write_description(plan.model, staging)
         complete(staging)
         os.unlink(file)
+
+
+def _files(plan: ConversionPlan, staging: str, journal: Journal) -> ConvertedFiles:
+    from pyint8.models.converted_files import ConvertedFiles
+
+    made = plan.conversion
+    return ConvertedFiles(staging, made.shards, journal, made.num_parameters, checksums=plan.checksums)
 
 
 def _refuse(path: str, target: str, config: Int8Config | None, arguments: Mapping[str, Any]) -> None:
@@ -231,7 +235,7 @@ def _identity(plan: ConversionPlan, device: torch.device) -> str:
 
     versions = [version(name) for name in ("pyint8", "bitsandbytes", "torch", "transformers")]
     files = {name: [str(tensor) for tensor in tensors] for name, tensors in plan.conversion.shards.files.items()}
-    return digest([identity_of(plan.load.checkpoint), files, device.type, plan.request.dtype, versions])
+    return digest([identity_of(plan.load.checkpoint), files, device.type, plan.request.dtype, plan.checksums, versions])
 
 
 def _is_resumed(error: BaseException) -> bool:

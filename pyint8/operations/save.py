@@ -27,6 +27,7 @@ def save(
     folder: str | os.PathLike[str],
     *,
     max_shard_size: int | str = "5GB",
+    checksums: bool = False,
     push_to_hub: str | None = None,
     private: bool = False,
 ) -> None:
@@ -44,6 +45,8 @@ def save(
         model: Any model with int8 modules (bitsandbytes' `Linear8bitLt`).
         folder: Where to; made if it is not there.
         max_shard_size: Of one file, in bytes or as a size such as "5GB"; a tensor that is larger has its own.
+        checksums: Also write `model.safetensors.crc32c.json`, with the CRC-32C of each tensor: loads then compare what
+            they read, and `verify` does.
         push_to_hub: The repository that `folder` is uploaded to afterwards, "me/Llama-3.1-8B-int8"; made before, if it
             is not there.
         private: Whether that repository, if it is made, is private.
@@ -56,24 +59,24 @@ def save(
     module, path = _checked(model), decoded_folder(folder)
     if push_to_hub is not None:
         require_repository(push_to_hub, private=private)
-    _save(module, path, max_shard_size)
+    _save(module, path, max_shard_size, checksums=checksums)
     if push_to_hub is not None:
         logger.info("pushed to %s", push_folder(path, push_to_hub))
 
 
-def _save(module: nn.Module, path: str, max_shard_size: int | str) -> None:
+def _save(module: nn.Module, path: str, max_shard_size: int | str, *, checksums: bool) -> None:
     with replaced_folder(path, is_of_a_save) as staging, write_errors(path):
         if is_of_transformers(module):
             with importing:
                 from pyint8.models.transformers.saving import save_model
 
-            save_model(module, staging, max_shard_size)
+            save_model(module, staging, max_shard_size, checksums=checksums)
             describe(module, staging, has_card=os.path.exists(os.path.join(path, "README.md")))
         else:
             with importing:
                 from pyint8.models.saving import save_module
 
-            save_module(module, staging, max_shard_size)
+            save_module(module, staging, max_shard_size, checksums=checksums)
 
 
 def describe(model: Any, folder: str, *, has_card: bool) -> None:

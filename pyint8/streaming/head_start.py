@@ -160,7 +160,15 @@ class HeadStart:
             except torch.OutOfMemoryError:  # the load itself may get by with less at a time
                 break
         reads = [
-            ReadRequest(entry.path, entry.offset, entry.nbytes, storage, stamp=entry.stamp) for entry, storage in wanted
+            ReadRequest(
+                entry.path,
+                entry.offset,
+                entry.nbytes,
+                storage,
+                stamp=entry.stamp,
+                checksum=self._transport.checksum_of(entry),
+            )
+            for entry, storage in wanted
         ]
         first = self._transport.submit(lane, reads) if reads else 0
         for ticket, (entry, storage) in enumerate(wanted, first):

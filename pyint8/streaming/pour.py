@@ -213,9 +213,10 @@ class Pour:
         self._made_bytes += request.final_bytes
         early = self._early.get(entry.name)
         if early is None:
-            source = (False, self._transport.file(entry.path, entry.stamp), entry.offset)
+            file, checksum = self._transport.file(entry.path, entry.stamp), self._transport.checksum_of(entry)
+            source = (False, file, entry.offset, checksum)
         else:
-            source = (True, early.ticket, early.storage.data_ptr())
+            source = (True, early.ticket, early.storage.data_ptr(), 0)
         marks = 0 if made.marks is None else made.marks.data_ptr()
         if isinstance(becomes, ToInt8):
             assert made.scales is not None

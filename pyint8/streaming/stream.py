@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pyint8.checkpoint import EntryInMemory
-from pyint8.errors import FileChangedError, ReadError, TruncatedError
+from pyint8.errors import ChecksumError, FileChangedError, ReadError, TruncatedError
 from pyint8.report import Recorder
 from pyint8.streaming.chunks import Chunk, bands_of, cut, gather_batches, typed
 from pyint8.streaming.lane import Lane
@@ -62,6 +62,7 @@ class TensorStream:
         self._engine = self._transport.engine
         self._transposer = Transposer(self._engine)
         self._chunks: dict[str, list[Chunk]] = {}
+        self._checksums: dict[str, int] = {}  # the transport's, of entries that were begun
         self._pours = open_pours(requests, transport, self._lane, quantizer, early or {}, self._recorder, most_bytes)
         for request in requests:
             name = request.entry.name
@@ -246,12 +247,20 @@ class TensorStream:
             assert chunk.memory is not None
             share = chunk.nbytes // len(chunk.entries)
             for number, entry in enumerate(chunk.entries):
-                offset = entry.offset + chunk.start
-                reads.append(ReadRequest(entry.path, offset, share, chunk.memory, number * share, entry.stamp))
+                offset, checksum = entry.offset + chunk.start, self._checksum_of(entry)
+                reads.append(
+                    ReadRequest(entry.path, offset, share, chunk.memory, number * share, entry.stamp, checksum)
+                )
         ticket = self._transport.submit(chunks[0].lane, reads, first=first)
         for chunk in chunks:
             chunk.ticket = ticket
             ticket += len(chunk.entries)
+
+    def _checksum_of(self, entry: Entry) -> int:
+        """One for all chunks of an entry."""
+        if entry.name not in self._checksums:
+            self._checksums[entry.name] = self._transport.checksum_of(entry)
+        return self._checksums[entry.name]
 
     def _land(self, chunk: Chunk) -> torch.Tensor:
         """The chunk's memory, once the arrival of its bytes is ordered before the caller's stream."""
@@ -286,7 +295,7 @@ class TensorStream:
         """Errors about a byte of a file name its tensor too."""
         try:
             yield
-        except (FileChangedError, ReadError, TruncatedError) as error:
+        except (ChecksumError, FileChangedError, ReadError, TruncatedError) as error:
             entries = [entry for chunks in self._chunks.values() for entry in chunks[0].entries]
             entries += [pour.entry(name) for name, pour in self._pours.items()]
             error.tensor = _tensor_at(entries, error.path, error.offset)

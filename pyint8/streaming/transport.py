@@ -15,7 +15,7 @@ from pyint8.streaming.extension import _core, open_engine
 from pyint8.streaming.lane import Lane, LaneOpener, open_lane
 
 if TYPE_CHECKING:
-    from pyint8.checkpoint import FileStamp
+    from pyint8.checkpoint import Entry, FileStamp
     from pyint8.config import StreamOptions
 
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 class ReadRequest:
     """A range of a file, in bytes, and the memory (a tensor of uint8, or a storage, on a lane's device) it fills.
 
-    It starts at byte `at` of the memory. The file must be in the state `stamp`, if one is given.
+    It starts at byte `at` of the memory. The file must be in the state `stamp`, if one is given. `checksum` is a number
+    that `Transport.checksum_of` gave.
     """
 
     path: str
@@ -32,6 +33,7 @@ class ReadRequest:
     memory: torch.Tensor | torch.UntypedStorage
     at: int = 0
     stamp: FileStamp | None = None
+    checksum: int = _core.UNCHECKED
 
 
 class Transport:
@@ -98,7 +100,8 @@ class Transport:
             (self.file(read.path, read.stamp), read.offset, read.nbytes, read.memory.data_ptr() + read.at)
             for read in reads
         ]
-        return self.engine.submit(lane.index, wanted, lane.stream, first=first)
+        checksums = [read.checksum for read in reads]
+        return self.engine.submit(lane.index, wanted, lane.stream, first=first, checksums=checksums)
 
     def open_consumer(self, lane: Lane, scratch_bytes: int, transposed: int, quantizer: int) -> _core.Consumer:
         """The native consumer of a GPU's lane.
@@ -170,6 +173,19 @@ class Transport:
     def __del__(self) -> None:
         if getattr(self, "_consumers", None):  # a load failed halfway; memory must not go before those who write to it
             self.close()
+
+    def checksum_of(self, entry: Entry) -> int:
+        """The number of a new checksum, for reads that together have each byte of an entry once.
+
+        The last of them does not arrive, but raises ChecksumError, if the bytes are not those that were saved.
+
+        Raises:
+            FileChangedError: The entry's file is not in the state that its header was read in.
+            ReadError: It cannot be opened.
+        """
+        if entry.crc32c is None or not self._options.checksums:
+            return _core.UNCHECKED
+        return self.engine.add_checksum(self.file(entry.path, entry.stamp), entry.offset, entry.nbytes, entry.crc32c)
 
     def file(self, path: str, stamp: FileStamp | None) -> int:
         """The engine's number of a file, which it opens.

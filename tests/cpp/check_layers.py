@@ -24,6 +24,7 @@ KNOWS: dict[str, set[str]] = {
     "plan": set(),
     "ring": set(),
     "lane_queue": set(),
+    "checksum": set(),
     "timeline": set(),
     "workers": {"lane_queue"},
     "bands": set(),

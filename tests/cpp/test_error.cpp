@@ -41,6 +41,7 @@ TEST_CASE("every code has the name that pyint8/errors.py knows") {
   CHECK(std::string(name_of(ErrorCode::kIo)) == "io");
   CHECK(std::string(name_of(ErrorCode::kTruncated)) == "truncated");
   CHECK(std::string(name_of(ErrorCode::kChanged)) == "changed");
+  CHECK(std::string(name_of(ErrorCode::kDamaged)) == "damaged");
   CHECK(std::string(name_of(ErrorCode::kDriver)) == "driver");
   CHECK(std::string(name_of(ErrorCode::kCancelled)) == "cancelled");
 }

@@ -87,7 +87,8 @@ void Consumer::ask() {
     std::optional<Asked> asked = place(task, band);
     if (!asked) break;
     if (const auto* range = std::get_if<Range>(&task.request.from)) {
-      reads.push_back({{range->file, range->offset + band.start, band.nbytes}, asked->memory});
+      reads.push_back(
+          {{range->file, range->offset + band.start, band.nbytes, range->checksum}, asked->memory});
       of_reads.push_back(fresh.size());
     }
     fresh.push_back(*asked);

@@ -71,7 +71,15 @@ std::uint32_t Engine::add_file(const std::string& path, const std::optional<File
   auto file = open_files_.open(path, options_.direct_io, expected);
   const std::lock_guard lock(mutex_);
   files_.push_back(std::move(file));
+  paths_.push_back(path);
   return static_cast<std::uint32_t>(files_.size() - 1);
+}
+
+std::uint32_t Engine::add_checksum(const Range& whole, std::uint32_t expected) {
+  require_own_process();
+  const std::lock_guard lock(mutex_);
+  checksums_.emplace_back(paths_.at(whole.file), whole.offset, whole.nbytes, expected);
+  return static_cast<std::uint32_t>(checksums_.size() - 1);
 }
 
 std::uint32_t Engine::add_device(std::unique_ptr<Device> device) {
@@ -151,12 +159,14 @@ std::vector<Engine::Job> Engine::make_jobs(std::uint32_t lane, std::span<const R
   std::vector<Job> jobs;
   jobs.reserve(pieces.size());
   for (Piece& piece : pieces) {
-    Job job{lane, devices_[lane].get(), files_[piece.file].get(), std::move(piece), {}, {}, start};
+    Job job{lane, devices_[lane].get(), files_[piece.file].get(), std::move(piece), {}, {}, {}, start};
     for (const Segment& segment : job.piece.segments) {
       Pending& pending = pending_[base + segment.range];
       ++pending.pieces_left;
       job.to.push_back(reads[segment.range].to + segment.range_offset);
       job.tickets.push_back(&pending);  // a deque never moves its elements
+      const std::uint32_t checksum = reads[segment.range].range.checksum;
+      job.checksums.push_back(checksum == kUnchecked ? nullptr : &checksums_.at(checksum));
     }
     jobs.push_back(std::move(job));
   }
@@ -192,6 +202,7 @@ bool Engine::read_in_place(const Job& job, std::size_t worker) {
     const Segment& segment = job.piece.segments[i];
     timed_read(*job.source, reinterpret_cast<std::byte*>(job.to[i]), segment.nbytes, segment.nbytes,
                job.piece.offset + segment.piece_offset, worker);
+    check(job, i, reinterpret_cast<const std::byte*>(job.to[i]));
   }
   workers_.done(job.lane);
   return true;
@@ -200,9 +211,18 @@ bool Engine::read_in_place(const Job& job, std::size_t worker) {
 void Engine::read_through_slot(const Job& job, std::size_t worker) {
   Ring::Slot& slot = rings_[worker].lease();
   timed_read(*job.source, slot.data(), job.piece.needed, job.piece.capacity, job.piece.offset, worker);
+  for (std::size_t i = 0; i < job.to.size(); ++i) {
+    check(job, i, slot.data() + job.piece.segments[i].piece_offset);
+  }
   await(*job.start, *job.device);
   copy_out(job, slot);
   rings_[worker].give_back(slot);
+}
+
+void Engine::check(const Job& job, std::size_t segment, const std::byte* bytes) {
+  if (job.checksums[segment] == nullptr) return;
+  const Segment& part = job.piece.segments[segment];
+  job.checksums[segment]->add(job.piece.offset + part.piece_offset, {bytes, part.nbytes});
 }
 
 void Engine::copy_out(const Job& job, Ring::Slot& slot) {

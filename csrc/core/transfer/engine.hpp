@@ -21,6 +21,7 @@
 #include "device/device.hpp"
 #include "options.hpp"
 #include "storage/open_files.hpp"
+#include "transfer/checksum.hpp"
 #include "transfer/plan.hpp"
 #include "transfer/ring.hpp"
 #include "transfer/timeline.hpp"
@@ -55,6 +56,10 @@ class Engine {
 
   // Returns the file's number, for `Range::file`. Throws kChanged if it is in another state than `expected`.
   std::uint32_t add_file(const std::string& path, const std::optional<FileStamp>& expected = std::nullopt);
+  // Returns a number for `Range::checksum`: the bytes of `whole` shall have the CRC-32C `expected`. The
+  // ranges that name it are parts of `whole`, and have each byte once; the last to arrive does not, and stops
+  // the engine with kDamaged, if the bytes are others.
+  std::uint32_t add_checksum(const Range& whole, std::uint32_t expected);
   // Returns the lane's number.
   std::uint32_t add_device(std::unique_ptr<Device> device);
 
@@ -110,8 +115,9 @@ class Engine {
     Device* device;
     const Source* source;
     Piece piece;
-    std::vector<Address> to;        // one for each segment
-    std::vector<Pending*> tickets;  // one for each segment
+    std::vector<Address> to;           // one for each segment
+    std::vector<Pending*> tickets;     // one for each segment
+    std::vector<Checksum*> checksums;  // the same; null for none
     std::shared_ptr<Start> start;
   };
 
@@ -124,6 +130,7 @@ class Engine {
   // False if the workers were stopped meanwhile.
   bool read_in_place(const Job& job, std::size_t worker);
   void read_through_slot(const Job& job, std::size_t worker);
+  static void check(const Job& job, std::size_t segment, const std::byte* bytes);
   void copy_out(const Job& job, Ring::Slot& slot);
   void timed_read(const Source& source, std::byte* out, std::size_t needed, std::size_t capacity,
                   std::uint64_t offset, std::size_t worker);
@@ -138,6 +145,8 @@ class Engine {
   mutable std::mutex mutex_;  // guards what follows, up to the condition
   OpenFiles open_files_;
   std::deque<std::unique_ptr<Source>> files_;  // after what they are of
+  std::deque<std::string> paths_;              // of the files
+  std::deque<Checksum> checksums_;             // never moves its elements
   std::deque<std::unique_ptr<Device>> devices_;
   std::deque<Pending> pending_;
   std::vector<std::vector<std::unique_ptr<Event>>> spare_events_;  // by lane

@@ -8,11 +8,15 @@
 
 namespace pyint8 {
 
+// No checksum.
+inline constexpr std::uint32_t kUnchecked = 0xffffffff;
+
 // A requested range of a file.
 struct Range {
   std::uint32_t file;
   std::uint64_t offset;
   std::uint64_t nbytes;
+  std::uint32_t checksum = kUnchecked;  // the number of the one that its bytes are part of
 };
 
 // The part of a piece that belongs to one range.

@@ -27,7 +27,7 @@ from pyint8.quantizer import int8_modules, require_codes
 State = dict[str, torch.Tensor]
 
 
-def save_model(model: Any, folder: str, max_shard_size: int | str) -> None:
+def save_model(model: Any, folder: str, max_shard_size: int | str, *, checksums: bool) -> None:
     """Writes a model's weights and configurations to an empty folder.
 
     A single file is that of `save_pretrained`, to the byte; which needs a file's tensors in host memory, cannot save
@@ -47,7 +47,7 @@ def save_model(model: Any, folder: str, max_shard_size: int | str) -> None:
         tensor = tensors[name]
         return in_memory(model, values.get(id(tensor), name), tensor)
 
-    write_shards(folder, shards, value, {"total_parameters": model.num_parameters()})
+    write_shards(folder, shards, value, {"total_parameters": model.num_parameters()}, checksums=checksums)
     write_description(model, folder)
 
 

@@ -14,8 +14,8 @@ def test_what_is_added_is_there_again(tmp_path: Path) -> None:
     path = str(tmp_path / "journal")
     with Journal(path, "work") as journal:
         assert journal.done == frozenset()
-        journal.add(["a", "b"])
-        journal.add(["ü\n"])
+        journal.add({"a": None, "b": 7})
+        journal.add({"ü\n": 0})
     assert Journal.is_of(path, "work")
     for _ in range(2):
         with Journal(path, "work") as journal:
@@ -25,7 +25,7 @@ def test_what_is_added_is_there_again(tmp_path: Path) -> None:
 def test_other_work_begins_anew(tmp_path: Path) -> None:
     path = str(tmp_path / "journal")
     with Journal(path, "work") as journal:
-        journal.add(["a"])
+        journal.add({"a": None})
     assert not Journal.is_of(path, "other")
     with Journal(path, "other") as journal:
         assert journal.done == frozenset()
@@ -35,12 +35,12 @@ def test_other_work_begins_anew(tmp_path: Path) -> None:
 def test_a_line_that_was_cut_short_does_not_count(tmp_path: Path, left: int) -> None:
     path = tmp_path / "journal"
     with Journal(str(path), "work") as journal:
-        journal.add(["aaaa"])
-        journal.add(["bbbb"])
+        journal.add({"aaaa": 1})
+        journal.add({"bbbb": 1})
     path.write_bytes(path.read_bytes()[:-left])
     with Journal(str(path), "work") as journal:
-        assert journal.done == ({"aaaa"} if left <= 9 else frozenset())
-        journal.add(["cccc"])
+        assert journal.done == ({"aaaa"} if left <= 12 else frozenset())
+        journal.add({"cccc": 1})
     with Journal(str(path), "work") as journal:
         assert "cccc" in journal.done
 

@@ -107,7 +107,9 @@ def test_convert(llama: Path, command: Command, tmp_path: Path) -> None:
         assert (tmp_path / "int8" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
     assert (value["folder"], value["pushed"]) == (str(tmp_path / "int8"), None)
     assert value["report"]["tensors"]["int8"] == 12
-    assert "written" in command("convert", llama, "other", "--device", "cpu").stdout
+    assert "written" in command("convert", llama, "other", "--device", "cpu", "--checksums").stdout
+    assert (tmp_path / "other" / "model.safetensors.crc32c.json").exists()
+    assert not (tmp_path / "int8" / "model.safetensors.crc32c.json").exists()
 
 
 def test_convert_pushes_what_it_wrote(llama: Path, command: Command, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc pyint8 -type f -not -
 CXX_SOURCES := $(shell find csrc tests/cpp benchmarks -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu')
 CMAKE_TESTS := -S . -G Ninja -DPYINT8_BUILD_TESTS=ON -DPYINT8_BUILD_MODULE=OFF -DPYINT8_WERROR=ON
 
-.PHONY: demo test test-python test-cpp coverage client-tests transformers-matrix gpu-test gpu-sanitize benchmark lint format \
+.PHONY: demo test test-python test-cpp coverage soak client-tests transformers-matrix gpu-test gpu-sanitize benchmark lint format \
   wheels build-wheels aarch64-test clean
 
 demo: $(VENV)/.demo
@@ -47,6 +47,10 @@ coverage: $(VENV)/.coverage
 
 gpu-test: $(VENV)/.tests
 	PYINT8_REQUIRE_GPU=1 $(BIN)/pytest tests/gpu
+
+# Thousands of loads and failures in one process: SOAK="--rounds 150 --device cuda" on a GPU.
+soak: $(VENV)/.tests
+	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore tests/soak.py $(SOAK)
 
 # Clients as they come from PyPI, on a real model, in an environment of their own.
 client-tests: $(VENV)-clients/.made

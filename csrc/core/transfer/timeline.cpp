@@ -56,13 +56,16 @@ void Timeline::add_work(Doing doing, std::uint32_t lane, std::unique_ptr<Event> 
 
 void Timeline::settle() {
   const std::lock_guard lock(mutex_);
-  std::erase_if(under_way_, [this](Work& work) {
-    if (!work.end->passed()) return false;
+  // If a mark's driver fails, none of them is asked for again.
+  for (Work& work : std::exchange(under_way_, {})) {
+    if (!work.end->passed()) {
+      under_way_.push_back(std::move(work));
+      continue;
+    }
     const Clock& timed = clocks_.at(work.lane);
     spans_.push_back({work.doing, work.lane, timed.started + work.begin->seconds_since(*timed.start),
                       timed.started + work.end->seconds_since(*timed.start), work.nbytes});
-    return true;
-  });
+  }
 }
 
 std::vector<Span> Timeline::spans() const {

@@ -97,6 +97,29 @@ TEST_CASE("host memory is read into, and nothing else") {
   CHECK(of(engine, Doing::kCopying).empty());
 }
 
+TEST_CASE("a driver that fails while some work is over and some is not") {
+  const Accounts accounts;
+  Caller caller(0);
+  CudaDevice device(fake_driver(), 0);
+  Timeline timeline;
+  timeline.add_device(0, device);
+  const auto add = [&] {
+    auto begin = timeline.mark(0, caller.stream());
+    timeline.add_work(Doing::kQuantizing, 0, std::move(begin), timeline.mark(0, caller.stream()), 1);
+  };
+  add();
+  caller.synchronize();
+  Gate gate(caller);
+  add();
+  add();
+  fake_cuda_fail_after("cuEventQuery", 3, 719);
+  CHECK(error_of([&] { timeline.settle(); }).code() == ErrorCode::kDriver);
+  gate.open();
+  caller.synchronize();
+  timeline.settle();
+  CHECK(timeline.spans().size() <= 3);
+}
+
 TEST_CASE("nothing is noted unless it is asked for") {
   Engine engine(kOptions);
   CHECK(engine.timeline() == nullptr);

@@ -10,10 +10,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PINNED := -c tests/constraints.txt
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc pyint8 -type f -not -path '*/__pycache__/*')
 CXX_SOURCES := $(shell find csrc tests/cpp benchmarks -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu')
+SECONDS ?= 600
 CMAKE_TESTS := -S . -G Ninja -DPYINT8_BUILD_TESTS=ON -DPYINT8_BUILD_MODULE=OFF -DPYINT8_WERROR=ON
 
 .PHONY: demo test test-python test-cpp coverage soak client-tests transformers-matrix gpu-test gpu-sanitize benchmark lint format \
-  wheels build-wheels aarch64-test clean
+  wheels build-wheels aarch64-test fuzz faults clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.demo $(MODEL)
@@ -102,6 +103,21 @@ aarch64-test: $(VENV)-wheels/.made
 	PATH="$(CURDIR)/$(VENV)-wheels/bin:$$PATH" PYINT8_TARGET=aarch64 cmake --build build/aarch64
 	cd build/aarch64 && $(CURDIR)/$(VENV)-wheels/bin/ctest --no-tests=error --output-on-failure -j2
 
+# Each target for SECONDS, or only TARGETS. Debian: clang-19, libclang-rt-19-dev, doctest-dev; another release as CLANG.
+CLANG ?= 19
+fuzz: $(VENV)/.fuzz
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake $(CMAKE_TESTS) -B build/fuzz -DPYINT8_WERROR=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DCMAKE_CXX_COMPILER=clang++-$(CLANG) -DPYINT8_KERNELS=OFF -DPYINT8_FUZZ=ON -DPYINT8_SANITIZE=address,undefined \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/fuzz --target fuzz_plan fuzz_file fuzz_engine fuzz_consumer
+	$(BIN)/python tests/tools/fuzz.py build/fuzz $(SECONDS) $(TARGETS)
+
+# Every call of the system, and of the driver, that a small load makes fails in turn, in every way it can; takes an hour.
+faults: $(VENV)/.tests build/plain/tests/cpp/libfakecuda.so
+	cd build/plain && PYINT8_TEST_EVERY_FAULT=1 tests/cpp/core_tests --test-case="*at any call*,*memory*refused*"
+	PYINT8_TEST_EVERY_FAULT=1 PYINT8_TEST_LIBCUDA=$(CURDIR)/build/plain/tests/cpp/libfakecuda.so \
+	  $(BIN)/pytest -s $(CURDIR)/tests/contract/test_faults.py
+
 clean:
 	rm -rf $(VENV) $(VENV)-clients $(VENV)-matrix $(VENV)-wheel $(VENV)-wheels build wheelhouse
 
@@ -160,6 +176,10 @@ $(VENV)/.benchmarks: $(VENV)/.installed
 
 $(VENV)/.tests: $(VENV)/.installed
 	$(PIP) $(PINNED) --group test
+	touch $@
+
+$(VENV)/.fuzz: $(VENV)/.tests
+	$(PIP) $(PINNED) --group fuzz
 	touch $@
 
 $(VENV)/.coverage: $(VENV)/.tests

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import sys
 import zipfile
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pyint8.errors import CheckpointError, TruncatedError
 
-from ._reading import ARCHIVE_PREFIX
+from ._reading import ARCHIVE_PREFIX, abbreviated
 
 if TYPE_CHECKING:
     import torch
@@ -83,9 +84,11 @@ class TorchArchive:
         """The storage that torch.load would read for ("storage", type, key, device, elements), without values."""
         import torch
 
-        _, kind, key, _, numel = saved_id
+        what, kind, key, _, numel = saved_id
+        if not isinstance(saved_id, tuple) or what not in ("storage", b"storage"):
+            raise pickle.UnpicklingError(f"it refers to {abbreviated(what)}, where storages alone are known")
+        dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
         if key not in self._stand_ins:
-            dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
             nbytes = numel * dtype.itemsize
             storage = torch.UntypedStorage(nbytes, device="meta")
             self._places[storage._cdata] = self._find(f"data/{key}", nbytes), nbytes
@@ -121,6 +124,8 @@ def _records(path: str, file: BinaryIO) -> dict[int, _Record]:
     try:
         directory = zipfile.ZipFile(file).infolist()
     except zipfile.BadZipFile as error:
+        if isinstance(error.__context__, OSError):  # which zipfile takes for damage
+            raise error.__context__ from None
         raise TruncatedError(f"the archive is cut short or damaged; {AGAIN}", path=path, offset=end) from error
     except (NotImplementedError, ValueError) as error:  # of another version, or names in no known encoding
         raise CheckpointError(f"the archive's directory cannot be read ({error}); {AGAIN}", path=path) from error

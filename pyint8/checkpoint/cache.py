@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pyint8.errors import Pyint8Error
-from pyint8.host.files import open_file
+from pyint8.host.files import exists, is_folder, open_file
 from pyint8.host.locks import lock, remove_unlocked
 
 from .identity import identity_of
@@ -63,7 +63,7 @@ class CacheFolder:
 
     def entries(self) -> list[CacheEntry]:
         """All that are whole, the least recently used first."""
-        if not os.path.isdir(self.root):
+        if not is_folder(self.root):
             return []
         found = (_entry(folder.path) for folder in os.scandir(self.root) if not folder.name.startswith("."))
         return sorted((entry for entry in found if entry is not None), key=lambda entry: entry.used)
@@ -108,7 +108,7 @@ class CacheFolder:
     def clear(self) -> list[CacheEntry]:
         """Removes all entries that are not in use, and what unfinished ones left; returns those removed."""
         removed = [entry for entry in self.entries() if _removed(entry.folder)]
-        if os.path.isdir(self.root):
+        if is_folder(self.root):
             for folder in list(os.scandir(self.root)):
                 if folder.is_dir(follow_symlinks=False) and _entry(folder.path) is None:
                     _removed(folder.path)
@@ -159,4 +159,4 @@ def _sound(folder: str) -> Checkpoint | None:
 def _removed(folder: str) -> bool:
     """Removes a folder, unless a load uses it, or a process writes it."""
     sealed = os.path.join(folder, _SEAL)
-    return remove_unlocked(folder, sealed if os.path.exists(sealed) else None)
+    return remove_unlocked(folder, sealed if exists(sealed) else None)

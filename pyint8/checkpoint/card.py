@@ -6,6 +6,8 @@ import os
 import re
 from typing import Any
 
+from pyint8.host.files import exists
+
 _CACHED = re.compile(r"models--(?P<id>.+)")
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets", "tags")
 _TAGS = ("int8", "8-bit", "bitsandbytes", "pyint8")
@@ -25,7 +27,7 @@ model = {loader}.from_pretrained(path, device_map="auto")
 
 def hub_id_of(path: str) -> str | None:
     """The hub id that a model was loaded from: `path` itself, or that of its folder in the cache; None for others."""
-    if not os.path.exists(path):
+    if not exists(path):
         return path if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) else None
     found = (_CACHED.fullmatch(part) for part in os.path.abspath(path).split(os.sep))
     return next((match["id"].replace("--", "/") for match in found if match), None)

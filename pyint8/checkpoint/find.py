@@ -18,7 +18,7 @@ from pyint8.errors import (
     OptionError,
     Pyint8Error,
 )
-from pyint8.host.files import open_file, require_files
+from pyint8.host.files import exists, is_file, is_folder, open_file, require_files
 
 from ._reading import os_errors
 from .index import Checkpoint, open_checkpoint
@@ -38,24 +38,24 @@ def check_path(path: str, kwargs: Mapping[str, Any], *, is_plain: bool) -> None:
     except UnicodeEncodeError:
         raise OptionError(f"{path!r} is not UTF-8, and safetensors opens no such paths; rename the folder") from None
     _refuse_pipes(path, kwargs.get("subfolder") or "")
-    if os.path.isfile(path) and not is_plain:
+    if is_file(path) and not is_plain:
         raise OptionError(f"{path} is a file; give the folder with its config.json, or pass model=module to fill one")
-    if not os.path.exists(path) and (path.startswith((".", "~", os.sep)) or path.count("/") > 1 or not path):
+    if not exists(path) and (path.startswith((".", "~", os.sep)) or path.count("/") > 1 or not path):
         raise CheckpointNotFoundError("there is no such folder, and it cannot be a hub id; check the path", path=path)
-    if not os.path.exists(path) and not any(kwargs.get(name) is not None for name in HUB_ARGUMENTS):
+    if not exists(path) and not any(kwargs.get(name) is not None for name in HUB_ARGUMENTS):
         _refuse_mistyped_folder(path, kwargs)
 
 
 def _refuse_pipes(path: str, subfolder: str) -> None:
     for folder in (path, os.path.join(path, subfolder)):
-        if os.path.isdir(folder):
+        if is_folder(folder):
             with os_errors(folder):
                 require_files(folder)
 
 
 def _refuse_mistyped_folder(path: str, kwargs: Mapping[str, Any]) -> None:
     parent, name = os.path.split(path)
-    if not parent or not os.path.isdir(parent) or _is_cached(path, kwargs):
+    if not parent or not is_folder(parent) or _is_cached(path, kwargs):
         return
     near = difflib.get_close_matches(name, os.listdir(parent), n=1)
     meant = f"did you mean {os.path.join(parent, near[0])}?" if near else "check the path."
@@ -116,7 +116,7 @@ def base_of_adapter(path: str, kwargs: Mapping[str, Any]) -> str | None:
 def _refuse_pickled_adapter(folder: str, kwargs: Mapping[str, Any]) -> None:
     """Of a folder of its own; transformers, which loads adapters, looks for adapter_model.safetensors there alone."""
     names = [os.path.join(folder, f"adapter_model.{format}") for format in ("safetensors", "bin")]
-    has_safetensors, has_pickle = map(os.path.exists, names)
+    has_safetensors, has_pickle = map(exists, names)
     if has_pickle and not has_safetensors and kwargs.get("use_safetensors") is not False:
         raise ModelNotSupportedError(
             'transformers loads no adapter from a pickle; convert it, in its folder: python -c "import torch, '
@@ -135,9 +135,9 @@ def _adapter_config(path: str, kwargs: Mapping[str, Any]) -> str | None:
     where = {name: given[name] for name in HUB_ARGUMENTS if given.get(name) is not None}
     inside = f"{where['subfolder']}/" if where.get("subfolder") else ""
     name = f"{inside}adapter_config.json"
-    if os.path.exists(path):
-        has_model = os.path.exists(os.path.join(path, "config.json"))
-        return os.path.join(path, name) if not has_model and os.path.exists(os.path.join(path, name)) else None
+    if exists(path):
+        has_model = exists(os.path.join(path, "config.json"))
+        return os.path.join(path, name) if not has_model and exists(os.path.join(path, name)) else None
     try:
         cached = cached_file(path, name, where)
         is_known = cached is not None or cached_file(path, f"{inside}config.json", where) is not None
@@ -179,7 +179,7 @@ def find_checkpoint(
     """
     names = ("subfolder", "variant", "use_safetensors")
     where = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-    if os.path.exists(path):
+    if exists(path):
         named = _weights_named_in_config(os.path.join(path, kwargs.get("subfolder") or ""))
         where = where if named is None else {}
         return open_checkpoint(named or path, problems=problems, **where)
@@ -214,10 +214,10 @@ def configuration(path: str, kwargs: Mapping[str, Any]) -> tuple[str, dict[str, 
     """
     inside = os.path.join(kwargs.get("subfolder") or "", "config.json")
     try:
-        file = os.path.join(path, inside) if os.path.exists(path) else cached_file(path, inside, kwargs)
+        file = os.path.join(path, inside) if exists(path) else cached_file(path, inside, kwargs)
     except ValueError:  # no hub id
         return None
-    if file is None or not os.path.isfile(file):
+    if file is None or not is_file(file):
         return None
     try:
         content = _json_in(file)

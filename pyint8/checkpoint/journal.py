@@ -38,9 +38,13 @@ class Journal:
             self.done = frozenset(noted)
             self.checksums = {name: checksum for name, checksum in noted.items() if checksum is not None}
             self._file = create(path)
+        try:
             self._write(identity)
             if noted:
                 self.add(noted)
+        except BaseException:
+            os.close(self._file)
+            raise
 
     @staticmethod
     def is_of(path: str, identity: str) -> bool:

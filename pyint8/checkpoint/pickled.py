@@ -118,9 +118,11 @@ def _torch_errors(path: str) -> Iterator[None]:
             f"module, its state_dict()) to another file ({_first_line(error)})",
             path=path,
         ) from error
-    except (Pyint8Error, OSError):
+    except (Pyint8Error, OSError, MemoryError):
         raise
     except Exception as error:
+        if "not enough memory" in str(error):  # torch's words, of a RuntimeError
+            raise
         raise CheckpointError(f"torch cannot read it ({_first_line(error)}); {AGAIN}", path=path) from error
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from pyint8.errors import OptionError
+from pyint8.host.files import exists, is_folder
 from pyint8.host.locks import lock, remove_unlocked
 from pyint8.host.writing import sync, write_errors
 
@@ -39,7 +40,7 @@ def replaced_folder(
         WriteError: The operating system refused.
     """
     target = os.path.realpath(folder)
-    if os.path.lexists(target) and not os.path.isdir(target):
+    if exists(target, follow=False) and not is_folder(target):
         raise OptionError(f"{folder} is a file; give a folder to save to")
     with write_errors(target):
         os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -48,12 +49,12 @@ def replaced_folder(
         try:
             with _keeping(staging, is_resumed):
                 yield staging
-                if os.path.isdir(target):
+                if is_folder(target):
                     _keep_others(target, staging, is_replaced)
                 os.chmod(staging, _mode(target))
                 sync_tree(staging)
                 _take_place(staging, target)
-            shutil.rmtree(staging, ignore_errors=True)  # by now it is what was there before
+            _remove(staging)  # by now it is what was there before
         finally:
             os.close(locked)
 
@@ -65,8 +66,14 @@ def _keeping(staging: str, is_resumed: Callable[[BaseException], bool] | None) -
         yield
     except BaseException as error:
         if is_resumed is None or not is_resumed(error):
-            shutil.rmtree(staging, ignore_errors=True)
+            _remove(staging)
         raise
+
+
+def _remove(folder: str) -> None:
+    """Twice: what a disk refuses once, it may do the next time. What stays, the next block removes."""
+    for _ in range(2):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def emptied_unless(folder: str, is_wanted: bool) -> None:
@@ -97,7 +104,11 @@ def _staging_folder(target: str) -> tuple[str, int]:
     """A new folder beside `target`, and a lock on it, which its process holds while it lives."""
     while True:
         staging = tempfile.mkdtemp(prefix=_prefix(target), dir=os.path.dirname(target))
-        locked = lock(staging)
+        try:
+            locked = lock(staging)
+        except BaseException:
+            _remove(staging)
+            raise
         if locked is not None:
             return staging, locked
         # Another process took it for a leftover just before it was locked.
@@ -131,7 +142,7 @@ def _keep_others(target: str, staging: str, is_replaced: Callable[[str], bool]) 
     """Links what is in `target` into `staging`, unless it is there in a new form."""
     for entry in os.scandir(target):
         new = os.path.join(staging, entry.name)
-        if is_replaced(entry.name) or os.path.lexists(new):
+        if is_replaced(entry.name) or exists(new, follow=False):
             continue
         if entry.is_dir(follow_symlinks=False):
             shutil.copytree(entry.path, new, symlinks=True, copy_function=_link)
@@ -148,7 +159,7 @@ def _link(source: str, new: str, *, follow_symlinks: bool = False) -> None:
 
 def _mode(target: str) -> int:
     """Of the folder that is there, or what a new one would have (mkdtemp's is for this user alone)."""
-    if os.path.isdir(target):
+    if is_folder(target):
         return os.stat(target).st_mode & 0o7777
     mask = os.umask(0)
     os.umask(mask)
@@ -156,7 +167,7 @@ def _mode(target: str) -> int:
 
 
 def _take_place(staging: str, target: str) -> None:
-    if not os.path.isdir(target):
+    if not is_folder(target):
         os.rename(staging, target)
     elif not _exchanged(staging, target):
         _swap(staging, target)
@@ -187,4 +198,4 @@ def _swap(staging: str, target: str) -> None:
     except BaseException:
         os.rename(aside, target)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    _remove(aside)

@@ -7,6 +7,8 @@ import re
 import shutil
 from collections.abc import Iterator
 
+from pyint8.host.files import exists
+
 from .checksums import CHECKSUMS
 
 _WEIGHTS = (
@@ -46,7 +48,7 @@ def carry_side_files(source: str, folder: str) -> None:
     """
     for name in side_files(source):
         new = os.path.join(folder, name)
-        if not os.path.exists(new):
+        if not exists(new):
             os.makedirs(os.path.dirname(new), exist_ok=True)
             shutil.copyfile(os.path.join(source, name), new)  # of links, such as the hub's cache has, what they lead to
 

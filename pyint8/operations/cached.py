@@ -18,7 +18,7 @@ from pyint8.checkpoint.find import HUB_ARGUMENTS
 from pyint8.checkpoint.identity import digest, identity_of
 from pyint8.config import Int8Config, StreamOptions, cache_bytes, cache_folder
 from pyint8.errors import CancelledError, OptionError, Pyint8Error
-from pyint8.host.files import open_file
+from pyint8.host.files import exists, is_folder, open_file
 from pyint8.operations.common import begun, devices_of
 from pyint8.report import LoadReport
 
@@ -234,7 +234,7 @@ def opened_folder(where: Any = True) -> CacheFolder:
         path = os.fsdecode(where)
     except TypeError:
         raise OptionError(f"cache is {where!r}; it must be True, False, or the path of a folder") from None
-    if not path or (os.path.lexists(path) and not os.path.isdir(path)):
+    if not path or (exists(path, follow=False) and not is_folder(path)):
         raise OptionError(f"cache is {path!r}, which is no folder; give the path of one, or of a new one")
     return CacheFolder(path, cache_bytes())
 

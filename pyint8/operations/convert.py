@@ -12,6 +12,7 @@ from pyint8.checkpoint.replacement import emptied_unless, replaced_folder
 from pyint8.checkpoint.side_files import is_of_a_save
 from pyint8.config import Int8Config, StreamOptions
 from pyint8.errors import CancelledError, OptionError, ReadError
+from pyint8.host.files import exists, is_folder
 from pyint8.host.imports import importing
 from pyint8.models.keywords import int8_config, refuse_misplaced
 from pyint8.models.transformers.parallel import refuse_split_models
@@ -102,7 +103,7 @@ def _convert(
     plan: ConversionPlan, target: str, devices: Sequence[torch.device], preparation: Preparation, recorder: Recorder
 ) -> None:
     def complete(staging: str) -> None:
-        describe(plan.model, staging, has_card=os.path.exists(os.path.join(target, "README.md")))
+        describe(plan.model, staging, has_card=exists(os.path.join(target, "README.md")))
 
     write_converted(plan, target, devices, preparation, recorder, complete)
 
@@ -186,7 +187,7 @@ def _files(plan: ConversionPlan, staging: str, journal: Journal) -> ConvertedFil
 
 
 def _refuse(path: str, target: str, config: Int8Config | None, arguments: Mapping[str, Any]) -> None:
-    if os.path.isdir(path) and os.path.realpath(path) == os.path.realpath(target):
+    if is_folder(path) and os.path.realpath(path) == os.path.realpath(target):
         raise OptionError(f"folder is the source itself, {path}, whose files would be lost; give another folder")
     if config is not None and config.has_fp16_weight:
         raise OptionError("config has has_fp16_weight, which keeps weights in 16 bit: there is nothing to convert")

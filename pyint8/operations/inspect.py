@@ -14,6 +14,7 @@ from pyint8.checkpoint.shards_writer import file_sizes
 from pyint8.config import Int8Config, StreamOptions
 from pyint8.errors import CheckpointNotFoundError, OptionError
 from pyint8.host import garbage
+from pyint8.host.files import exists
 from pyint8.host.imports import importing
 from pyint8.models.keywords import int8_config, refuse_misplaced
 from pyint8.models.transformers.parallel import refuse_split_models
@@ -188,9 +189,9 @@ def _found(path: str, arguments: Mapping[str, Any], *, is_plain: bool) -> Checkp
 def _has_config(path: str, arguments: Mapping[str, Any]) -> bool:
     """Whether there is a configuration, of a model or an adapter; what is nowhere is left to be reported."""
     subfolder = arguments.get("subfolder") or ""
-    if os.path.exists(path):
+    if exists(path):
         names = ("config.json", "adapter_config.json")
-        return any(os.path.exists(os.path.join(path, subfolder, name)) for name in names)
+        return any(exists(os.path.join(path, subfolder, name)) for name in names)
     try:
         return cached_file(path, os.path.join(subfolder, "config.json"), arguments) is not None
     except ValueError:  # no hub id

@@ -11,6 +11,7 @@ from pyint8.checkpoint.find import cached_file
 from pyint8.checkpoint.replacement import replaced_folder
 from pyint8.checkpoint.side_files import carry_side_files, is_of_a_save
 from pyint8.errors import OptionError
+from pyint8.host.files import exists, is_folder
 from pyint8.host.imports import importing
 from pyint8.host.writing import write_errors
 from pyint8.operations.common import decoded_folder, is_of_transformers
@@ -71,7 +72,7 @@ def _save(module: nn.Module, path: str, max_shard_size: int | str, *, checksums:
                 from pyint8.models.transformers.saving import save_model
 
             save_model(module, staging, max_shard_size, checksums=checksums)
-            describe(module, staging, has_card=os.path.exists(os.path.join(path, "README.md")))
+            describe(module, staging, has_card=exists(os.path.join(path, "README.md")))
         else:
             with importing:
                 from pyint8.models.saving import save_module
@@ -92,7 +93,7 @@ def describe(model: Any, folder: str, *, has_card: bool) -> None:
 
 def _source_of(name: str) -> str | None:
     """The folder a model was loaded from: that of a hub id in the local cache; None if it is not there."""
-    if os.path.isdir(name):
+    if is_folder(name):
         return name
     try:
         config = cached_file(name, "config.json", {})

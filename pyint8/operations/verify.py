@@ -15,6 +15,7 @@ from pyint8.checkpoint.find import check_path, configuration, find_checkpoint
 from pyint8.config import Int8Config, StreamOptions
 from pyint8.errors import CheckpointError, CheckpointNotFoundError, OptionError, Pyint8Error, ReadError
 from pyint8.host import ending, garbage
+from pyint8.host.files import is_file
 from pyint8.host.imports import importing
 from pyint8.models.keywords import refuse_misplaced
 from pyint8.models.transformers.releases import require_transformers
@@ -179,7 +180,7 @@ def _misfits(checkpoint: Checkpoint, path: str, arguments: Mapping[str, Any]) ->
 
     found = list(misfits(checkpoint))
     try:
-        described = configuration(path, arguments) if not os.path.isfile(path) else None
+        described = configuration(path, arguments) if not is_file(path) else None
     except (CheckpointError, ReadError) as error:
         return [*found, error]
     if described is None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pyint8.errors import OptionError
+from pyint8.host.files import exists, is_folder
 from pyint8.host.writing import write_errors
 
 
@@ -58,7 +59,7 @@ def check_folder(folder: Any) -> str | None:
         path = os.fsdecode(folder)
     except TypeError:
         raise OptionError(f"offload_folder is {reprlib.repr(folder)}; it must be the path of a folder") from None
-    if "\0" in path or (os.path.lexists(path) and not os.path.isdir(path)):
+    if "\0" in path or (exists(path, follow=False) and not is_folder(path)):
         raise OptionError(f"offload_folder is {path!r}, which is no folder; give the path of one, or of a new one")
     return path
 

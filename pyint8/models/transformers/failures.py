@@ -25,6 +25,8 @@ ASKS_FOR_TRUST = "trust_remote_code=True"
 
 # What may say nothing of the checkpoint: too little memory, an absent package, a GPU's driver, the model's own code.
 _AS_THEY_ARE = (Pyint8Error, MemoryError, ImportError, RuntimeError, TypeError)
+# torch's words for what the system says of a file.
+_REFUSED = re.compile(r"(unable|Error) .*file <(?P<path>.+)>.*: (?P<reason>.+) \((?P<errno>\d+)\)$", re.MULTILINE)
 _PROBLEMS = {"metadata": 'the index has no `metadata`, which transformers wants: add "metadata": {}'}
 
 
@@ -45,8 +47,12 @@ def named_failures(request: LoadRequest) -> Iterator[None]:
             raise
         problem = f"cannot be loaded: {_first_line(error)}; check the path, the disk and, for a hub id, the network"
         raise ReadError(problem, path=error.filename or request.base, errno=error.errno) from error
-    except _AS_THEY_ARE:
-        raise
+    except _AS_THEY_ARE as error:
+        found = None if isinstance(error, Pyint8Error) else _REFUSED.search(str(error))
+        if found is None:
+            raise
+        problem = f"cannot be read: {found['reason']}; check the disk, then try again"
+        raise ReadError(problem, path=found["path"], errno=int(found["errno"])) from error
     except Exception as error:
         raise _unreadable(f"{type(error).__name__}: {_first_line(error)}", request, error) from error
 

@@ -17,6 +17,7 @@ from pyint8.checkpoint.find import HUB_ARGUMENTS, cached_file, named_by_adapter
 from pyint8.config import METHOD, Int8Config
 from pyint8.errors import CheckpointNotFoundError, ModelNotSupportedError, OptionError
 from pyint8.host import garbage
+from pyint8.host.files import exists, is_folder
 from pyint8.models.request import LoadRequest
 from pyint8.models.transformers import hooks  # noqa: F401  registers pyint8's quantizer with transformers
 from pyint8.models.transformers.failures import (
@@ -164,17 +165,17 @@ def _stored_quantization(config: Any) -> Any:
 
 
 def _read_config(config_class: Any, path: str, hub: dict[str, Any]) -> Any:
-    is_folder = os.path.isdir(path)
+    is_local = is_folder(path)
     subfolder = hub.get("subfolder") or ""
     try:
         return config_class.from_pretrained(path, **hub)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        if is_folder and not os.path.exists(os.path.join(path, subfolder, "config.json")):
+        if is_local and not exists(os.path.join(path, subfolder, "config.json")):
             raise ModelNotSupportedError(
                 f"there is no config.json in {os.path.join(path, subfolder)}; give the folder of a model (or "
                 "`subfolder`), or fill a module of your own: pyint8.load(path, model=module)"
             ) from error
-        if is_folder and isinstance(error, (OSError, StrictDataclassError)):
+        if is_local and isinstance(error, (OSError, StrictDataclassError)):
             raise ModelNotSupportedError(f"the configuration in {path} cannot be read: {error}") from error
         if ASKS_FOR_TRUST in str(error):
             raise untrusted(path) from error
@@ -185,7 +186,7 @@ def _read_config(config_class: Any, path: str, hub: dict[str, Any]) -> Any:
                 f"first: `hf download {path}`",
                 path=path,
             ) from error
-        if subfolder and not is_folder and cached_file(path, f"{subfolder}/config.json", hub) is None:
+        if subfolder and not is_local and cached_file(path, f"{subfolder}/config.json", hub) is None:
             raise CheckpointNotFoundError(
                 f"the hub id {path} has no config.json in its folder {subfolder}; check `subfolder`", path=path
             ) from error

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import errno
 import os
+import re
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ from torch import nn
 import pyint8
 from pyint8.checkpoint import open_checkpoint
 from pyint8.errors import FileChangedError, Pyint8Error, ReadError
-from pyint8.host.files import open_file, require_files
+from pyint8.host.files import _RegularFile, exists, is_file, is_folder, open_file, require_files
 from pyint8.host.page_cache import cold_steps
 from pyint8.streaming.extension import _core
 
@@ -85,6 +88,50 @@ def test_no_other_code_opens_files() -> None:
     files = {path: ast.walk(ast.parse(path.read_text())) for path in sorted(PACKAGE.rglob("*.py"))}
     found = [str(path.relative_to(PACKAGE)) for path, nodes in files.items() if any(map(names_a_way_to_open, nodes))]
     assert found == ["host/files.py", "host/locks.py", "host/writing.py"]
+
+
+# What they ask for is of no checkpoint, or may as well not be there.
+_ASKED = {"host/locks.py", "operations/bench.py", "operations/machine.py", "run.py"}
+
+
+def test_no_other_code_takes_a_failing_disk_for_an_absent_file() -> None:
+    asks = re.compile(r"os\.path\.(l?exists|isfile|isdir)\b(?!`)")
+    texts = {str(path.relative_to(PACKAGE)): path.read_text() for path in PACKAGE.rglob("*.py")}
+    assert {path for path, text in texts.items() if asks.search(text)} == _ASKED
+
+
+def test_what_is_there_and_what_is_not(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "gone").symlink_to("nowhere")
+    (tmp_path / "round").symlink_to("round")
+    found = {name: (exists(tmp_path / name), is_file(tmp_path / name)) for name in ("file", "gone", "round", "file/in")}
+    assert found == {"file": (True, True), "gone": (False, False), "round": (False, False), "file/in": (False, False)}
+    assert is_folder(tmp_path)
+    assert exists(tmp_path / "gone", follow=False)
+    assert not any((exists("a\0b"), is_file("x" * 5000), is_folder(tmp_path / "file")))
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ENOMEM])
+def test_what_cannot_be_told(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "stat", fail)
+    for ask in (exists, is_file, is_folder):
+        with pytest.raises(ReadError, match="cannot be looked at") as caught:
+            ask("/model")
+        assert (caught.value.errno, caught.value.path) == (code, "/model")
+
+
+def test_a_read_that_would_block_is_an_error() -> None:
+    """As of a file that another program has locked; Python's own gives None."""
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    with BufferedReader(_RegularFile(reading)) as file:
+        for read in (file.raw.readall, lambda: file.raw.readinto(bytearray(1)), file.read, lambda: file.read(1)):
+            with pytest.raises(BlockingIOError):
+                read()
+    os.close(writing)
 
 
 def test_a_folder_may_have_pipes_that_nobody_opens(tmp_path: Path) -> None:

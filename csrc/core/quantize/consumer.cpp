@@ -47,7 +47,7 @@ Consumer::Consumer(Engine& engine, std::uint32_t lane, const ConsumerOptions& op
 Consumer::~Consumer() {
   try {
     close();
-  } catch (const Error&) {  // the driver has failed: its work is over
+  } catch (...) {  // the driver has failed: its work is over
   }
 }
 
@@ -64,7 +64,7 @@ Ticket Consumer::submit(std::span<const Request> requests, StreamHandle stream) 
   device_.record_on(stream, *reached_);
   device_.stream_waits_for(stream_->handle(), *reached_);
   const Ticket first = tasks_.size();
-  for (Task& task : tasks) tasks_.push_back(std::move(task));
+  tasks_.insert(tasks_.end(), std::make_move_iterator(tasks.begin()), std::make_move_iterator(tasks.end()));
   try {
     ask();
   } catch (...) {  // what was taken will not come

@@ -48,8 +48,8 @@ OpenFiles::Lease OpenFiles::lease(const Entry& entry) {
     Lease opened = open_again(entry);
     lock.lock();
     if (entry.file_ == nullptr) {  // no other thread was faster
+      open_.push_front(&entry);    // first: it may throw
       entry.file_ = std::move(opened);
-      open_.push_front(&entry);
     }
   }
   open_.splice(open_.begin(), open_, std::ranges::find(open_, &entry));

@@ -58,7 +58,7 @@ Engine::Engine(const EngineOptions& options)
 Engine::~Engine() {
   try {
     close();
-  } catch (const Error&) {  // the driver has failed: its copies are over
+  } catch (...) {  // the driver has failed: its copies are over
   }
 }
 
@@ -86,8 +86,8 @@ std::uint32_t Engine::add_device(std::unique_ptr<Device> device) {
   require_own_process();
   Device& added = *device;
   std::unique_lock lock(mutex_);
+  spare_events_.resize(devices_.size() + 1);  // first, so that no device is without
   devices_.push_back(std::move(device));
-  spare_events_.emplace_back();
   const auto lane = static_cast<std::uint32_t>(devices_.size() - 1);
   lock.unlock();
   if (timeline_ != nullptr) timeline_->add_device(lane, added);
@@ -103,11 +103,14 @@ Device& Engine::device(std::uint32_t lane) {
 
 void Engine::make_rings(Device& device) {
   if (has_rings_) return;
-  slots_ = device.allocate_host(workers_.size() * options_.ring_bytes());
+  auto slots = device.allocate_host(workers_.size() * options_.ring_bytes());
+  std::deque<Ring> rings;
   for (std::size_t worker = 0; worker < workers_.size(); ++worker) {
-    rings_.emplace_back(slots_->data() + worker * options_.ring_bytes(), options_.slot_bytes,
-                        options_.slots_per_thread);
+    rings.emplace_back(slots->data() + worker * options_.ring_bytes(), options_.slot_bytes,
+                       options_.slots_per_thread);
   }
+  slots_ = std::move(slots);
+  rings_.swap(rings);
   has_rings_ = true;
 }
 
@@ -342,7 +345,7 @@ void Engine::close() {
   std::exception_ptr error = await_copies();
   try {
     if (timeline_ != nullptr && error == nullptr) timeline_->settle();
-  } catch (const Error&) {
+  } catch (...) {
     error = std::current_exception();
   }
   const std::lock_guard lock(mutex_);

@@ -17,12 +17,15 @@ namespace pyint8 {
 template <typename Job>
 class LaneQueue {
  public:
-  // `first`: ahead of everything that waits, whatever its lane.
+  // `first`: ahead of everything that waits, whatever its lane. If there is no memory, none is taken.
   void push(std::size_t lane, std::vector<Job> jobs, bool first) {
     if (lanes_.size() <= lane) lanes_.resize(lane + 1);
     if (first) {
-      auto at = urgent_.begin();
-      for (Job& job : jobs) at = std::next(urgent_.insert(at, {lane, std::move(job)}));
+      std::vector<std::pair<std::size_t, Job>> urgent;
+      urgent.reserve(jobs.size());
+      for (Job& job : jobs) urgent.emplace_back(lane, std::move(job));
+      urgent_.insert(urgent_.begin(), std::make_move_iterator(urgent.begin()),
+                     std::make_move_iterator(urgent.end()));
     } else {
       auto& waiting = lanes_[lane].waiting;
       waiting.insert(waiting.end(), std::make_move_iterator(jobs.begin()),

@@ -31,13 +31,18 @@ class Workers {
   // Fewer threads than asked for do where the operating system refuses more; throws kIo if there is none.
   Workers(std::size_t threads, Role role) : role_(std::move(role)) {
     threads_.reserve(threads);
-    for (std::size_t i = 0; i < threads && start(i); ++i) continue;
+    try {
+      for (std::size_t i = 0; i < threads && start(i); ++i) continue;
+    } catch (...) {  // no memory for another: those that run must be joined
+      stop();
+      throw;
+    }
   }
   ~Workers() { stop(); }
   Workers(const Workers&) = delete;
   Workers& operator=(const Workers&) = delete;
 
-  // `first`: ahead of everything that waits. Discarded once stopped.
+  // `first`: ahead of everything that waits. Discarded once stopped. All of them or, if it throws, none.
   void push(std::size_t lane, std::vector<Job> jobs, bool first) {
     {
       const std::lock_guard lock(mutex_);

@@ -7,6 +7,7 @@
 
 #include "consumer_support.hpp"
 #include "driver_failures.hpp"
+#include "memory.hpp"
 #include "pread.hpp"
 
 namespace pyint8::testing {
@@ -79,6 +80,12 @@ class ConsumerLoad final : public Load {
 TEST_CASE("a driver that fails at any call gives an error, and nothing is left, nothing hangs") {
   for (const bool timeline : {false, true}) {
     CHECK(fail_each_call([&] { return std::make_unique<ConsumerLoad>(timeline); }) > 50);
+  }
+}
+
+TEST_CASE("memory that is refused at any allocation is an error, and nothing is left, nothing hangs") {
+  for (const bool timeline : {false, true}) {
+    CHECK(refuse_each_allocation([&] { return std::make_unique<ConsumerLoad>(timeline); }) > 10);
   }
 }
 

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "fake_cuda_kernels.hpp"
+#include "memory.hpp"
 
 namespace pyint8::testing {
 namespace {
@@ -256,9 +257,9 @@ Ticket Gpus::submit(std::uint32_t lane, Tensors& tensors) {
 }
 
 Ticket Gpus::wait(std::uint32_t lane, Ticket ticket) {
-  INFO("ticket " << ticket);
   const std::optional<Ticket> ready = consumers[lane].wait(ticket, callers[lane].stream(), kPatience);
-  REQUIRE(ready.has_value());
+  const Unrefused assertion;
+  REQUIRE_MESSAGE(ready.has_value(), "ticket " << ticket);
   return *ready;
 }
 

@@ -1,6 +1,6 @@
 #include "driver_failures.hpp"
 
-#include <algorithm>
+#include <cstdlib>
 #include <string>
 
 namespace pyint8::testing {
@@ -29,33 +29,43 @@ constexpr const char* kEntryPoints[] = {"cuInit",
                                         "cuModuleGetFunction",
                                         "cuLaunchKernel"};
 
+// Out of memory, shutting down, no context, not ready, an illegal address, a failed launch, unknown, and one
+// that the driver has no name for.
+constexpr int kResults[] = {2, 4, 201, 600, 700, 719, 999, 54321};
+constexpr int kUsual = 719;  // where not all are tried
+
+bool every_fault() {
+  const char* wanted = std::getenv("PYINT8_TEST_EVERY_FAULT");
+  return wanted != nullptr && std::string(wanted) == "1";
+}
+
+// Of those that the fake driver has names for.
+std::string words_for(int result) {
+  if (result == 2) return "CUDA_ERROR_OUT_OF_MEMORY";
+  if (result == 201) return "CUDA_ERROR_INVALID_CONTEXT";
+  return result == kUsual ? "CUDA_ERROR_LAUNCH_FAILED" : std::to_string(result);
+}
+
 // Whether it succeeded.
-bool try_to_run(Load& load, const std::string& failing) {
+bool try_to_run(Load& load, const std::string& failing, int result) {
   bool succeeded = false;
   try {
     load.run();
     succeeded = true;
   } catch (const Error& error) {
     CHECK(error.code() == ErrorCode::kDriver);
-    CHECK_MESSAGE(contains(error.message(), "CUDA_ERROR_LAUNCH_FAILED"), error.message());
+    CHECK_MESSAGE(contains(error.message(), words_for(result)), error.message());
   }
   fake_cuda_fail_after(failing.c_str(), 0, 0);  // if it has not come yet, let it not be the callers'
   load.synchronize();
   return succeeded;
 }
 
-int calls_in_a_load(Load& load, const std::string& entry_point) {
+std::size_t calls_in_a_load(Load& load, const std::string& entry_point) {
   fake_cuda_reset();
-  REQUIRE(try_to_run(load, entry_point));
+  REQUIRE(try_to_run(load, entry_point, 0));
   CHECK(load.arrived());
-  return static_cast<int>(fake_cuda_calls(entry_point.c_str()));
-}
-
-std::vector<int> some_up_to(int last) {
-  std::vector<int> calls;
-  for (int a = 1, b = 2; a <= last; b += a, a = b - a) calls.push_back(a);
-  for (int call = std::max(1, last - 2); call <= last; ++call) calls.push_back(call);
-  return calls;
+  return static_cast<std::size_t>(fake_cuda_calls(entry_point.c_str()));
 }
 
 void same(const FakeCudaCounters& before, const FakeCudaCounters& after) {
@@ -69,13 +79,13 @@ void same(const FakeCudaCounters& before, const FakeCudaCounters& after) {
 }
 
 // Whether it succeeded.
-bool fail_at(Load& load, const std::string& entry_point, int call) {
+bool fail_at(Load& load, const std::string& entry_point, std::size_t call, int result) {
   fake_cuda_reset();
   const FakeCudaCounters before = counters();
   const std::size_t threads = running_threads();
   const std::size_t files = open_files();
-  fake_cuda_fail_after(entry_point.c_str(), call, 719);
-  const bool succeeded = try_to_run(load, entry_point);
+  fake_cuda_fail_after(entry_point.c_str(), static_cast<int>(call), result);
+  const bool succeeded = try_to_run(load, entry_point, result);
   const FakeCudaCounters after = counters();
   fake_cuda_reset();  // joins the streams
   // A destructor that cannot make its context current takes the driver to be shutting down.
@@ -88,13 +98,28 @@ bool fail_at(Load& load, const std::string& entry_point, int call) {
 
 }  // namespace
 
+std::vector<std::size_t> some_up_to(std::size_t last) {
+  std::vector<std::size_t> calls;
+  if (every_fault()) {
+    for (std::size_t call = 1; call <= last; ++call) calls.push_back(call);
+    return calls;
+  }
+  for (std::size_t a = 1, b = 2; a <= last; b += a, a = b - a) calls.push_back(a);
+  for (std::size_t call = last > 2 ? last - 2 : 1; call <= last; ++call) calls.push_back(call);
+  return calls;
+}
+
 std::size_t fail_each_call(const std::function<std::unique_ptr<Load>()>& make) {
   std::size_t failures = 0;
   for (const std::string entry_point : kEntryPoints) {
     CAPTURE(entry_point);
-    for (const int call : some_up_to(calls_in_a_load(*make(), entry_point))) {
+    for (const std::size_t call : some_up_to(calls_in_a_load(*make(), entry_point))) {
       CAPTURE(call);
-      failures += fail_at(*make(), entry_point, call) ? 0 : 1;
+      for (const int result : kResults) {
+        if (result != kUsual && !every_fault()) continue;
+        CAPTURE(result);
+        failures += fail_at(*make(), entry_point, call, result) ? 0 : 1;
+      }
     }
   }
   return failures;

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "memory.hpp"
+
 namespace pyint8::testing {
 namespace {
 
@@ -67,9 +69,9 @@ bool Reads::arrived() const {
 }
 
 void wait_for(Engine& engine, Ticket ticket, StreamHandle stream) {
-  INFO("ticket " << ticket);
   const bool came = engine.wait(ticket, stream, kPatience);  // apart, so that an Error passes through
-  REQUIRE(came);
+  const Unrefused assertion;
+  REQUIRE_MESSAGE(came, "ticket " << ticket);
 }
 
 }  // namespace pyint8::testing

@@ -84,6 +84,11 @@ extern "C" ssize_t pread(int descriptor, void* out, size_t nbytes, off_t offset)
   ++all;
   if (read_milliseconds > 0) ::usleep(1000 * read_milliseconds);
   if ((::fcntl(descriptor, F_GETFL) & O_DIRECT) != 0) ++direct;
+  if (reads_left >= 0 && reads_left-- == 0) {
+    errno = read_failure;
+    return -1;
+  }
+  nbytes = std::min<std::size_t>(nbytes, most_at_once);
   if (fates.empty()) return real(descriptor, out, nbytes, offset);
   const Fate fate = fates.front();
   fates.pop_front();

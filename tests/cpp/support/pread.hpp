@@ -19,6 +19,13 @@ struct Fate {
 // Of the next calls on this thread.
 inline thread_local std::deque<Fate> fates;
 
+// So many more reads of the whole process succeed before one fails; negative for all. And how it does.
+inline std::atomic<int> reads_left = -1;
+inline std::atomic<int> read_failure = 0;
+
+// What a read gives at most, as on a network.
+inline std::atomic<std::size_t> most_at_once = static_cast<std::size_t>(-1);
+
 // How long each read takes, as on slow storage.
 inline std::atomic<unsigned> read_milliseconds = 0;
 

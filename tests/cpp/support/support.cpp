@@ -4,7 +4,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <thread>
@@ -27,7 +29,10 @@ std::size_t pick(Random& random, std::size_t low, std::size_t high) {
 Bytes random_bytes(std::size_t nbytes, std::uint64_t seed) {
   Random random(seed);
   Bytes bytes(nbytes);
-  for (std::byte& byte : bytes) byte = static_cast<std::byte>(random());
+  for (std::size_t i = 0; i < nbytes; i += sizeof(Random::result_type)) {
+    const Random::result_type eight = random();
+    std::memcpy(bytes.data() + i, &eight, std::min(sizeof eight, nbytes - i));
+  }
   return bytes;
 }
 

@@ -8,6 +8,7 @@
 #include "device/device_host.hpp"
 #include "driver_failures.hpp"
 #include "engine_support.hpp"
+#include "memory.hpp"
 #include "pread.hpp"
 
 namespace pyint8::testing {
@@ -83,6 +84,12 @@ class EngineLoad final : public Load {
 TEST_CASE("a driver that fails at any call gives an error, and nothing is left, nothing hangs") {
   for (const bool timeline : {false, true}) {
     CHECK(fail_each_call([&] { return std::make_unique<EngineLoad>(timeline); }) > 50);
+  }
+}
+
+TEST_CASE("memory that is refused at any allocation is an error, and nothing is left, nothing hangs") {
+  for (const bool timeline : {false, true}) {
+    CHECK(refuse_each_allocation([&] { return std::make_unique<EngineLoad>(timeline); }) > 10);
   }
 }
 

@@ -7,15 +7,15 @@ import os
 import re
 
 import pytest
-import safetensors
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from judges import DELIBERATE, bytes_at, compare, ours, peer
 from safetensors.torch import save_file
 from safetensors_bytes import framed, write
 
 from pyint8.checkpoint import DTYPES, read_header
-from pyint8.errors import CheckpointError, ReadError
+from pyint8.errors import CheckpointError
 
 SETTINGS = settings(
     deadline=None,
@@ -23,19 +23,11 @@ SETTINGS = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 SHAPES = st.lists(st.integers(0, 5), max_size=4)
-# What read_header refuses and safetensors does not, documented in pyint8/checkpoint/safetensors.py.
-DELIBERATE = re.compile(r"appears twice|does not begin with|is described by \[|unknown dtype \{")
 
 
 @pytest.fixture
 def path(tmp_path):
     return str(tmp_path / "model.safetensors")
-
-
-def bytes_at(entry):
-    with open(entry.path, "rb") as file:
-        file.seek(entry.offset)
-        return file.read(entry.nbytes)
 
 
 @st.composite
@@ -75,39 +67,6 @@ def test_what_safetensors_saves_is_read_back(tensors, metadata, path):
         assert entry.is_floating == tensor.dtype.is_floating_point
         assert entry.numel == tensor.numel() * (2 if entry.dtype == "F4" else 1)
         assert bytes_at(entry) == bytes(tensor.reshape(-1).view(torch.uint8).tolist())
-
-
-def peer(path):
-    """What safetensors says of a file: (tensors, metadata), or None if it refuses."""
-    with open(path, "rb") as file:
-        raw = file.read()
-    try:
-        with safetensors.safe_open(path, "pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-            metadata = opened.metadata() or {}
-        data = dict(safetensors.deserialize(raw))
-    except safetensors.SafetensorError:
-        return None
-    tensors = {name: (s.get_dtype(), tuple(s.get_shape()), bytes(data[name]["data"])) for name, s in slices.items()}
-    return tensors, metadata
-
-
-def ours(path):
-    """What read_header says of it, in the same form, or the error."""
-    try:
-        file = read_header(path)
-    except (CheckpointError, ReadError) as error:
-        return error
-    return {name: (entry.dtype, entry.shape, bytes_at(entry)) for name, entry in file.entries.items()}, file.metadata
-
-
-def compare(path):
-    expected, actual = peer(path), ours(path)
-    if isinstance(actual, Exception):
-        assert path in str(actual)
-        assert expected is None or DELIBERATE.search(str(actual)), actual
-    else:
-        assert actual == expected
 
 
 @st.composite

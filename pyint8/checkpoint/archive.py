@@ -11,6 +11,7 @@ import os
 import pickle
 import sys
 import zipfile
+import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -26,6 +27,8 @@ AGAIN = "download it again, or convert it to safetensors where it was made"
 _LOCAL_HEADER_BYTES = 30
 # Flags of records that are encrypted, or patches.
 _NOT_PLAIN = 0x61
+# An attribute of records.
+_FOLDER = 0x10
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,25 @@ class TorchArchive:
 
     def _is_torchscript(self) -> bool:
         return "constants.pkl" in self._reader.get_all_records()
+
+
+def require_whole(path: str, file: BinaryIO) -> None:
+    """Refuses an archive that torch.load would read wrongly: of a record that it cannot inflate, or that says it is a
+    folder, it gives memory that nobody has written to.
+
+    Raises:
+        CheckpointError: It is one.
+    """
+    file.seek(0)
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+        try:
+            damaged = archive.testzip() if any(record.compress_type for record in records) else None
+        except (zlib.error, RuntimeError, EOFError) as error:  # NotImplementedError is a RuntimeError
+            damaged = str(error)
+        damaged = damaged or next((record.filename for record in records if record.external_attr & _FOLDER), None)
+    if damaged is not None:
+        raise CheckpointError(f"the archive is damaged ({damaged}); {AGAIN}", path=path)
 
 
 def _records(path: str, file: BinaryIO) -> dict[int, _Record]:

@@ -19,7 +19,7 @@ from pyint8.errors import CheckpointError, Pyint8Error
 from pyint8.host.files import open_file
 
 from ._reading import ARCHIVE_PREFIX, LEGACY_PREFIX, LFS_POINTER, LFS_PREFIX, os_errors
-from .archive import AGAIN, TorchArchive
+from .archive import AGAIN, TorchArchive, require_whole
 from .entry import CODES, Entry, EntryInMemory
 from .stamp import FileStamp, reading
 
@@ -93,6 +93,7 @@ def _entries_in_archive(path: str, file: BinaryIO) -> list[Entry] | None:
         archive = TorchArchive(path, file)
         state = archive.unpickle()
     if not archive.is_plain:
+        require_whole(path, file)
         return None
     return [_entry(path, name, tensor, archive) for name, tensor in _tensors(path, state).items()]
 

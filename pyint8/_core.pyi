@@ -4,6 +4,10 @@ Streams and memory are integers: a CUDA stream's handle (0 for the default strea
 address. Calls that may block release the interpreter's lock.
 """
 
+from collections.abc import Callable, Iterable
+
+from _typeshed import ReadableBuffer
+
 class Engine:
     """Moves ranges of files into memory of its lanes, by worker threads of its own.
 
@@ -35,11 +39,20 @@ class Engine:
             FileChangedError: It is in another state.
         """
 
-    def add_checksum(self, file: int, offset: int, nbytes: int, expected: int) -> int:
+    def add_source(self, ranges: Callable[[int, int], Iterable[ReadableBuffer]], cancel: Callable[[], object]) -> int:
+        """Adds what is no file and returns its number.
+
+        Args:
+            ranges: Called with an offset and a number of bytes, by several workers at once; gives buffers that follow
+                one another, as many bytes in all. Whoever waits for the bytes gets what it raises.
+            cancel: Called when the engine closes; `ranges` should then raise soon.
+        """
+
+    def add_checksum(self, path: str | bytes, file: int, offset: int, nbytes: int, expected: int) -> int:
         """Returns the number of a checksum, for `submit`: bytes of a file, and the CRC-32C they shall have.
 
         The reads that name it are parts of these bytes, and have each once. The last of them to arrive does not, and
-        its wait raises ChecksumError, if they have another.
+        its wait raises ChecksumError, which names `path`, if they have another.
         """
 
     def add_host_device(self, threads: int) -> int:

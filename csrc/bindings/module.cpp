@@ -13,6 +13,7 @@
 #include "device/kernel_images.hpp"
 #include "error.hpp"
 #include "numeric/crc32c.hpp"
+#include "python_source.hpp"
 #include "quantize/consumer.hpp"
 #include "transfer/engine.hpp"
 
@@ -45,6 +46,12 @@ std::uint32_t add_file(Engine& engine, const std::string& path, const std::optio
   if (!stamp.has_value()) return engine.add_file(path);
   const auto& [device, inode, size, mtime_ns] = *stamp;
   return engine.add_file(path, FileStamp{device, inode, size, mtime_ns});
+}
+
+std::uint32_t add_source(Engine& engine, py::object ranges, py::object cancel) {
+  const auto source = std::make_shared<PythonSource>(std::move(ranges), std::move(cancel));
+  const py::gil_scoped_release released;
+  return engine.add_source(source);
 }
 
 // `checksums`: one for each read, or none at all.
@@ -227,6 +234,8 @@ PYBIND11_MODULE(_core, module) {
       if (pointer) std::rethrow_exception(pointer);
     } catch (const Error& error) {
       raise(error);
+    } catch (const PythonFailure& failure) {
+      failure.restore();
     } catch (const std::system_error& error) {
       raise(refused_thread(error));
     }
@@ -240,11 +249,14 @@ PYBIND11_MODULE(_core, module) {
            py::kw_only(), "threads"_a, "slots_per_thread"_a, "slot_bytes"_a, "direct_io"_a,
            "timeline"_a = false)
       .def("add_file", &add_file, "path"_a, "stamp"_a = py::none(), py::call_guard<py::gil_scoped_release>())
+      .def("add_source", &add_source, "ranges"_a, "cancel"_a)
       .def(
           "add_checksum",
-          [](Engine& engine, std::uint32_t file, std::uint64_t offset, std::uint64_t nbytes,
-             std::uint32_t expected) { return engine.add_checksum({file, offset, nbytes}, expected); },
-          "file"_a, "offset"_a, "nbytes"_a, "expected"_a, py::call_guard<py::gil_scoped_release>())
+          [](Engine& engine, std::string path, std::uint32_t file, std::uint64_t offset, std::uint64_t nbytes,
+             std::uint32_t expected) {
+            return engine.add_checksum(std::move(path), {file, offset, nbytes}, expected);
+          },
+          "path"_a, "file"_a, "offset"_a, "nbytes"_a, "expected"_a, py::call_guard<py::gil_scoped_release>())
       .def(
           "add_host_device",
           [](Engine& engine, std::size_t threads) {

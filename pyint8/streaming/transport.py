@@ -185,7 +185,8 @@ class Transport:
         """
         if entry.crc32c is None or not self._options.checksums:
             return _core.UNCHECKED
-        return self.engine.add_checksum(self.file(entry.path, entry.stamp), entry.offset, entry.nbytes, entry.crc32c)
+        file, path = self.file(entry.path, entry.stamp), os.fsencode(entry.path)
+        return self.engine.add_checksum(path, file, entry.offset, entry.nbytes, entry.crc32c)
 
     def file(self, path: str, stamp: FileStamp | None) -> int:
         """The engine's number of a file, which it opens.

@@ -21,6 +21,9 @@ class Source {
 
   // Throws kChanged if what it reads from is in another state than when it was opened.
   virtual void require_unchanged() const = 0;
+
+  // Lets reads under way fail soon, for nobody waits for what they bring. Files have no need of it.
+  virtual void cancel() const noexcept {}
 };
 
 }  // namespace pyint8

@@ -68,17 +68,20 @@ bool Engine::is_of_this_process() const {
 
 std::uint32_t Engine::add_file(const std::string& path, const std::optional<FileStamp>& expected) {
   require_own_process();
-  auto file = open_files_.open(path, options_.direct_io, expected);
+  return add_source(open_files_.open(path, options_.direct_io, expected));
+}
+
+std::uint32_t Engine::add_source(std::shared_ptr<const Source> source) {
+  require_own_process();
   const std::lock_guard lock(mutex_);
-  files_.push_back(std::move(file));
-  paths_.push_back(path);
+  files_.push_back(std::move(source));
   return static_cast<std::uint32_t>(files_.size() - 1);
 }
 
-std::uint32_t Engine::add_checksum(const Range& whole, std::uint32_t expected) {
+std::uint32_t Engine::add_checksum(std::string path, const Range& whole, std::uint32_t expected) {
   require_own_process();
   const std::lock_guard lock(mutex_);
-  checksums_.emplace_back(paths_.at(whole.file), whole.offset, whole.nbytes, expected);
+  checksums_.emplace_back(std::move(path), whole.offset, whole.nbytes, expected);
   return static_cast<std::uint32_t>(checksums_.size() - 1);
 }
 
@@ -336,11 +339,14 @@ std::exception_ptr Engine::await_copies() {
 
 void Engine::close() {
   if (!is_of_this_process()) return;
+  std::vector<std::shared_ptr<const Source>> sources;  // let go of without the lock
   {
     const std::lock_guard lock(mutex_);
     closed_ = true;
+    sources.assign(files_.begin(), files_.end());
   }
   progress_.notify_all();
+  for (const auto& source : sources) source->cancel();
   workers_.stop();
   std::exception_ptr error = await_copies();
   try {

@@ -56,10 +56,12 @@ class Engine {
 
   // Returns the file's number, for `Range::file`. Throws kChanged if it is in another state than `expected`.
   std::uint32_t add_file(const std::string& path, const std::optional<FileStamp>& expected = std::nullopt);
-  // Returns a number for `Range::checksum`: the bytes of `whole` shall have the CRC-32C `expected`. The
+  // Of what is no file. Shared, as the last to let go of it may have to wait for a lock of its own.
+  std::uint32_t add_source(std::shared_ptr<const Source> source);
+  // Returns a number for `Range::checksum`: the bytes of `whole`, of a file that errors name `path`, shall have the CRC-32C `expected`. The
   // ranges that name it are parts of `whole`, and have each byte once; the last to arrive does not, and stops
   // the engine with kDamaged, if the bytes are others.
-  std::uint32_t add_checksum(const Range& whole, std::uint32_t expected);
+  std::uint32_t add_checksum(std::string path, const Range& whole, std::uint32_t expected);
   // Returns the lane's number.
   std::uint32_t add_device(std::unique_ptr<Device> device);
 
@@ -83,8 +85,9 @@ class Engine {
   // Throws kChanged if one of the files is in another state than when it was opened.
   void require_unchanged() const;
 
-  // Discards what has not begun, joins the workers and waits until no copy is under way, so that slots and
-  // destinations may be given back. Idempotent; waits for tickets throw kCancelled from then on.
+  // Discards what has not begun, cancels reads under way, joins the workers and waits until no copy is under
+  // way, so that slots and destinations may be given back. Idempotent; waits for tickets throw kCancelled
+  // from then on.
   void close();
 
   Stats stats() const;
@@ -144,9 +147,8 @@ class Engine {
 
   mutable std::mutex mutex_;  // guards what follows, up to the condition
   OpenFiles open_files_;
-  std::deque<std::unique_ptr<Source>> files_;  // after what they are of
-  std::deque<std::string> paths_;              // of the files
-  std::deque<Checksum> checksums_;             // never moves its elements
+  std::deque<std::shared_ptr<const Source>> files_;  // after what they are of
+  std::deque<Checksum> checksums_;                   // never moves its elements
   std::deque<std::unique_ptr<Device>> devices_;
   std::deque<Pending> pending_;
   std::vector<std::vector<std::unique_ptr<Event>>> spare_events_;  // by lane

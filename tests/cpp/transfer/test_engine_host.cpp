@@ -15,7 +15,51 @@ std::vector<Read> one_read(std::uint32_t file, std::uint64_t offset, Bytes& to) 
   return {{{file, offset, to.size()}, reinterpret_cast<Address>(to.data())}};
 }
 
+// Gives a byte for each offset, once it is let to.
+class Slow final : public Source {
+ public:
+  void read_at(std::byte* out, std::size_t needed, std::size_t, std::uint64_t offset) const override {
+    begun = true;
+    while (!open && !cancelled) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    if (cancelled) throw Error(ErrorCode::kCancelled, "so it was");
+    for (std::size_t i = 0; i < needed; ++i) out[i] = static_cast<std::byte>(offset + i);
+  }
+  void require_unchanged() const override {}
+  void cancel() const noexcept override { cancelled = true; }
+
+  std::atomic<bool> open = false;
+  mutable std::atomic<bool> begun = false;
+  mutable std::atomic<bool> cancelled = false;
+};
+
 }  // namespace
+
+TEST_CASE("what is no file is read as one is, and numbered with them") {
+  const Checkpoint checkpoint({1000});
+  Bytes bytes(300);
+  Engine engine({});
+  engine.add_device(std::make_unique<HostDevice>(1));
+  checkpoint.open(engine);
+  const auto source = std::make_shared<Slow>();
+  source->open = true;
+  CHECK(engine.add_source(source) == 1);
+  wait_for(engine, engine.submit(0, one_read(1, 7, bytes), 0, false), 0);
+  for (std::size_t i = 0; i < bytes.size(); ++i) REQUIRE(bytes[i] == static_cast<std::byte>(7 + i));
+  engine.close();
+  CHECK(source->cancelled);
+}
+
+TEST_CASE("closing cancels reads under way, and waits for their end") {
+  Bytes bytes(300);
+  Engine engine({});
+  engine.add_device(std::make_unique<HostDevice>(1));
+  const auto source = std::make_shared<Slow>();
+  const std::uint32_t file = engine.add_source(source);
+  const Ticket ticket = engine.submit(0, one_read(file, 0, bytes), 0, false);
+  while (!source->begun) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  engine.close();
+  CHECK_THROWS_AS(engine.wait(ticket, 0, std::chrono::milliseconds(0)), Error);
+}
 
 TEST_CASE("every read is byte-exact, whatever the threads, slots and reads") {
   const Checkpoint checkpoint({200001, 77777, 4096, 1});

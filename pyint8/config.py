@@ -9,7 +9,7 @@ import difflib
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from pyint8.errors import OptionError
@@ -35,6 +35,9 @@ _MOST_THREADS = 32
 _RING_BYTES = 84 * _MIB
 _LEAST_SLOT = _MIB // 4
 _MOST_SLOT = 4 * _MIB
+# docs/performance.md, "Remote checkpoints".
+_REMOTE_THREADS = 32
+_REMOTE_SLOT = 8 * _MIB
 # For the allocator's rounding and the kernels: docs/performance.md, "Memory beside the scratch".
 _DEVICE_EXTRA = 256 * _MIB
 _ENVIRONMENT_PREFIX = "PYINT8_"
@@ -153,11 +156,12 @@ class StreamOptions:
     Args:
         threads: Workers that read, 1 to 1024. None means all CPUs this process may use (affinity and cgroup) but two,
             at most 14 for each GPU and 32 in all; of up to four CPUs, all. The processes that torchrun starts on a host
-            (LOCAL_WORLD_SIZE) share these numbers.
+            (LOCAL_WORLD_SIZE) share these numbers. For a remote checkpoint None means 32.
         slots_per_thread: Pinned slots of each worker, for a GPU: one that is being filled, the others on their way. 1
-            to 64; default 2.
+            to 64; default 2. A remote checkpoint always has one.
         slot_bytes: Size of one slot and of the largest single read, in bytes: a multiple of 4096, 8192 to 2^30. None
-            means as large as lets all slots of a host stay inside its last-level cache together, 4 MiB at most.
+            means as large as lets all slots of a host stay inside its last-level cache together, 4 MiB at most; for a
+            remote checkpoint 8 MiB.
         device_scratch: GPU memory, in bytes, for weights on their way to int8; a larger weight is quantized in bands
             of rows. 1 MiB to 2^40; default 256 MiB.
         host_scratch: The same for weights that are quantized on the CPU; default 32 MiB.
@@ -216,6 +220,20 @@ class StreamOptions:
             return self.slot_bytes
         share = _RING_BYTES // (processes().on_host * threads * self.slots_per_thread)
         return max(_LEAST_SLOT, min(_MOST_SLOT, share // _LEAST_SLOT * _LEAST_SLOT))
+
+    def for_remote(self) -> StreamOptions:
+        """The same with the defaults for what comes over a network (docs/performance.md, "Remote checkpoints").
+
+        More readers ask for larger ranges, each into one slot: it waits for the network, never for the bus.
+
+        Raises:
+            OptionError: An option that is for files.
+        """
+        if self.direct_io:
+            raise OptionError("direct_io is for files on a disk; leave it out for a checkpoint that is remote")
+        sharing = processes().on_host
+        threads = max(4, _REMOTE_THREADS // sharing) if self.threads is None else self.threads
+        return replace(self, threads=threads, slot_bytes=self.slot_bytes or _REMOTE_SLOT, slots_per_thread=1)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> StreamOptions:

@@ -155,6 +155,10 @@ class ReadError(_RefusedError):
     """The operating system refused to open or read a file, or what that takes (a thread, memory); `errno` says why."""
 
 
+class RemoteError(ReadError):
+    """An object store or a web server refused, failed, or was silent; `path` is the URL, `errno` the nearest kind."""
+
+
 class WriteError(_RefusedError):
     """The operating system refused to write a file, such as on a full disk; `errno` says why."""
 

@@ -36,7 +36,7 @@ def side_files(folder: str) -> Iterator[str]:
             continue
         if entry.is_dir():
             yield from (os.path.join(entry.name, name) for name in _plain_files(entry.path))
-        elif not _is_weights(entry.name) and entry.name not in _NOT_CARRIED:
+        elif not is_weights(entry.name) and entry.name not in _NOT_CARRIED:
             yield entry.name
 
 
@@ -55,10 +55,11 @@ def carry_side_files(source: str, folder: str) -> None:
 
 def _plain_files(folder: str) -> list[str]:
     inside = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    if any(entry.is_dir() or _is_weights(entry.name) for entry in inside):
+    if any(entry.is_dir() or is_weights(entry.name) for entry in inside):
         return []
     return [entry.name for entry in inside if not entry.name.startswith(".")]
 
 
-def _is_weights(name: str) -> bool:
+def is_weights(name: str) -> bool:
+    """Whether a file of this name holds weights, an index of them, or an adapter."""
     return name.endswith((*_WEIGHTS, ".index.json")) or name.startswith("adapter_")

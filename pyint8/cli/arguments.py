@@ -11,13 +11,20 @@ _PLANS = "auto, balanced, balanced_low_0 or sequential"
 
 
 def add_path(parser: argparse.ArgumentParser, name: str = "path", metavar: str = "PATH") -> None:
-    parser.add_argument(name, metavar=metavar, help="a folder with a checkpoint, or a hub id")
+    parser.add_argument(name, metavar=metavar, help="a folder with a checkpoint, a hub id, or a URL (s3://...)")
 
 
 def add_hub(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("where the checkpoint is")
     group.add_argument("--revision", metavar="NAME", help="a branch, tag or commit of the hub's repository")
     group.add_argument("--subfolder", metavar="NAME", help="the folder inside of PATH")
+    group.add_argument(
+        "--storage-option",
+        action="append",
+        type=storage_option,
+        metavar="KEY=VALUE",
+        help="for a URL: region=eu-west-1, endpoint=https://... and so on; may be repeated",
+    )
     group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
 
 
@@ -70,6 +77,14 @@ def memory(text: str) -> dict[int | str, int | str]:
     return found
 
 
+def storage_option(text: str) -> tuple[str, str]:
+    """Of "region=eu-west-1"."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{name!r} is not KEY=VALUE, such as region=eu-west-1")
+    return name, value
+
+
 def max_memory(arguments: argparse.Namespace) -> dict[int | str, int | str] | None:
     if arguments.max_memory is None:
         return None
@@ -88,9 +103,10 @@ def config(arguments: argparse.Namespace) -> Int8Config | None:
 
 
 def hub(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Keywords for from_pretrained."""
+    """Keywords for from_pretrained, and those that say how a URL is read."""
     names = ("revision", "subfolder", "trust_remote_code")
-    return {name: getattr(arguments, name) for name in names if getattr(arguments, name)}
+    found = {name: getattr(arguments, name) for name in names if getattr(arguments, name)}
+    return found if arguments.storage_option is None else {**found, "storage_options": dict(arguments.storage_option)}
 
 
 def placement(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pyint8.report import readable_size, skipped_by_reason
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="a folder with a checkpoint, a file, or a hub id")
+    parser.add_argument("path", metavar="PATH", help="a folder with a checkpoint, a file, a hub id, or a URL")
     parser.add_argument("--headers", action="store_true", help="the facts of headers alone, in a moment")
     parser.add_argument("--tensors", action="store_true", help="list all tensors (JSON always has them)")
     args.add_quantization(parser)

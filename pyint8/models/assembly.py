@@ -13,8 +13,10 @@ from functools import partial
 import torch
 
 from pyint8.checkpoint import Entry
+from pyint8.errors import PlacementError
 from pyint8.models import checks
 from pyint8.quantizer import ENTRY_POINT, OPERATOR, BadWeight, Int8Quantizer, TensorSource, first_overflow
+from pyint8.remote.objects import remote_object
 from pyint8.report import Recorder
 from pyint8.streaming.reading import read_tensor
 from pyint8.streaming.requests import TensorRequest, ToDtype, ToInt8
@@ -71,7 +73,14 @@ class Assembly:
     def is_left_on_disk(self, name: str, stored: Stored, destination: Destination) -> bool:
         """Whether accelerate can read a parameter from the checkpoint itself, whenever a forward pass needs it."""
         in_safetensors = stored.entry.path.endswith(".safetensors")
-        return destination.on_disk and in_safetensors and not self._takes_codes(name, stored)
+        is_left = destination.on_disk and in_safetensors and not self._takes_codes(name, stored)
+        if is_left and remote_object(stored.entry.path) is not None:
+            raise PlacementError(
+                f'the device map puts {name} on "disk", where every forward pass would read it from the checkpoint, '
+                "which is remote; download that, or give the model more memory",
+                **stored.entry.location,
+            )
+        return is_left
 
     def requests(self, name: str, stored: Stored, destination: Destination) -> list[TensorRequest]:
         """The requests for the stream, in the order in which `make` takes them."""

@@ -19,7 +19,9 @@ from pyint8.checkpoint.identity import digest, identity_of
 from pyint8.config import Int8Config, StreamOptions, cache_bytes, cache_folder
 from pyint8.errors import CancelledError, OptionError, Pyint8Error
 from pyint8.host.files import exists, is_folder, open_file
-from pyint8.operations.common import begun, devices_of
+from pyint8.operations.common import begun, devices_of, located, name_after
+from pyint8.remote.objects import tag_of
+from pyint8.remote.urls import refuse_url
 from pyint8.report import LoadReport
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ class Wanted:
         model_class: A transformers class, or None for the one that the configuration names.
         arguments: Of `from_pretrained`.
         options: How to move bytes.
+        storage_options: For a source that is a URL.
     """
 
     source: str
@@ -60,6 +63,7 @@ class Wanted:
     model_class: Any
     arguments: Mapping[str, Any]
     options: StreamOptions
+    storage_options: Mapping[str, Any] | None = None
 
     def key(self, checkpoint: Checkpoint) -> str:
         """Its name in the cache: another one for whatever makes it another."""
@@ -67,7 +71,7 @@ class Wanted:
 
         config = self.config or Int8Config()
         described = [
-            identity_of(checkpoint),
+            identity_of(checkpoint, tag_of),
             _descriptions(os.path.dirname(checkpoint.files[0])),
             self.device,
             str(check_dtype(self.dtype)),
@@ -141,7 +145,7 @@ class Cache:
         """Gives a model of the int8 form its own name, or has that form made."""
         if found is not None:
             report.from_cache = True
-            model.name_or_path = model.config.name_or_path = self._wanted.source
+            name_after(self._wanted.source, os.path.dirname(found.files[0]), model)
         elif self._folder is not None:
             self.fill(self._folder)
 
@@ -174,12 +178,17 @@ class Cache:
         from pyint8.operations.convert import plan_conversion, write_converted
 
         wanted = self._wanted
-        with begun(wanted.source, wanted.arguments, wanted.options, progress=False) as (preparation, recorder):
+        with (
+            located(wanted.source, wanted.arguments, wanted.storage_options) as source,
+            begun(source, wanted.arguments, wanted.options, progress=False) as (preparation, recorder),
+        ):
             if preparation.checkpoint is None:
                 raise OptionError("its files are not here")
             devices = devices_of(None if wanted.device == "cuda" else "cpu")
             with _beside(devices[0]):
-                plan = plan_conversion(wanted.model_class, self._request(devices[0]), "5GB", preparation, recorder)
+                plan = plan_conversion(
+                    wanted.model_class, self._request(source, devices[0]), "5GB", preparation, recorder
+                )
                 _refuse_fresh(recorder.report)
                 nbytes = plan.conversion.shards.total_bytes
                 if not folder.make_room(nbytes):
@@ -193,14 +202,12 @@ class Cache:
                 _refuse_if_cached(folder, key)
                 write_converted(plan, folder.folder(key), devices, preparation, recorder, complete)
 
-    def _request(self, device: torch.device) -> LoadRequest:
+    def _request(self, source: str, device: torch.device) -> LoadRequest:
         """Strict in any case: the form is for all loads, and some of them may be."""
         from pyint8.operations.convert import conversion_request
 
         wanted = self._wanted
-        request = conversion_request(
-            wanted.source, device, wanted.dtype, wanted.config, wanted.options, wanted.arguments
-        )
+        request = conversion_request(source, device, wanted.dtype, wanted.config, wanted.options, wanted.arguments)
         return replace(request, strict=True)
 
 
@@ -234,6 +241,7 @@ def opened_folder(where: Any = True) -> CacheFolder:
         path = os.fsdecode(where)
     except TypeError:
         raise OptionError(f"cache is {where!r}; it must be True, False, or the path of a folder") from None
+    refuse_url("cache", path)
     if not path or (exists(path, follow=False) and not is_folder(path)):
         raise OptionError(f"cache is {path!r}, which is no folder; give the path of one, or of a new one")
     return CacheFolder(path, cache_bytes())

@@ -14,6 +14,7 @@ from pyint8.errors import OptionError
 from pyint8.host import ending, garbage
 from pyint8.host.imports import imported
 from pyint8.host.memory import peak_resident_bytes
+from pyint8.remote.urls import is_url, refuse_url
 from pyint8.report import LoadReport, Recorder
 
 if TYPE_CHECKING:
@@ -47,7 +48,16 @@ def decoded_folder(folder: Any) -> str:
         raise OptionError(f"folder is {folder!r}; it must be the path of a folder") from None
     if not path:
         raise OptionError("folder is empty; it must be the path of a folder")
+    refuse_url("folder", path)
     return path
+
+
+def name_after(source: str, folder: str, model: Any) -> None:
+    """Gives a model of transformers', and the models inside of it, the name of what the folder stood for."""
+    for module in model.modules():
+        for named in (module, getattr(module, "config", None)):
+            if named is not None and getattr(named, "name_or_path", None) == folder:
+                named.name_or_path = source
 
 
 def is_of_transformers(model: object) -> bool:
@@ -60,6 +70,52 @@ def check_options(options: object) -> None:
     """Raises OptionError unless it is a StreamOptions or None."""
     if options is not None and not isinstance(options, StreamOptions):
         raise OptionError(f"options is {reprlib.repr(options)}; it must be a pyint8.StreamOptions or None")
+
+
+def check_storage_options(storage_options: object, *paths: str | None) -> None:
+    """Raises OptionError unless they are a mapping, or None, and one of the paths is a URL that they are for."""
+    if storage_options is None:
+        return
+    if not isinstance(storage_options, Mapping):
+        raise OptionError("storage_options must be a dict, such as {'region': 'eu-west-1'}")  # its values may be secret
+    if not any(path is not None and is_url(path) for path in paths):
+        raise OptionError("storage_options are for URLs (s3://, gs://, az://, https://); leave them out")
+
+
+def options_for(path: str, options: StreamOptions | None) -> StreamOptions:
+    """How to move bytes: as given, or by the environment, with the defaults for where they are.
+
+    Raises:
+        OptionError: An option that is not for what is there.
+    """
+    options = StreamOptions.from_environment() if options is None else options
+    return options.for_remote() if is_url(path) else options
+
+
+@contextmanager
+def located(path: str, arguments: Mapping[str, Any], storage_options: Mapping[str, Any] | None) -> Iterator[str]:
+    """The path here of a checkpoint: for a URL, that of a folder that stands for it while the block lasts.
+
+    Args:
+        path: A folder, file, hub id or URL; all but the last are given back.
+        arguments: Of from_pretrained: `subfolder`, `variant` and `use_safetensors` count.
+        storage_options: For a URL.
+
+    Raises:
+        Pyint8Error: See `pyint8.remote.folder.opened`.
+    """
+    if not is_url(path):
+        yield path
+        return
+    if arguments.get("use_safetensors") is False:
+        raise OptionError(
+            "use_safetensors=False asks for files of PyTorch's, which are not read from URLs; download it"
+        )
+    from pyint8.remote.folder import opened  # here, since `import pyint8` loads nothing that it may not need
+
+    where = {name: arguments[name] for name in ("subfolder", "variant") if arguments.get(name) is not None}
+    with opened(path, storage_options, **where) as here:
+        yield here
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyint8.checkpoint.find import base_of_adapter, check_path
@@ -17,8 +18,19 @@ from pyint8.host.imports import importing
 from pyint8.models.keywords import int8_config, refuse_misplaced
 from pyint8.models.transformers.parallel import refuse_split_models
 from pyint8.models.transformers.releases import require_transformers
-from pyint8.operations.common import begun, check_options, decoded, decoded_folder, devices_of, measured_memory
+from pyint8.operations.common import (
+    begun,
+    check_options,
+    check_storage_options,
+    decoded,
+    decoded_folder,
+    devices_of,
+    located,
+    measured_memory,
+    options_for,
+)
 from pyint8.operations.save import describe
+from pyint8.remote.objects import tag_of
 from pyint8.report import LoadReport, Recorder
 
 if TYPE_CHECKING:
@@ -46,6 +58,7 @@ def convert(
     checksums: bool = False,
     progress: bool | None = None,
     options: StreamOptions | None = None,
+    storage_options: Mapping[str, Any] | None = None,
     **hub_and_model_kwargs: Any,
 ) -> LoadReport:
     """Convert a checkpoint to bitsandbytes' int8 form, without ever holding the model.
@@ -58,7 +71,7 @@ def convert(
     same arguments. `folder` is as it was until all is done.
 
     Args:
-        source: A folder or hub id with the checkpoint of a transformers model.
+        source: A folder, hub id or URL (see `pyint8.load`) with the checkpoint of a transformers model.
         folder: Where to; made if it is not there. Its other files stay.
         device: Where weights are quantized, whose bits depend on the kind of device: "cpu", "cuda", "cuda:1"; None for
             all visible GPUs, or the CPU where there is none.
@@ -68,6 +81,7 @@ def convert(
         checksums: Also write the CRC-32C of each tensor, as in `pyint8.save`.
         progress: Whether to show a bar; None shows one on a terminal.
         options: How to move bytes.
+        storage_options: For a URL, as in `pyint8.load`.
         hub_and_model_kwargs: For `from_pretrained`: revision, subfolder, token, trust_remote_code and so on.
 
     Returns:
@@ -77,18 +91,19 @@ def convert(
         Pyint8Error: One of `pyint8.errors`.
     """
     refuse_misplaced(hub_and_model_kwargs)
-    path, target = decoded(source), decoded_folder(folder)
+    name, target = decoded(source), decoded_folder(folder)
     config = int8_config(config)
-    _refuse(path, target, config, hub_and_model_kwargs)
+    _refuse(name, target, config, hub_and_model_kwargs)
     check_options(options)
+    check_storage_options(storage_options, name)
     require_transformers()
     refuse_split_models(hub_and_model_kwargs)
-    check_path(path, hub_and_model_kwargs, is_plain=False)
-    base = base_of_adapter(path, hub_and_model_kwargs)
-    if base is not None:
-        raise OptionError(f"{path} is an adapter; convert the model that it is for, {base}")
-    options = StreamOptions.from_environment() if options is None else options
-    with begun(path, hub_and_model_kwargs, options, progress=progress) as (preparation, recorder):
+    options = options_for(name, options)
+    with ExitStack() as stack:
+        path = stack.enter_context(located(name, hub_and_model_kwargs, storage_options))
+        _check_path(path, hub_and_model_kwargs)
+        begin = begun(path, hub_and_model_kwargs, options, progress=progress)
+        preparation, recorder = stack.enter_context(begin)
         with importing:
             import pyint8.models.transformers.loading  # noqa: F401
         devices = devices_of(device)
@@ -97,6 +112,13 @@ def convert(
             plan = plan_conversion(None, request, max_shard_size, preparation, recorder)
             _convert(plan._replace(checksums=checksums), target, devices, preparation, recorder)
     return recorder.report
+
+
+def _check_path(path: str, arguments: Mapping[str, Any]) -> None:
+    check_path(path, arguments, is_plain=False)
+    base = base_of_adapter(path, arguments)
+    if base is not None:
+        raise OptionError(f"{path} is an adapter; convert the model that it is for, {base}")
 
 
 def _convert(
@@ -236,7 +258,8 @@ def _identity(plan: ConversionPlan, device: torch.device) -> str:
 
     versions = [version(name) for name in ("pyint8", "bitsandbytes", "torch", "transformers")]
     files = {name: [str(tensor) for tensor in tensors] for name, tensors in plan.conversion.shards.files.items()}
-    return digest([identity_of(plan.load.checkpoint), files, device.type, plan.request.dtype, plan.checksums, versions])
+    source = identity_of(plan.load.checkpoint, tag_of)
+    return digest([source, files, device.type, plan.request.dtype, plan.checksums, versions])
 
 
 def _is_resumed(error: BaseException) -> bool:

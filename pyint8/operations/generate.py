@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pyint8.errors import ModelNotSupportedError, OptionError
 from pyint8.host.imports import importing
+from pyint8.operations.common import located
 
 
-def generate(model: Any, path: str, text: str, tokens: int, **hub_arguments: Any) -> str:
+def generate(
+    model: Any,
+    path: str,
+    text: str,
+    tokens: int,
+    storage_options: Mapping[str, Any] | None = None,
+    **hub_arguments: Any,
+) -> str:
     """Go on with a text, by the likeliest tokens.
 
     Args:
         model: A transformers model that generates text.
-        path: The folder or hub id of its tokenizer.
+        path: The folder, hub id or URL of its tokenizer.
         text: The beginning.
         tokens: The most to add.
+        storage_options: For a URL.
         hub_arguments: For the tokenizer's from_pretrained.
 
     Returns:
@@ -29,7 +39,8 @@ def generate(model: Any, path: str, text: str, tokens: int, **hub_arguments: Any
         raise OptionError(f"tokens is {tokens}; it must be at least 1")
     if not model.can_generate():
         raise ModelNotSupportedError(f"{type(model).__name__} generates no text")
-    tokenizer = _tokenizer(path, hub_arguments)
+    with located(path, hub_arguments, storage_options) as here:
+        tokenizer = _tokenizer(here, hub_arguments)
     given = tokenizer(text, return_tensors="pt").to(model.device)
     made = model.generate(**given, max_new_tokens=tokens, do_sample=False)
     return str(tokenizer.decode(made[0], skip_special_tokens=True))

@@ -19,7 +19,8 @@ from pyint8.host.imports import importing
 from pyint8.models.keywords import int8_config, refuse_misplaced
 from pyint8.models.transformers.parallel import refuse_split_models
 from pyint8.models.transformers.releases import require_transformers
-from pyint8.operations.common import decoded
+from pyint8.operations.common import check_storage_options, decoded, located
+from pyint8.remote.objects import url_of
 from pyint8.report import Recorder
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ def inspect(
     headroom: int | str | None = None,
     dtype: torch.dtype | str | Mapping[str, torch.dtype | str] | None = "auto",
     config: Int8Config | None = None,
+    storage_options: Mapping[str, Any] | None = None,
     **hub_and_model_kwargs: Any,
 ) -> Inspection:
     """Tell what is in a checkpoint, what of it would become int8, and what that would take, without reading a tensor.
@@ -126,48 +128,58 @@ def inspect(
     needed, and nothing is downloaded. Of a file, or of a folder without a config.json, only headers are looked at.
 
     Args:
-        path: A folder, a file, or a hub id that is in the local cache.
+        path: A folder, a file, a hub id that is in the local cache, or a URL (see `pyint8.load`) of a folder or a file.
         device_map: How to place it: "auto", "balanced", "balanced_low_0" or "sequential".
         max_memory: Memory to use on each device, which need not be of this machine; None for what is free here.
         headroom: Use all memory of every GPU but this much, as in `pyint8.load`.
         dtype: As in `pyint8.load`.
         config: What to quantize.
+        storage_options: For a URL, as in `pyint8.load`.
         hub_and_model_kwargs: For `from_pretrained`: revision, subfolder, trust_remote_code and so on.
 
     Raises:
         Pyint8Error: One of `pyint8.errors`.
     """
     refuse_misplaced(hub_and_model_kwargs)
-    name, config = decoded(path), int8_config(config)
+    source, config = decoded(path), int8_config(config)
+    check_storage_options(storage_options, source)
     if config is not None and config.has_fp16_weight:
         raise OptionError("config has has_fp16_weight, which keeps weights in 16 bit: nothing would become int8")
-    if not _has_config(name, hub_and_model_kwargs):
-        return inspect_headers(name, note=_NO_CONFIG, **hub_and_model_kwargs)
-    require_transformers()
-    refuse_split_models(hub_and_model_kwargs)
-    _found(name, hub_and_model_kwargs, is_plain=False)
-    with importing:
-        import pyint8.models.transformers.inspecting  # noqa: F401
-    budget = _budget(device_map, max_memory, headroom)
-    arguments = {"local_files_only": True, **hub_and_model_kwargs}
-    return _inspect_model(_request(name, dtype, config, budget, arguments), device_map)
+    with located(source, hub_and_model_kwargs, storage_options) as name:
+        if not _has_config(name, hub_and_model_kwargs):
+            return inspect_headers(name, note=_NO_CONFIG, **hub_and_model_kwargs)
+        require_transformers()
+        refuse_split_models(hub_and_model_kwargs)
+        _found(name, hub_and_model_kwargs, is_plain=False)
+        with importing:
+            import pyint8.models.transformers.inspecting  # noqa: F401
+        budget = _budget(device_map, max_memory, headroom)
+        arguments = {"local_files_only": True, **hub_and_model_kwargs}
+        return _inspect_model(_request(name, dtype, config, budget, arguments), device_map)
 
 
 def inspect_headers(
-    path: str | os.PathLike[str], *, note: str = _HEADERS_ALONE, **hub_and_model_kwargs: Any
+    path: str | os.PathLike[str],
+    *,
+    note: str = _HEADERS_ALONE,
+    storage_options: Mapping[str, Any] | None = None,
+    **hub_and_model_kwargs: Any,
 ) -> Inspection:
     """Tell what headers say; imports neither torch nor transformers.
 
     Args:
         path: As in `inspect`.
         note: Why it is headers alone.
+        storage_options: As in `inspect`.
         hub_and_model_kwargs: As in `inspect`.
 
     Raises:
         Pyint8Error: One of `pyint8.errors`.
     """
-    name = decoded(path)
-    return Inspection(note=note, **_facts(name, _found(name, hub_and_model_kwargs, is_plain=True)))
+    source = decoded(path)
+    check_storage_options(storage_options, source)
+    with located(source, hub_and_model_kwargs, storage_options) as name:
+        return Inspection(note=note, **_facts(name, _found(name, hub_and_model_kwargs, is_plain=True)))
 
 
 def _found(path: str, arguments: Mapping[str, Any], *, is_plain: bool) -> Checkpoint:
@@ -203,12 +215,12 @@ def _facts(path: str, checkpoint: Checkpoint) -> dict[str, Any]:
     for entry in checkpoint.values():
         nbytes[entry.dtype] += entry.nbytes
     tensors = tuple(
-        InspectedTensor(entry.name, entry.dtype, entry.shape, entry.nbytes, entry.path, entry.offset)
+        InspectedTensor(entry.name, entry.dtype, entry.shape, entry.nbytes, url_of(entry.path), entry.offset)
         for entry in checkpoint.values()
     )
     return {
-        "path": path,
-        "files": checkpoint.files,
+        "path": url_of(path),
+        "files": tuple(map(url_of, checkpoint.files)),
         "nbytes": checkpoint.nbytes,
         "dtypes": dict(nbytes),
         "tensors": tensors,

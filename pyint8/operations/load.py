@@ -18,7 +18,17 @@ from pyint8.models.keywords import int8_config, refuse_misplaced
 from pyint8.models.transformers.parallel import refuse_split_models
 from pyint8.models.transformers.releases import require_transformers
 from pyint8.operations.cached import Wanted, cache_of
-from pyint8.operations.common import check_options, decoded, measured_memory, prepare
+from pyint8.operations.common import (
+    check_options,
+    check_storage_options,
+    decoded,
+    located,
+    measured_memory,
+    name_after,
+    options_for,
+    prepare,
+)
+from pyint8.remote.urls import refuse_url
 from pyint8.report import LoadReport, Recorder, announce
 
 if TYPE_CHECKING:
@@ -50,6 +60,7 @@ def load(
     progress: bool | None = None,
     options: StreamOptions | None = None,
     cache: bool | str | os.PathLike[str] = False,
+    storage_options: Mapping[str, Any] | None = None,
     **hub_and_model_kwargs: Any,
 ) -> _Module: ...
 @overload
@@ -68,6 +79,7 @@ def load(
     progress: bool | None = None,
     options: StreamOptions | None = None,
     cache: bool | str | os.PathLike[str] = False,
+    storage_options: Mapping[str, Any] | None = None,
     **hub_and_model_kwargs: Any,
 ) -> tuple[_Module, LoadReport]: ...
 @overload
@@ -86,6 +98,7 @@ def load(
     progress: bool | None = None,
     options: StreamOptions | None = None,
     cache: bool | str | os.PathLike[str] = False,
+    storage_options: Mapping[str, Any] | None = None,
     **hub_and_model_kwargs: Any,
 ) -> PreTrainedModel: ...
 @overload
@@ -104,6 +117,7 @@ def load(
     progress: bool | None = None,
     options: StreamOptions | None = None,
     cache: bool | str | os.PathLike[str] = False,
+    storage_options: Mapping[str, Any] | None = None,
     **hub_and_model_kwargs: Any,
 ) -> tuple[PreTrainedModel, LoadReport]: ...
 def load(
@@ -120,6 +134,7 @@ def load(
     progress: bool | None = None,
     options: StreamOptions | None = None,
     cache: bool | str | os.PathLike[str] = False,
+    storage_options: Mapping[str, Any] | None = None,
     return_report: bool = False,
     **hub_and_model_kwargs: Any,
 ) -> Any:
@@ -129,7 +144,8 @@ def load(
 
     Args:
         path: A folder with a checkpoint (safetensors, or PyTorch's .bin), a hub id, or a folder with a PEFT adapter,
-            which is attached to its base model; or the hub id of an adapter.
+            which is attached to its base model; or the hub id of an adapter. Or the URL of a folder with safetensors,
+            s3://bucket/folder, gs://, az:// or https://, of which every byte is read once, into the model.
         device_map: Where modules go, as transformers and accelerate have it: "auto", "balanced", "balanced_low_0",
             "sequential", a device, a dict of modules to devices, or None for the current device.
         dtype: Of everything that is not quantized, and on the way to int8: "auto" for the checkpoint's own, as in
@@ -153,6 +169,10 @@ def load(
         cache: True keeps the int8 form of a 16- or 32-bit checkpoint in the user's cache, a path in that folder. It is
             made behind the first load, on a thread; the next load of the same files, dtype, kind of device and `config`
             reads it instead. `PYINT8_CACHE_BYTES` bounds it.
+        storage_options: For a URL: what obstore's store of that cloud takes, such as {"region": "eu-west-1"},
+            {"endpoint": "https://..."}, {"skip_signature": True}, {"client_options": {...}} or {"credential_provider":
+            ...}. None finds credentials as the clouds' own tools do: in their environment variables and metadata
+            services.
         return_report: Return (model, LoadReport).
         hub_and_model_kwargs: For `from_pretrained`: revision, subfolder, token, attn_implementation and so on.
 
@@ -164,19 +184,22 @@ def load(
             thread, no open file, no pinned memory.
     """
     refuse_misplaced(hub_and_model_kwargs)
-    path = decoded(path)
+    source = decoded(path)
     is_plain = model is not None and not isinstance(model, type)
     config = int8_config(config)
     check_options(options)
     if not is_plain:
         require_transformers()
         refuse_split_models(hub_and_model_kwargs)
-    check_path(path, hub_and_model_kwargs, is_plain=is_plain)
-    base = None if is_plain else base_of_adapter(path, hub_and_model_kwargs)
-    options = StreamOptions.from_environment() if options is None else options
+    check_storage_options(storage_options, source)
+    moving = options_for(source, options)
     with ExitStack() as stack:
-        recorder = stack.enter_context(Recorder(progress, timeline=options.timeline))
+        recorder = stack.enter_context(Recorder(progress, timeline=moving.timeline))
         stack.enter_context(ending.awaited(recorder))
+        with recorder.phase("read headers"):
+            path = stack.enter_context(located(source, hub_and_model_kwargs, storage_options))
+        check_path(path, hub_and_model_kwargs, is_plain=is_plain)
+        base = None if is_plain else base_of_adapter(path, hub_and_model_kwargs)
         # Before anything heavy is imported: bad folders fail at once, and the disk has something to do.
         with garbage.paused(), recorder.phase("read headers"):
             checkpoint = find_checkpoint(base or path, hub_and_model_kwargs)
@@ -184,14 +207,17 @@ def load(
         if cache is not False:
             _refuse_cache(is_plain=is_plain, is_adapter=base is not None)
             cached = cache_of(
-                cache, Wanted(path, device_map, dtype, config, model, hub_and_model_kwargs, options), checkpoint
+                cache,
+                Wanted(source, device_map, dtype, config, model, hub_and_model_kwargs, moving, storage_options),
+                checkpoint,
             )
             found = stack.enter_context(cached.found())
-            checkpoint = found or checkpoint
+            if found is not None:
+                checkpoint, moving = found, options_for(found.files[0], options)  # which is here in any case
         if checkpoint is not None:
             garbage.collect_if_short(checkpoint.most_bytes_loaded)
             stack.enter_context(garbage.paused())  # not while files are downloaded
-        preparation = stack.enter_context(prepare(checkpoint, options))
+        preparation = stack.enter_context(prepare(checkpoint, moving))
         _import_libraries(is_plain=is_plain)
         request = _request(
             path=path,
@@ -203,7 +229,7 @@ def load(
             config=config,
             offload_folder=_checked_folder(offload_folder),
             strict=strict and (config is None or config.strict),
-            options=options,
+            options=moving,
             arguments=hub_and_model_kwargs,
         )
         stack.enter_context(measured_memory(recorder.report))
@@ -212,7 +238,9 @@ def load(
         result = _load_as(model, request, preparation, recorder)
         if cached is not None:
             cached.loaded(result, found, recorder.report)
-    announce(recorder.report, path)
+        if path != source and not is_plain:
+            name_after(source, path, result)
+    announce(recorder.report, source)
     return (result, recorder.report) if return_report else result
 
 
@@ -271,4 +299,7 @@ def _load_as(model: Any, request: LoadRequest, preparation: Preparation, recorde
 def _checked_folder(offload_folder: Any) -> str | None:
     from pyint8.placement.offload import check_folder  # with torch
 
-    return check_folder(offload_folder)
+    folder = check_folder(offload_folder)
+    if folder is not None:
+        refuse_url("offload_folder", folder)
+    return folder

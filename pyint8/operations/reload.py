@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from pyint8.checkpoint.find import base_of_adapter, check_path
@@ -11,7 +13,16 @@ from pyint8.errors import OptionError
 from pyint8.host.imports import importing
 from pyint8.models.keywords import refuse_misplaced
 from pyint8.models.transformers.releases import require_transformers
-from pyint8.operations.common import begun, check_options, decoded, is_of_transformers, measured_memory
+from pyint8.operations.common import (
+    begun,
+    check_options,
+    check_storage_options,
+    decoded,
+    is_of_transformers,
+    located,
+    measured_memory,
+    options_for,
+)
 from pyint8.report import LoadReport, Recorder
 
 if TYPE_CHECKING:
@@ -30,6 +41,7 @@ def reload(
     strict: bool = True,
     progress: bool | None = None,
     options: StreamOptions | None = None,
+    storage_options: Mapping[str, Any] | None = None,
     **hub_kwargs: Any,
 ) -> LoadReport:
     """Replace the weights of an int8 model by those of another checkpoint of its architecture, in place.
@@ -46,11 +58,13 @@ def reload(
     Args:
         model: Any model with int8 modules that is loaded: pyint8's or transformers' own, a module of yours that
             `pyint8.load` has filled, or one of these in the wrappers of PEFT, torch.compile or DistributedDataParallel.
-        path: A folder or hub id with a checkpoint in 16 or 32 bit, or an int8 one; for a module of yours a file, too.
+        path: A folder, hub id or URL (see `pyint8.load`) with a checkpoint in 16 or 32 bit, or an int8 one; for a
+            module of yours a file, too.
         strict: Raise if a weight cannot be quantized soundly (see `pyint8.load`), before it is written, and if the
             checkpoint lacks something that the model has. False logs one warning and goes on.
         progress: Whether to show a bar; None shows one on a terminal.
         options: How to move bytes.
+        storage_options: For a URL, as in `pyint8.load`.
         hub_kwargs: Where a checkpoint is found: revision, subfolder, variant, token and so on.
 
     Returns:
@@ -62,17 +76,19 @@ def reload(
             (names, shapes, dtypes, what is int8 on both sides) is checked before the first is written.
     """
     refuse_misplaced(hub_kwargs)
-    path = decoded(path)
+    source = decoded(path)
     inside = _checked(model, hub_kwargs)
     is_plain = not is_of_transformers(inside)
     check_options(options)
-    _check_path(path, hub_kwargs, is_plain=is_plain)
-    options = StreamOptions.from_environment() if options is None else options
-    request = _request(path, strict, options, hub_kwargs)
-    with (
-        begun(path, hub_kwargs, options, progress=progress) as (preparation, recorder),
-        measured_memory(recorder.report),
-    ):
+    check_storage_options(storage_options, source)
+    options = options_for(source, options)
+    with ExitStack() as stack:
+        path = stack.enter_context(located(source, hub_kwargs, storage_options))
+        _check_path(path, hub_kwargs, is_plain=is_plain)
+        begin = begun(path, hub_kwargs, options, progress=progress)
+        preparation, recorder = stack.enter_context(begin)
+        stack.enter_context(measured_memory(recorder.report))
+        request = _request(path, strict, options, hub_kwargs)
         _reload(inside, request, preparation, recorder, is_plain=is_plain)
     return recorder.report
 

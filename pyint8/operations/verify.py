@@ -19,7 +19,17 @@ from pyint8.host.files import is_file
 from pyint8.host.imports import importing
 from pyint8.models.keywords import refuse_misplaced
 from pyint8.models.transformers.releases import require_transformers
-from pyint8.operations.common import check_options, decoded, devices_of, prepare
+from pyint8.operations.common import (
+    check_options,
+    check_storage_options,
+    decoded,
+    devices_of,
+    located,
+    options_for,
+    prepare,
+)
+from pyint8.remote.objects import url_of
+from pyint8.remote.urls import is_url
 from pyint8.report import Recorder
 
 if TYPE_CHECKING:
@@ -95,6 +105,7 @@ def verify(
     device: torch.device | str | int | None = None,
     progress: bool | None = None,
     options: StreamOptions | None = None,
+    storage_options: Mapping[str, Any] | None = None,
     **hub_kwargs: Any,
 ) -> Verification:
     """Read all of a checkpoint, and list what is wrong with it; it need not fit in memory.
@@ -106,13 +117,15 @@ def verify(
     checkpoint's own configuration.
 
     Args:
-        path: A folder, a file, or a hub id that is in the local cache: an int8 checkpoint, or one in 16 or 32 bit.
-        against: The folder or hub id of the 16- or 32-bit checkpoint that an int8 one of a transformers model was made
-            of.
+        path: A folder, a file, a hub id that is in the local cache, or a URL (see `pyint8.load`): an int8 checkpoint,
+            or one in 16 or 32 bit.
+        against: The folder, hub id or URL of the 16- or 32-bit checkpoint that an int8 one of a transformers model was
+            made of.
         device: Where its weights are quantized, whose bits depend on the kind of device: the kind that `path` was made
             on. "cpu", "cuda", "cuda:1"; None for all visible GPUs, or the CPU where there is none.
         progress: Whether to show a bar; None shows one on a terminal.
         options: How to move bytes.
+        storage_options: For URLs, as in `pyint8.load`.
         hub_kwargs: Where both are found, and how they are loaded: revision, subfolder, trust_remote_code and so on.
 
     Returns:
@@ -124,12 +137,15 @@ def verify(
     """
     start = time.perf_counter()
     refuse_misplaced(hub_kwargs)
-    path, source = decoded(path), None if against is None else decoded(against)
+    name, other = decoded(path), None if against is None else decoded(against)
     check_options(options)
-    check_path(path, hub_kwargs, is_plain=source is None)
-    options = StreamOptions.from_environment() if options is None else options
+    check_storage_options(storage_options, name, other)
+    options = options_for(other if other is not None and is_url(other) else name, options)
     problems: list[Pyint8Error] = []
     with ExitStack() as stack:
+        path = stack.enter_context(located(name, hub_kwargs, storage_options))
+        source = None if other is None else stack.enter_context(located(other, hub_kwargs, storage_options))
+        check_path(path, hub_kwargs, is_plain=source is None)
         recorder = stack.enter_context(Recorder(progress))
         stack.enter_context(ending.awaited(recorder))
         with garbage.paused():
@@ -144,16 +160,17 @@ def verify(
             request = _request(path, source, options, hub_kwargs)
             comparison, found = _compare(checkpoint, request, device, recorder)
             problems += found
+        files, findings = tuple(map(url_of, checkpoint.files)), _findings(problems)
     return Verification(
-        path=path,
-        against=source,
-        files=checkpoint.files,
+        path=name,
+        against=other,
+        files=files,
         tensors=len(checkpoint),
         int8_weights=sum(name.endswith(f".{SCALES}") for name in checkpoint),
         nbytes=checkpoint.nbytes,
         compared=0 if comparison is None else len(checkpoint) - len(comparison.left()),
         not_compared=() if comparison is None else tuple(sorted(comparison.not_compared)),
-        findings=_findings(problems),
+        findings=findings,
         seconds=time.perf_counter() - start,
     )
 
@@ -264,5 +281,8 @@ def _is_int8(source: str, arguments: Mapping[str, Any]) -> bool:
 
 
 def _findings(problems: list[Pyint8Error]) -> tuple[Finding, ...]:
-    found = {Finding(error.problem, error.tensor, error.path, error.offset): None for error in problems}
+    found = {
+        Finding(url_of(error.problem), error.tensor, error.path and url_of(error.path), error.offset): None
+        for error in problems
+    }
     return tuple(sorted(found, key=lambda each: (each.path or "", each.offset or 0, each.tensor or "")))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from pyint8.host.memory import available_memory
 from pyint8.host.page_cache import cold_steps
+from pyint8.remote.objects import remote_object
 from pyint8.streaming.extension import _core, open_engine
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class PageCachePrefetch:
 
     def _begin(self, checkpoint: Checkpoint, options: StreamOptions, left: int) -> None:
         for path, stamp in checkpoint.stamps.items():
+            if remote_object(path) is not None:  # nothing of it is here
+                continue
             reads = [(offset, nbytes) for offset, nbytes in cold_steps(path, _STEP) if (left := left - nbytes) >= 0]
             if not reads:
                 continue

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pyint8.host import ending
+from pyint8.remote.objects import remote_object
 from pyint8.report import Span
 from pyint8.streaming.extension import _core, open_engine
 from pyint8.streaming.lane import Lane, LaneOpener, open_lane
@@ -197,6 +198,11 @@ class Transport:
         """
         number = self._files.get((path, stamp))
         if number is None:
-            number = self.engine.add_file(os.fsencode(path), stamp)
+            remote = remote_object(path)
+            if remote is None:
+                number = self.engine.add_file(os.fsencode(path), stamp)
+            else:
+                reader = remote.reader()
+                number = self.engine.add_source(reader.ranges, reader.cancel)
             self._files[path, stamp] = number
         return number

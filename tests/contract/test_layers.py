@@ -16,12 +16,13 @@ import pyint8
 
 PACKAGE = Path(pyint8.__file__).parent
 
-BELOW_STREAMING = {"errors", "host", "config", "checkpoint", "placement", "report"}
+BELOW_STREAMING = {"errors", "host", "config", "checkpoint", "remote", "placement", "report"}
 MAY_IMPORT = {
     "errors": set(),
     "host": {"errors"},
     "config": {"errors", "host"},
     "checkpoint": {"errors", "host", "config"},
+    "remote": {"errors", "host", "checkpoint"},
     "placement": {"errors", "host", "config"},
     "report": {"errors", "host", "config"},
     "streaming": BELOW_STREAMING,
@@ -38,6 +39,7 @@ MAY_IMPORT = {
 SOLE_IMPORTERS = {
     "pyint8._core": {"streaming"},
     "bitsandbytes": {"quantizer"},
+    "obstore": {"remote"},
     "accelerate": {"placement", "models"},
     "transformers": {"models", "operations"},
 }

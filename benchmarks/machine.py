@@ -21,6 +21,7 @@ _PACKAGES = (
     "fastsafetensors",
     "instanttensor",
     "runai-model-streamer",
+    "obstore",
 )
 
 

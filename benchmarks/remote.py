@@ -50,6 +50,7 @@ class _Server(ThreadingHTTPServer):
         self.lock = threading.Lock()
 
 
+# Twice: benchmarks and tests know nothing of each other.
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: _Server

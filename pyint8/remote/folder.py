@@ -286,7 +286,7 @@ def _make_stub(folder: str, store: Store, shard: Described) -> tuple[str, Remote
     path = _write(folder, shard.name, head[:end])
     with write_errors(path):
         _extend(path, shard.size)
-    return path, RemoteObject(store, shard)
+    return path, RemoteObject(store, shard, path)
 
 
 def _extend(path: str, size: int) -> None:

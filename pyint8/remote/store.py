@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from threading import Event
 from typing import Any
 
-from pyint8.errors import CancelledError, MissingDependencyError, OptionError, Pyint8Error, RemoteError
+from pyint8.errors import (
+    CancelledError,
+    FileChangedError,
+    MissingDependencyError,
+    OptionError,
+    Pyint8Error,
+    RemoteError,
+)
 
 from .failures import changed, failure, may_pass
 
@@ -186,34 +193,41 @@ class RemoteObject:
     Args:
         store: Its folder.
         known: That state.
+        path: Of the file that stands for it.
 
     Attributes:
         url: Its own.
         tag: What distinguishes this state of it from any other's, as text.
     """
 
-    def __init__(self, store: Store, known: Described) -> None:
+    def __init__(self, store: Store, known: Described, path: str) -> None:
         self._store = store
         self._known = known
+        self._path = path
         self.url = store.url_of(known.name)
         self.tag = f"{self.url} {known.size} {known.tag or known.modified}"
 
     def reader(self) -> RemoteReader:
         """What an engine reads through."""
-        return RemoteReader(self._store, self._known)
+        return RemoteReader(self._store, self._known, self._path)
 
 
 class RemoteReader:
     """Ranges of an object, for one engine, which cancels them when it closes."""
 
-    def __init__(self, store: Store, known: Described) -> None:
+    def __init__(self, store: Store, known: Described, path: str) -> None:
         self._store = store
         self._known = known
+        self._path = path
         self._stop = Event()
 
     def ranges(self, offset: int, nbytes: int) -> Iterator[Any]:
-        """See `Store.ranges`."""
-        return self._store.ranges(self._known, offset, nbytes, self._stop)
+        """See `Store.ranges`. Errors are of the file here, by which the stream finds their tensor."""
+        try:
+            yield from self._store.ranges(self._known, offset, nbytes, self._stop)
+        except (FileChangedError, RemoteError) as error:
+            error.path = self._path
+            raise
 
     def cancel(self) -> None:
         """Ranges under way raise CancelledError with their next bytes, or when they have waited too long for them."""

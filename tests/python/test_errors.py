@@ -28,6 +28,7 @@ BUILTINS: dict[type[Pyint8Error], type[Exception]] = {
     errors.QuantizationStateError: ValueError,
     errors.NonFiniteWeightError: ValueError,
     errors.ReadError: OSError,
+    errors.RemoteError: OSError,
     errors.WriteError: OSError,
     errors.DeviceError: RuntimeError,
     errors.CancelledError: RuntimeError,

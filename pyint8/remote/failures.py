@@ -62,6 +62,8 @@ def failure(error: BaseException, url: str, offset: int | None = None) -> Pyint8
         return RemoteError(problem, **where, errno=errno.ENOTSUP)
     if status_of(error) == 416:
         return changed(url, offset)
+    if re.search(r"169\.254\.|metadata\.google|oauth2|redentials", said(error)):  # where clouds give them out
+        return RemoteError(f"no credentials are found: {said(error)}; {_CREDENTIALS}", **where, errno=errno.EACCES)
     number = errno.ETIMEDOUT if re.search(r"Timeout|TimedOut|timed out", str(error)) else errno.EIO
     problem = f"cannot be read: {said(error)}; check the network and the server, then load again"
     return RemoteError(problem, **where, errno=number)

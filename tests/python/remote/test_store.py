@@ -16,6 +16,7 @@ from pyint8.errors import CancelledError, FileChangedError, MissingDependencyErr
 
 pytest.importorskip("obstore")
 
+from pyint8.remote.failures import failure
 from pyint8.remote.store import Described, Store
 
 NAME = "model.safetensors"
@@ -189,9 +190,15 @@ def test_a_child_that_was_forked_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         Store("s3://bucket/a", None, threading.Event())
 
 
-def test_signatures_are_not_shown() -> None:
-    from pyint8.remote.failures import failure
+def test_a_metadata_service_that_gives_no_credentials() -> None:
+    text = "Generic S3 error: Error performing PUT http://169.254.169.254/latest/api/token in 8 ms - 403 Forbidden"
+    error = failure(ValueError(text), "s3://bucket/a")
+    assert isinstance(error, RemoteError)
+    assert "no credentials are found" in str(error)
+    assert "storage_options=" in str(error)
 
+
+def test_signatures_are_not_shown() -> None:
     error = failure(ValueError("error sending request for url (https://a/b?sv=1&sig=secret): no"), "az://c/b", 7)
     assert "secret" not in str(error)
     assert "https://a/b?..." in str(error)

@@ -343,7 +343,7 @@ void Engine::close() {
   {
     const std::lock_guard lock(mutex_);
     closed_ = true;
-    sources.assign(files_.begin(), files_.end());
+    sources.swap(files_);
   }
   progress_.notify_all();
   for (const auto& source : sources) source->cancel();
@@ -359,7 +359,6 @@ void Engine::close() {
   slots_.reset();
   for (auto& events : spare_events_) events.clear();
   for (Pending& pending : pending_) pending.landed.reset();
-  files_.clear();
   if (error != nullptr) std::rethrow_exception(error);
 }
 

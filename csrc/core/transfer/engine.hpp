@@ -58,9 +58,9 @@ class Engine {
   std::uint32_t add_file(const std::string& path, const std::optional<FileStamp>& expected = std::nullopt);
   // Of what is no file. Shared, as the last to let go of it may have to wait for a lock of its own.
   std::uint32_t add_source(std::shared_ptr<const Source> source);
-  // Returns a number for `Range::checksum`: the bytes of `whole`, of a file that errors name `path`, shall have the CRC-32C `expected`. The
-  // ranges that name it are parts of `whole`, and have each byte once; the last to arrive does not, and stops
-  // the engine with kDamaged, if the bytes are others.
+  // Returns a number for `Range::checksum`: the bytes of `whole`, of a file that errors call `path`, shall
+  // have the CRC-32C `expected`. The ranges that name it are parts of `whole`, and have each byte once; the
+  // last to arrive does not, and stops the engine with kDamaged, if the bytes are others.
   std::uint32_t add_checksum(std::string path, const Range& whole, std::uint32_t expected);
   // Returns the lane's number.
   std::uint32_t add_device(std::unique_ptr<Device> device);
@@ -147,8 +147,8 @@ class Engine {
 
   mutable std::mutex mutex_;  // guards what follows, up to the condition
   OpenFiles open_files_;
-  std::deque<std::shared_ptr<const Source>> files_;  // after what they are of
-  std::deque<Checksum> checksums_;                   // never moves its elements
+  std::vector<std::shared_ptr<const Source>> files_;  // after what they are of
+  std::deque<Checksum> checksums_;                    // never moves its elements
   std::deque<std::unique_ptr<Device>> devices_;
   std::deque<Pending> pending_;
   std::vector<std::vector<std::unique_ptr<Event>>> spare_events_;  // by lane

@@ -6,10 +6,13 @@
 Importing pyint8 imports neither torch nor transformers nor bitsandbytes; loading does.
 """
 
+from __future__ import annotations
+
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 from pyint8.config import Int8Config, StreamOptions, set_registration
-from pyint8.errors import Pyint8Error
+from pyint8.errors import Pyint8Error, RankError
 from pyint8.host.imports import importing
 from pyint8.models.transformers.releases import require_transformers
 from pyint8.operations.convert import convert
@@ -20,11 +23,15 @@ from pyint8.operations.save import save
 from pyint8.operations.verify import Verification, verify
 from pyint8.report import LoadReport
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 __all__ = [
     "Inspection",
     "Int8Config",
     "LoadReport",
     "Pyint8Error",
+    "RankError",
     "StreamOptions",
     "Verification",
     "convert",
@@ -48,7 +55,7 @@ def _register_quantizer() -> None:
 set_registration(_register_quantizer)
 
 
-def takeover() -> AbstractContextManager[list[LoadReport]]:
+def takeover(*, process_group: ProcessGroup | None = None) -> AbstractContextManager[list[LoadReport]]:
     """While it lasts, every int8 load by transformers in this process goes through pyint8.
 
         with pyint8.takeover() as loads:
@@ -62,8 +69,11 @@ def takeover() -> AbstractContextManager[list[LoadReport]]:
     that are in memory (`state_dict=`) are left to transformers; `PYINT8_*` environment variables are the options. The
     block changes transformers' registry of quantizers, until it ends (or the last of several that overlap): for all
     threads, but not for processes that this one starts. `python -m pyint8.run` runs a whole program like this.
+
+    With a `process_group` its ranks load together, as in `pyint8.load`, each of the models that this thread loads: all
+    ranks come to the block alike and leave it together, and what ends it on one ends it on all.
     """
     require_transformers()
     with importing:
         from pyint8.models.transformers.takeover import takeover
-    return takeover()
+    return takeover(process_group)

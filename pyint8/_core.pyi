@@ -118,6 +118,33 @@ class Engine:
             CancelledError: The engine was closed.
         """
 
+    def is_on_its_way(self, ticket: int, milliseconds: int) -> bool:
+        """Blocks for so long at most until a read is on its way; nothing is ordered after it. False if it is not yet.
+
+        Raises:
+            Pyint8Error: As `wait`.
+        """
+
+    def promise(self, lane: int, count: int) -> int:
+        """Makes tickets for bytes that someone else brings to a lane's memory: other ranks' parts of a tensor.
+
+        They are waited for like a read's.
+
+        Returns:
+            The first; the others' follow, one by one.
+
+        Raises:
+            CancelledError: The engine was closed.
+        """
+
+    def keep_promise(self, first: int, count: int, stream: int) -> None:
+        """Says that the bytes of promised tickets are there once all that was put on `stream` so far is done.
+
+        Raises:
+            CancelledError: The engine was closed.
+            OptionError: A ticket was not promised, or was kept before.
+        """
+
     def transpose_to_half(
         self,
         lane: int,
@@ -169,7 +196,9 @@ class Engine:
             seconds of `time.monotonic`.
         """
 
-RequestTuple = tuple[tuple[bool, int, int, int], str, int, int, tuple[bool, bool, int, int] | tuple[str, int], int]
+Int8Tuple = tuple[bool, bool, int, int]
+ValuesTuple = tuple[str, int]
+RequestTuple = tuple[tuple[bool, int, int, int], str, int, int, Int8Tuple | ValuesTuple, int]
 
 class Consumer:
     """Makes int8 weights, and casts, on one GPU of an engine's, by a thread and a stream of its own.

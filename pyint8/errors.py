@@ -171,6 +171,26 @@ class CancelledError(Pyint8Error, RuntimeError):
     """The stream was closed while a tensor was waited for."""
 
 
+class RankError(Pyint8Error, RuntimeError):
+    """Another rank of the process group failed, or the ranks do not load the same; no rank has a model.
+
+    Attributes:
+        rank: The one that failed first, by its number in the group; None where it is not one alone.
+    """
+
+    def __init__(self, problem: str, *, rank: int | None = None, **place: Any) -> None:
+        super().__init__(problem, **place)
+        self.rank = rank
+
+    def __reduce__(self) -> Any:
+        return _rebuild_of_rank, (self.problem, self.path, self.tensor, self.offset, self.rank)
+
+
+def _rebuild_of_rank(*state: Any) -> RankError:
+    problem, path, tensor, offset, rank = state
+    return RankError(problem, path=path, tensor=tensor, offset=offset, rank=rank)
+
+
 class PartlyReplacedError(Pyint8Error, RuntimeError):
     """A reload stopped halfway; its cause is `__cause__`.
 

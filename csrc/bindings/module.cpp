@@ -270,6 +270,15 @@ PYBIND11_MODULE(_core, module) {
       .def("submit", &submit, "lane"_a, "reads"_a, "stream"_a, py::kw_only(), "first"_a,
            "checksums"_a = std::vector<std::uint32_t>())
       .def("wait", &wait, "ticket"_a, "stream"_a)
+      .def(
+          "is_on_its_way",
+          [](Engine& engine, Ticket ticket, std::uint32_t milliseconds) {
+            return engine.is_on_its_way(ticket, std::chrono::milliseconds(milliseconds));
+          },
+          "ticket"_a, "milliseconds"_a, py::call_guard<py::gil_scoped_release>())
+      .def("promise", &Engine::promise, "lane"_a, "count"_a, py::call_guard<py::gil_scoped_release>())
+      .def("keep_promise", &Engine::keep_promise, "first"_a, "count"_a, "stream"_a,
+           py::call_guard<py::gil_scoped_release>())
       .def("transpose_to_half", &transpose, "lane"_a, "source"_a, "dtype"_a, "through_bfloat16"_a, "rows"_a,
            "columns"_a, "destination"_a, "destination_stride"_a, "stream"_a)
       .def("require_unchanged", &Engine::require_unchanged, py::call_guard<py::gil_scoped_release>())

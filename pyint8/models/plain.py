@@ -26,6 +26,7 @@ from pyint8.placement.planner import ModelSizes, plan_device_map
 from pyint8.quantizer import Int8Quantizer, find_entry_point, first_overflow, modules_to_keep, tensor_bytes, tied_names
 from pyint8.report import Recorder
 from pyint8.streaming.preparation import Preparation
+from pyint8.streaming.ranks.ranks import Ranks
 from pyint8.streaming.reading import open_stream
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def fill_module(module: nn.Module, request: LoadRequest, preparation: Preparatio
             filler.replace_modules(quantizer.update_device_map(request.device_map), request.budget)
         with recorder.phase("stream"):
             preparation.stop_prefetch()
-            filler.fill(request.options)
+            filler.fill(request.options, preparation.ranks)
         with recorder.phase("finish"):
             # accelerate opens these files by their paths.
             checkpoint.require_unchanged({left["safetensors_file"] for left in filler.left_in_files.values()})
@@ -214,7 +215,7 @@ class _Filler:
             return checks.Need.NONE
         return checks.Need.REQUIRED if own[name].is_meta else checks.Need.WANTED
 
-    def fill(self, options: StreamOptions) -> None:
+    def fill(self, options: StreamOptions, ranks: Ranks | None = None) -> None:
         """Reads everything that does not stay on the disk, in order of file and offset."""
         own = self._module.state_dict()
         parameters = {name for name, _ in self._module.named_parameters()}
@@ -225,7 +226,8 @@ class _Filler:
         wanted = {name: way for name, way in wanted.items() if name not in self.left_in_files}
         requests = [request for name, way in wanted.items() for request in self._assembly.requests(name, *way)]
         self._recorder.expect(sum(request.entry.nbytes for request in requests))
-        with open_stream(requests, options, recorder=self._recorder, quantizer=find_entry_point()) as stream:
+        quantizer = find_entry_point()
+        with open_stream(requests, options, recorder=self._recorder, quantizer=quantizer, ranks=ranks) as stream:
             for name, way in wanted.items():
                 self._set(name, self._assembly.make(name, *way, stream))
             stream.finish()

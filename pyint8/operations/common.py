@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from pyint8.checkpoint import Checkpoint
     from pyint8.streaming.preparation import Preparation
+    from pyint8.streaming.ranks.ranks import Ranks
 
 
 def decoded(path: Any) -> str:
@@ -138,11 +139,11 @@ def begun(
         yield stack.enter_context(prepare(checkpoint, options)), recorder
 
 
-def prepare(checkpoint: Checkpoint | None, options: StreamOptions) -> Preparation:
+def prepare(checkpoint: Checkpoint | None, options: StreamOptions, ranks: Ranks | None = None) -> Preparation:
     """What begins before anything heavy is imported (see `Preparation`)."""
     from pyint8.streaming.preparation import Preparation  # here, since `import pyint8` does not load the extension
 
-    return Preparation(checkpoint, options)
+    return Preparation(checkpoint, options, ranks)
 
 
 def devices_of(device: Any) -> list[torch.device]:

@@ -34,10 +34,12 @@ from pyint8.report import LoadReport, Recorder, announce
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from torch.distributed import ProcessGroup
     from transformers import PreTrainedModel
 
     from pyint8.models.request import LoadRequest
     from pyint8.streaming.preparation import Preparation
+    from pyint8.streaming.ranks.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ def load(
     options: StreamOptions | None = None,
     cache: bool | str | os.PathLike[str] = False,
     storage_options: Mapping[str, Any] | None = None,
+    process_group: ProcessGroup | None = None,
     **hub_and_model_kwargs: Any,
 ) -> _Module: ...
 @overload
@@ -80,6 +83,7 @@ def load(
     options: StreamOptions | None = None,
     cache: bool | str | os.PathLike[str] = False,
     storage_options: Mapping[str, Any] | None = None,
+    process_group: ProcessGroup | None = None,
     **hub_and_model_kwargs: Any,
 ) -> tuple[_Module, LoadReport]: ...
 @overload
@@ -99,6 +103,7 @@ def load(
     options: StreamOptions | None = None,
     cache: bool | str | os.PathLike[str] = False,
     storage_options: Mapping[str, Any] | None = None,
+    process_group: ProcessGroup | None = None,
     **hub_and_model_kwargs: Any,
 ) -> PreTrainedModel: ...
 @overload
@@ -118,6 +123,7 @@ def load(
     options: StreamOptions | None = None,
     cache: bool | str | os.PathLike[str] = False,
     storage_options: Mapping[str, Any] | None = None,
+    process_group: ProcessGroup | None = None,
     **hub_and_model_kwargs: Any,
 ) -> tuple[PreTrainedModel, LoadReport]: ...
 def load(
@@ -136,6 +142,7 @@ def load(
     cache: bool | str | os.PathLike[str] = False,
     storage_options: Mapping[str, Any] | None = None,
     return_report: bool = False,
+    process_group: ProcessGroup | None = None,
     **hub_and_model_kwargs: Any,
 ) -> Any:
     """Load a Hugging Face checkpoint as a bitsandbytes int8 model.
@@ -174,6 +181,9 @@ def load(
             ...}. None finds credentials as the clouds' own tools do: in their environment variables and metadata
             services.
         return_report: Return (model, LoadReport).
+        process_group: Of torch.distributed: its ranks, all of which call this alike, load together. Each reads its part
+            of the bytes and gets the others' from them, over NCCL for GPUs and gloo for the CPU; each has a whole
+            model, on one device. Never implicit. If one fails, all others raise `pyint8.RankError`, which quotes it.
         hub_and_model_kwargs: For `from_pretrained`: revision, subfolder, token, attn_implementation and so on.
 
     Returns:
@@ -183,17 +193,18 @@ def load(
         Pyint8Error: One of `pyint8.errors`; all say what is wrong where, and what to do. Nothing stays behind: no
             thread, no open file, no pinned memory.
     """
-    refuse_misplaced(hub_and_model_kwargs)
-    source = decoded(path)
-    is_plain = model is not None and not isinstance(model, type)
-    config = int8_config(config)
-    check_options(options)
-    if not is_plain:
-        require_transformers()
-        refuse_split_models(hub_and_model_kwargs)
-    check_storage_options(storage_options, source)
-    moving = options_for(source, options)
     with ExitStack() as stack:
+        ranks = _join(stack, process_group, device_map, cache)
+        refuse_misplaced(hub_and_model_kwargs)
+        source = decoded(path)
+        is_plain = model is not None and not isinstance(model, type)
+        config = int8_config(config)
+        check_options(options)
+        if not is_plain:
+            require_transformers()
+            refuse_split_models(hub_and_model_kwargs)
+        check_storage_options(storage_options, source)
+        moving = options_for(source, options)
         recorder = stack.enter_context(Recorder(progress, timeline=moving.timeline))
         stack.enter_context(ending.awaited(recorder))
         with recorder.phase("read headers"):
@@ -217,7 +228,7 @@ def load(
         if checkpoint is not None:
             garbage.collect_if_short(checkpoint.most_bytes_loaded)
             stack.enter_context(garbage.paused())  # not while files are downloaded
-        preparation = stack.enter_context(prepare(checkpoint, moving))
+        preparation = stack.enter_context(prepare(checkpoint, moving, ranks))
         _import_libraries(is_plain=is_plain)
         request = _request(
             path=path,
@@ -242,6 +253,23 @@ def load(
             name_after(source, path, result)
     announce(recorder.report, source)
     return (result, recorder.report) if return_report else result
+
+
+def _join(stack: ExitStack, process_group: Any, device_map: Any, cache: Any) -> Ranks | None:
+    """The ranks that load together, until the stack ends; whatever fails from now on is told to all of them."""
+    if process_group is None:
+        return None
+    from pyint8.streaming.ranks.ranks import join_ranks  # with torch
+
+    ranks = join_ranks(process_group)
+    if ranks is not None:
+        stack.enter_context(ranks)
+        ranks.use(device_map)
+    if cache is not False:
+        raise OptionError(
+            "cache and process_group do not go together: convert once, with pyint8.convert, and load that"
+        )
+    return ranks
 
 
 def _refuse_cache(*, is_plain: bool, is_adapter: bool) -> None:

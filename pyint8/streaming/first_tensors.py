@@ -16,6 +16,7 @@ from pyint8.streaming.head_start import FirstTensors, HeadStart
 if TYPE_CHECKING:
     from pyint8.checkpoint import Checkpoint, Entry
     from pyint8.config import StreamOptions
+    from pyint8.streaming.ranks.ranks import Ranks
 
 # The part of the model's own memory that the first tensors may take: as much as arrives while a model of 8 billion
 # parameters is built. The model uses all of it later; the rest is for the weight being quantized.
@@ -31,14 +32,18 @@ _SPREAD_PART = 0.8
 
 
 def start_head_start(
-    checkpoint: Checkpoint, device_map: Any, max_memory: Mapping[Any, Any] | None, options: StreamOptions
+    checkpoint: Checkpoint,
+    device_map: Any,
+    max_memory: Mapping[Any, Any] | None,
+    options: StreamOptions,
+    ranks: Ranks | None = None,
 ) -> HeadStart | None:
     """A head start for a load of `checkpoint`; None if no GPU will be used, or if it is not known which.
 
     Tensors are read only if all of them go to one GPU, or a map will be planned ("auto") that spreads them evenly over
     all there are; of several GPUs, each begins with what it is likely to get, and what another one gets is read again.
     A planned map depends on the memory that is free: GPUs must be so large that it will be the same with what landed
-    before.
+    before. `ranks` load onto one GPU each.
     """
     found = first_gpu(device_map)
     if found is None:
@@ -48,7 +53,7 @@ def start_head_start(
     least = sum(entry.numel if entry.is_floating else entry.nbytes for entry in entries)  # that the model takes
     early = _most_early(entries, least)
     if takes_all:
-        return HeadStart([FirstTensors(gpu, entries, early, least)], options)
+        return HeadStart([FirstTensors(gpu, entries, early, least)], options, ranks=ranks)
     gpus = torch.cuda.device_count()
     if max_memory is None and is_planned(device_map) and (gpus == 1 or device_map in _EVEN_MAPS):
         if_free = int((checkpoint.most_bytes_loaded + early) / _PLANNED_PART)

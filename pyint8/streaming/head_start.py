@@ -17,6 +17,7 @@ from pyint8.streaming.transport import ReadRequest, Transport
 if TYPE_CHECKING:
     from pyint8.checkpoint import Entry
     from pyint8.config import StreamOptions
+    from pyint8.streaming.ranks.ranks import Ranks
 
 # Smaller tensors are asked for later, together: they would take longer to ask for than to read.
 _WORTHWHILE_BYTES = 1 << 20
@@ -69,6 +70,7 @@ class HeadStart:
         options: How to move bytes.
         gpus: How many GPUs tensors may land on.
         opener: Makes the lane of a device (another one for tests).
+        ranks: Those that load together.
 
     Attributes:
         reserves: Whether it reserved the device's memory; known once its transport is taken.
@@ -81,11 +83,12 @@ class HeadStart:
         *,
         gpus: int = 1,
         opener: LaneOpener = open_lane,
+        ranks: Ranks | None = None,
     ) -> None:
         self._parts = parts
         self._error: BaseException | None = None
         self._early: dict[str, EarlyTensor] = {}
-        self._transport = Transport(options, opener, gpus)
+        self._transport = Transport(options, opener, gpus) if ranks is None else ranks.transport(options, opener)
         self._taken = False
         self.reserves = False
         # A thread begins on the default streams; the caller may be on others.
@@ -141,24 +144,17 @@ class HeadStart:
         if lane.device != part.device:
             return
         self._transport.engine.prepare(lane.index)
-        if part.entries and _has_room(part):
+        if not part.entries:
+            return
+        wanted = []
+        if _has_room(part):
             self.reserves = part.reserved > 0
-            self._ask(lane, part.entries, part.nbytes)
+            wanted = _allocated(lane, part.entries, part.nbytes)
+        del wanted[self._transport.fewest(len(wanted)) :]
+        self._ask(lane, wanted)
 
-    def _ask(self, lane: Lane, entries: Sequence[Entry], nbytes: int) -> None:
-        """Requests all at once, as storages: allocating a tensor releases the interpreter's lock, and the thread that
-        builds the model would take it each time (docs/performance.md, "The interpreter's lock")."""
-        wanted: list[tuple[Entry, torch.UntypedStorage]] = []
-        for entry in entries:
-            if entry.nbytes < _WORTHWHILE_BYTES or isinstance(entry, EntryInMemory):
-                continue
-            nbytes -= entry.nbytes
-            if nbytes < 0:
-                break
-            try:
-                wanted.append((entry, torch.UntypedStorage(entry.nbytes, device=lane.device)))
-            except torch.OutOfMemoryError:  # the load itself may get by with less at a time
-                break
+    def _ask(self, lane: Lane, wanted: Sequence[tuple[Entry, torch.UntypedStorage]]) -> None:
+        """Requests all at once."""
         reads = [
             ReadRequest(
                 entry.path,
@@ -173,6 +169,23 @@ class HeadStart:
         first = self._transport.submit(lane, reads) if reads else 0
         for ticket, (entry, storage) in enumerate(wanted, first):
             self._early[entry.name] = EarlyTensor(entry, lane, storage, ticket)
+
+
+def _allocated(lane: Lane, entries: Sequence[Entry], nbytes: int) -> list[tuple[Entry, torch.UntypedStorage]]:
+    """The first entries that fit, with storages: allocating a tensor releases the interpreter's lock, and the thread
+    that builds the model would take it each time (docs/performance.md, "The interpreter's lock")."""
+    wanted: list[tuple[Entry, torch.UntypedStorage]] = []
+    for entry in entries:
+        if entry.nbytes < _WORTHWHILE_BYTES or isinstance(entry, EntryInMemory):
+            continue
+        nbytes -= entry.nbytes
+        if nbytes < 0:
+            break
+        try:
+            wanted.append((entry, torch.UntypedStorage(entry.nbytes, device=lane.device)))
+        except torch.OutOfMemoryError:  # the load itself may get by with less at a time
+            break
+    return wanted
 
 
 def _has_room(part: FirstTensors) -> bool:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pyint8.config import StreamOptions
     from pyint8.placement.budget import MemoryBudget
     from pyint8.streaming.head_start import EarlyTensor, HeadStart
+    from pyint8.streaming.ranks.ranks import Ranks
     from pyint8.streaming.transport import Transport
 
 
@@ -21,16 +22,20 @@ class Preparation:
     Args:
         checkpoint: The checkpoint, if it is known yet; from now on its cold parts are read into the page cache.
         options: How to move bytes.
+        ranks: Those that load together. Nothing is read into the page cache for them: each would read everything.
 
     Attributes:
         checkpoint: As given.
         options: As given.
+        ranks: As given.
     """
 
-    def __init__(self, checkpoint: Checkpoint | None, options: StreamOptions) -> None:
+    def __init__(self, checkpoint: Checkpoint | None, options: StreamOptions, ranks: Ranks | None = None) -> None:
         self.checkpoint = checkpoint
         self.options = options
-        self._prefetch = None if checkpoint is None else PageCachePrefetch(checkpoint, options)
+        self.ranks = ranks
+        reads_ahead = checkpoint if ranks is None else None
+        self._prefetch = None if reads_ahead is None else PageCachePrefetch(reads_ahead, options)
         self._head_start: HeadStart | None = None
 
     def __enter__(self) -> Preparation:
@@ -48,7 +53,9 @@ class Preparation:
         from pyint8.streaming.first_tensors import start_head_start
 
         if self.checkpoint is not None:
-            self._head_start = start_head_start(self.checkpoint, device_map, budget.per_device, self.options)
+            self._head_start = start_head_start(
+                self.checkpoint, device_map, budget.per_device, self.options, self.ranks
+            )
 
     @property
     def reserves_memory(self) -> bool:
@@ -72,6 +79,8 @@ class Preparation:
         """
         from pyint8.streaming.transport import Transport
 
-        if self._head_start is None:
-            return Transport(self.options, gpus=gpus), {}
-        return self._head_start.take()
+        if self._head_start is not None:
+            return self._head_start.take()
+        if self.ranks is not None:
+            return self.ranks.transport(self.options), {}
+        return Transport(self.options, gpus=gpus), {}

@@ -17,6 +17,7 @@ from pyint8.streaming.transport import Transport
 
 if TYPE_CHECKING:
     from pyint8.checkpoint import Entry
+    from pyint8.streaming.ranks.ranks import Ranks
 
 
 @contextmanager
@@ -28,6 +29,7 @@ def open_stream(
     opener: LaneOpener = open_lane,
     quantizer: int | None = None,
     most_bytes: int | None = None,
+    ranks: Ranks | None = None,
 ) -> Iterator[TensorStream]:
     """A stream with a transport of its own: on leaving, the workers are joined and nothing is on its way any more.
 
@@ -40,6 +42,7 @@ def open_stream(
         opener: Makes the lane of a device (another one for tests).
         quantizer: See `TensorStream`.
         most_bytes: See `TensorStream`.
+        ranks: Those that load together.
 
     Raises:
         FileChangedError: A file is not the one whose header was read, or was written to since.
@@ -47,7 +50,8 @@ def open_stream(
         DeviceError: The driver refuses.
     """
     gpus = {request.device for request in requests if request.device.type == "cuda"}
-    with closing(Transport(options, opener, len(gpus))) as transport:
+    made = Transport(options, opener, len(gpus)) if ranks is None else ranks.transport(options, opener)
+    with closing(made) as transport:
         stream = TensorStream(requests, transport, recorder=recorder, quantizer=quantizer, most_bytes=most_bytes)
         try:
             yield stream

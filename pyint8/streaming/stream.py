@@ -63,6 +63,7 @@ class TensorStream:
         self._transposer = Transposer(self._engine)
         self._chunks: dict[str, list[Chunk]] = {}
         self._checksums: dict[str, int] = {}  # the transport's, of entries that were begun
+        transport.agree(requests, early or {}, quantizer)
         self._pours = open_pours(requests, transport, self._lane, quantizer, early or {}, self._recorder, most_bytes)
         for request in requests:
             name = request.entry.name
@@ -142,6 +143,7 @@ class TensorStream:
         with self._naming_tensors():
             for pour in dict.fromkeys(self._pours.values()):
                 pour.finish()
+            self._transport.drain()
 
     def whole(self, name: str) -> torch.Tensor:
         """The entry as a tensor of its own, of its stored dtype and shape, contiguous."""

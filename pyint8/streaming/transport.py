@@ -16,8 +16,12 @@ from pyint8.streaming.extension import _core, open_engine
 from pyint8.streaming.lane import Lane, LaneOpener, open_lane
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
     from pyint8.checkpoint import Entry, FileStamp
     from pyint8.config import StreamOptions
+    from pyint8.streaming.ranks.consumer import SharedConsumer
+    from pyint8.streaming.requests import TensorRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +108,9 @@ class Transport:
         checksums = [read.checksum for read in reads]
         return self.engine.submit(lane.index, wanted, lane.stream, first=first, checksums=checksums)
 
-    def open_consumer(self, lane: Lane, scratch_bytes: int, transposed: int, quantizer: int) -> _core.Consumer:
+    def open_consumer(
+        self, lane: Lane, scratch_bytes: int, transposed: int, quantizer: int
+    ) -> _core.Consumer | SharedConsumer:
         """The native consumer of a GPU's lane.
 
         Args:
@@ -118,6 +124,14 @@ class Transport:
         """
         scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=lane.device)
         half = torch.empty(transposed, dtype=torch.float16, device=lane.device)
+        self.keep(scratch)
+        self.keep(half)
+        return self.make_consumer(lane, scratch, half, quantizer)
+
+    def make_consumer(
+        self, lane: Lane, scratch: torch.Tensor, half: torch.Tensor, quantizer: int
+    ) -> _core.Consumer | SharedConsumer:
+        """As `open_consumer`, with the memory that it uses."""
         consumer = _core.Consumer(
             self.engine,
             lane.index,
@@ -128,9 +142,17 @@ class Transport:
             quantizer=quantizer,
         )
         self._consumers.append(consumer)
-        self.keep(scratch)
-        self.keep(half)
         return consumer
+
+    def fewest(self, count: int) -> int:
+        """How many of the `count` tensors that fit a head start may ask for: all ranks ask for as many."""
+        return count
+
+    def agree(self, requests: Sequence[TensorRequest], early: Collection[str], quantizer: int | None) -> None:
+        """Called with the arguments of a stream before it begins: all ranks must be about to do the same."""
+
+    def drain(self) -> None:
+        """Called once all was taken that is wanted: what other ranks still need of this one is waited for."""
 
     def keep(self, memory: torch.Tensor) -> None:
         """Keeps memory that a consumer writes to until that is closed, whatever becomes of who asked for it."""

@@ -33,6 +33,7 @@ BUILTINS: dict[type[Pyint8Error], type[Exception]] = {
     errors.DeviceError: RuntimeError,
     errors.CancelledError: RuntimeError,
     errors.PartlyReplacedError: RuntimeError,
+    errors.RankError: RuntimeError,
 }
 
 
@@ -83,6 +84,11 @@ def test_what_was_replaced_is_carried() -> None:
     error = errors.PartlyReplacedError("broken", replaced=["a", "b"], torn="c")
     again = pickle.loads(pickle.dumps(error))
     assert (again.replaced, again.torn) == (("a", "b"), "c")
+
+
+def test_the_rank_that_failed_is_carried() -> None:
+    again = pickle.loads(pickle.dumps(errors.RankError("rank 1 of 2 failed", rank=1)))
+    assert (str(again), again.rank) == ("rank 1 of 2 failed", 1)
 
 
 def test_not_found_can_be_caught_as_the_builtin() -> None:

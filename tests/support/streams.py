@@ -77,10 +77,14 @@ MIXED: dict[str, Spec] = {
 
 @contextmanager
 def over(
-    requests: Sequence[TensorRequest], transport: Transport, early: dict[str, EarlyTensor]
+    requests: Sequence[TensorRequest],
+    transport: Transport,
+    early: dict[str, EarlyTensor],
+    *,
+    quantizer: int | None = None,
 ) -> Iterator[TensorStream]:
     """A stream over a transport that there is already, as the loader of transformers models has it."""
-    stream = TensorStream(requests, transport, early=early)
+    stream = TensorStream(requests, transport, early=early, quantizer=quantizer)
     try:
         yield stream
     finally:

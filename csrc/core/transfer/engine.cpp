@@ -278,9 +278,8 @@ void Engine::complete(const Job& job) {
   progress_.notify_all();
 }
 
-bool Engine::wait(Ticket ticket, StreamHandle stream, std::chrono::milliseconds timeout) {
-  require_own_process();
-  std::unique_lock lock(mutex_);
+Engine::Pending* Engine::await_issue(Ticket ticket, std::chrono::milliseconds timeout,
+                                     std::unique_lock<std::mutex>& lock) {
   if (ticket >= pending_.size()) {
     throw Error(ErrorCode::kInvalidArgument, "there is no ticket " + std::to_string(ticket));
   }
@@ -288,15 +287,58 @@ bool Engine::wait(Ticket ticket, StreamHandle stream, std::chrono::milliseconds 
   std::exception_ptr error;
   const bool over = progress_.wait_for(
       lock, timeout, [&] { return pending.on_its_way || closed_ || (error = workers_.error()) != nullptr; });
-  if (!over) return false;
+  if (!over) return nullptr;
   if (error != nullptr) std::rethrow_exception(error);
   if (closed_) throw cancelled();
-  if (pending.landed == nullptr) {
+  return &pending;
+}
+
+bool Engine::wait(Ticket ticket, StreamHandle stream, std::chrono::milliseconds timeout) {
+  require_own_process();
+  std::unique_lock lock(mutex_);
+  Pending* pending = await_issue(ticket, timeout, lock);
+  if (pending == nullptr) return false;
+  if (pending->landed == nullptr) {
     throw Error(ErrorCode::kInvalidArgument, "ticket " + std::to_string(ticket) + " was waited for before");
   }
-  devices_[pending.lane]->stream_waits_for(stream, *pending.landed);
-  spare_events_[pending.lane].push_back(std::move(pending.landed));
+  devices_[pending->lane]->stream_waits_for(stream, *pending->landed);
+  spare_events_[pending->lane].push_back(std::move(pending->landed));
   return true;
+}
+
+bool Engine::is_on_its_way(Ticket ticket, std::chrono::milliseconds timeout) {
+  require_own_process();
+  std::unique_lock lock(mutex_);
+  return await_issue(ticket, timeout, lock) != nullptr;
+}
+
+Ticket Engine::promise(std::uint32_t lane, std::size_t count) {
+  device(lane);  // throws where there is none
+  const std::lock_guard lock(mutex_);
+  if (closed_) throw cancelled();
+  const Ticket first = pending_.size();
+  for (std::size_t i = 0; i < count; ++i) pending_.emplace_back(lane, take_event(lane));
+  return first;
+}
+
+void Engine::keep_promise(Ticket first, std::size_t count, StreamHandle stream) {
+  require_own_process();
+  {
+    const std::lock_guard lock(mutex_);
+    if (closed_) throw cancelled();
+    if (first + count > pending_.size()) {
+      throw Error(ErrorCode::kInvalidArgument, "there is no ticket " + std::to_string(first + count - 1));
+    }
+    for (Ticket ticket = first; ticket < first + count; ++ticket) {
+      Pending& pending = pending_[ticket];
+      if (pending.on_its_way || pending.pieces_left != 0) {
+        throw Error(ErrorCode::kInvalidArgument, "ticket " + std::to_string(ticket) + " is not a promise");
+      }
+      devices_[pending.lane]->record_on(stream, *pending.landed);
+      pending.on_its_way = true;
+    }
+  }
+  progress_.notify_all();
 }
 
 void Engine::transpose_to_half(std::uint32_t lane, const TransposeJob& job, StreamHandle stream) {

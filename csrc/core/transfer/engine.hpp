@@ -79,6 +79,17 @@ class Engine {
   // waited for once.
   bool wait(Ticket ticket, StreamHandle stream, std::chrono::milliseconds timeout);
 
+  // Waits up to `timeout` until `ticket` is on its way, without ordering anything after it; false if the time
+  // ran out. Throws as `wait`.
+  bool is_on_its_way(Ticket ticket, std::chrono::milliseconds timeout);
+
+  // Tickets for bytes of memory of lane `lane` that someone else brings there (other ranks' parts of a
+  // tensor); returns the first of `count`. They are waited for like all others.
+  Ticket promise(std::uint32_t lane, std::size_t count);
+  // The bytes of `count` promised tickets from `first` on are there once all that is on `stream` so far is
+  // done.
+  void keep_promise(Ticket first, std::size_t count, StreamHandle stream);
+
   // Transposes a weight on a lane (see transpose.hpp), on `stream`.
   void transpose_to_half(std::uint32_t lane, const TransposeJob& job, StreamHandle stream);
 
@@ -139,6 +150,8 @@ class Engine {
                   std::uint64_t offset, std::size_t worker);
   void complete(const Job& job);
   std::unique_ptr<Event> take_event(std::uint32_t lane);
+  // With the lock held: until `ticket` is on its way; null if the time ran out.
+  Pending* await_issue(Ticket ticket, std::chrono::milliseconds timeout, std::unique_lock<std::mutex>& lock);
   std::exception_ptr await_copies();
 
   const EngineOptions options_;

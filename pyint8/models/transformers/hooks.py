@@ -93,6 +93,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         check_device_map(device_map)
+        self.session.check_device_map(device_map)
         self.int8.validate_environment(device_map=device_map, **kwargs)
         self._pass_on_device_map(device_map)
 

@@ -19,6 +19,7 @@ from pyint8.models.transformers.planned import PlannedLoad
 from pyint8.quantizer import Int8Quantizer
 from pyint8.report import Recorder
 from pyint8.streaming.preparation import Preparation
+from pyint8.streaming.ranks.ranks import Ranks
 
 _active: ContextVar[LoadSession | None] = ContextVar("pyint8_load_session", default=None)
 
@@ -65,7 +66,7 @@ class LoadSession:
             strict=strict, options=StreamOptions.from_environment(), arguments={"ignore_mismatched_sizes": True}
         )
         recorder = Recorder(timeline=request.options.timeline)
-        return LoadSession(request, Preparation(None, request.options), recorder)
+        return LoadSession(request, Preparation(None, request.options, Ranks.of_block()), recorder)
 
     @staticmethod
     def active() -> LoadSession | None:
@@ -76,6 +77,11 @@ class LoadSession:
     def is_drop_in(self) -> bool:
         """Whether it is a from_pretrained of other code, not one within `pyint8.load`."""
         return _active.get() is not self
+
+    def check_device_map(self, device_map: Any) -> None:
+        """Raises OptionError for a device map that ranks cannot load together with, if there are any."""
+        if self._preparation.ranks is not None:
+            self._preparation.ranks.use(device_map)
 
     @property
     def reserves_memory(self) -> bool:

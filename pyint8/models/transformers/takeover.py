@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from pyint8.errors import OptionError
 from pyint8.models.transformers.compat import AUTO_QUANTIZER_MAPPING
 from pyint8.models.transformers.hooks import StreamedInt8HfQuantizer
 from pyint8.report import LoadReport, collected
+from pyint8.streaming.ranks.ranks import join_ranks
 
 _INT8 = "bitsandbytes_8bit"
 
@@ -48,11 +49,12 @@ os.register_at_fork(after_in_child=_registry.renew_lock)
 
 
 @contextmanager
-def takeover() -> Iterator[list[LoadReport]]:
+def takeover(process_group: Any = None) -> Iterator[list[LoadReport]]:
     """See `pyint8.takeover`."""
     block = object()
+    ranks = None if process_group is None else join_ranks(process_group)
     try:
-        with _taken_over(block), collected() as reports:
+        with nullcontext() if ranks is None else ranks.together(), _taken_over(block), collected() as reports:
             yield reports
     except TypeError as error:
         if "unexpected keyword argument 'load_in_8bit'" not in str(error):

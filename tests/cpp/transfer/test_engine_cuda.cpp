@@ -172,6 +172,25 @@ TEST_CASE("after a wait the caller's stream, and it alone, waits for the bytes")
   }
 }
 
+TEST_CASE("who waits for a promised ticket waits for what its keeper's stream still does") {
+  const Accounts accounts;
+  std::atomic<bool> is_there = false, was_there = false;
+  Caller keeper(0), reader(0);
+  Engine engine({.slot_bytes = kSlot});
+  add_lane(engine, 0);
+  const Ticket ticket = engine.promise(0, 1);
+  Gate gate(keeper);
+  keeper.then([&] { is_there = true; });
+  engine.keep_promise(ticket, 1, keeper.stream());
+  wait_for(engine, ticket, reader.stream());
+  reader.then([&] { was_there = is_there.load(); });
+  soon();
+  CHECK_FALSE(is_there);
+  gate.open();
+  reader.synchronize();
+  CHECK(was_there);
+}
+
 TEST_CASE("the default stream is as good as any") {
   const Accounts accounts;
   const Checkpoint checkpoint({3 * kSlot});

@@ -154,6 +154,41 @@ TEST_CASE("lanes, files and tickets that do not exist, and a ticket waited for t
   CHECK(contains(error_of([&] { engine.submit(0, {&impossible, 1}, 0, false); }).message(), "beyond 2^63"));
 }
 
+TEST_CASE("a promised ticket is waited for until it is kept, and is kept once") {
+  const Checkpoint checkpoint({1000});
+  Bytes bytes(10);
+  Engine engine({});
+  CHECK(error_of([&] { engine.promise(0, 1); }).code() == ErrorCode::kInvalidArgument);
+  engine.add_device(std::make_unique<HostDevice>(1));
+  checkpoint.open(engine);
+  CHECK(engine.promise(0, 2) == 0);
+  CHECK(engine.submit(0, one_read(0, 0, bytes), 0, false) == 2);
+  CHECK(engine.is_on_its_way(2, kPatience));
+  for (const Ticket ticket : {0, 1}) CHECK_FALSE(engine.is_on_its_way(ticket, std::chrono::milliseconds(0)));
+  CHECK_FALSE(engine.wait(1, 0, std::chrono::milliseconds(1)));
+
+  std::thread keeper([&] { engine.keep_promise(0, 2, 0); });
+  for (const Ticket ticket : {1, 0}) wait_for(engine, ticket, 0);
+  keeper.join();
+  for (const Ticket ticket : {1, 2}) {
+    const Error error = error_of([&] { engine.keep_promise(ticket, 1, 0); });
+    CHECK(error.message() == "ticket " + std::to_string(ticket) + " is not a promise");
+  }
+  CHECK(contains(error_of([&] { engine.keep_promise(2, 2, 0); }).message(), "there is no ticket 3"));
+}
+
+TEST_CASE("a promise that is not kept ends with the engine") {
+  Engine engine({});
+  engine.add_device(std::make_unique<HostDevice>(1));
+  engine.promise(0, 1);
+  std::thread closer([&] { engine.close(); });
+  CHECK(error_of([&] { wait_for(engine, 0, 0); }).code() == ErrorCode::kCancelled);
+  closer.join();
+  CHECK(error_of([&] { engine.keep_promise(0, 1, 0); }).code() == ErrorCode::kCancelled);
+  CHECK(error_of([&] { engine.promise(0, 1); }).code() == ErrorCode::kCancelled);
+  CHECK(error_of([&] { engine.is_on_its_way(0, kPatience); }).code() == ErrorCode::kCancelled);
+}
+
 TEST_CASE("options are validated before anything is made") {
   const std::size_t before = running_threads();
   CHECK(error_of([] { Engine({.threads = 0}); }).code() == ErrorCode::kInvalidArgument);

@@ -39,7 +39,7 @@ def begun(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
 
-        def head_start(parts: Sequence[FirstTensors], _: Any, **more: int) -> Any:
+        def head_start(parts: Sequence[FirstTensors], _: Any, ranks: None = None, **more: int) -> Any:
             made = [told(part) | more for part in parts]
             return made[0] if len(made) == 1 else made
 

@@ -1,0 +1,52 @@
+"""What a load is about to do, in a few words that ranks can compare: pure."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pyint8.host.imports import imported
+from pyint8.streaming.extension import _core
+
+if TYPE_CHECKING:
+    from pyint8.streaming.requests import TensorRequest
+
+
+def fingerprint(requests: Sequence[TensorRequest], early: Iterable[str], facts: Sequence[Any]) -> dict[str, str]:
+    """Everything that the order and the sizes of what is gathered depend on, and by which people know it.
+
+    Args:
+        requests: Of the stream, in order.
+        early: What the head start asked for.
+        facts: What else decides who makes something of the bytes, and in which bands.
+    """
+    entries = [request.entry for request in requests]
+    ways = [(r.device.type, r.in_bands, r.batch, r.becomes, r.part) for r in requests]
+    return {
+        "the tensors' names, dtypes and shapes": _digest((e.name, e.dtype, e.shape, e.stride) for e in entries),
+        "what becomes of them, and in which order": _digest(ways),
+        "what the head start asked for": _digest(early),
+        "scratch, kernels and quantizer": _digest([_core.has_kernels(), *facts]),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": getattr(imported("transformers"), "__version__", "not imported"),
+    }
+
+
+def _digest(values: Iterable[Any]) -> str:
+    found = hashlib.sha256()
+    for value in values:
+        found.update(repr(value).encode(errors="surrogateescape"))
+    return found.hexdigest()[:12]
+
+
+def differences(fingerprints: Sequence[Mapping[str, str]]) -> str:
+    """What the first rank that is unlike rank 0 has otherwise."""
+    rank = next(rank for rank, found in enumerate(fingerprints) if found != fingerprints[0])
+    zero, other = fingerprints[0], fingerprints[rank]
+    unlike = [f"{name} ({zero[name]} and {other[name]})" for name in zero if zero[name] != other.get(name)]
+    return f"ranks 0 and {rank} differ in {'; '.join(unlike)}"

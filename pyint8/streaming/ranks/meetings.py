@@ -1,0 +1,34 @@
+"""What a conductor has to do beside pieces: to hold meetings, and to ask for more pieces."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Protocol
+
+
+class Source(Protocol):
+    """What asks for the bytes of pieces itself, as room becomes free."""
+
+    def has_more(self) -> bool:
+        """Whether there are pieces that were not added yet."""
+
+    def feed(self) -> None:
+        """Adds those for which there is room."""
+
+    def await_room(self) -> None:
+        """Waits until there may be more room."""
+
+
+class Meeting:
+    """Values of all ranks (of JSON's kinds), once all have come to the same stage.
+
+    Attributes:
+        message: This rank's stage and value.
+        is_last: Whether nothing comes after it.
+        values: Every rank's, in order.
+    """
+
+    def __init__(self, stage: str, value: Any, *, is_last: bool = False) -> None:
+        self.message = json.dumps([stage, value]).encode()
+        self.is_last = is_last
+        self.values: list[Any] | None = None

@@ -1,0 +1,78 @@
+"""What is gathered at once, and which of its bytes a rank reads: pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from pyint8.streaming.transport import ReadRequest
+
+# All ranks read smaller pieces whole: to gather them would take longer, and between a rank's parts of neighbours
+# would be gaps that the engine reads through (csrc/core/transfer/engine.cpp).
+_LEAST_BYTES = 256 << 10
+# Of the ranks' parts: what NCCL loads at once.
+_ALIGNMENT = 16
+
+
+def part_of(nbytes: int, ranks: int) -> int:
+    """The bytes of a piece that each rank reads; what is behind all parts is read by all. 0: they read it whole."""
+    return 0 if nbytes < _LEAST_BYTES else nbytes // (ranks * _ALIGNMENT) * _ALIGNMENT
+
+
+def own_ranges(nbytes: int, rank: int, ranks: int) -> list[tuple[int, int]]:
+    """(begin, end) of what a rank reads of a piece."""
+    part = part_of(nbytes, ranks)
+    ranges = [(rank * part, (rank + 1) * part), (ranks * part, nbytes)]
+    return [(begin, end) for begin, end in ranges if begin < end]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is gathered at once, while this rank's part of it is on its way.
+
+    Attributes:
+        memory: Of all of it, uint8.
+        part: The bytes that each rank reads (see `part_of`).
+        tickets: The engine's, of what this rank reads.
+        promised: The engine's, of the whole: kept once it is gathered.
+    """
+
+    memory: torch.Tensor
+    part: int
+    tickets: range
+    promised: range
+
+    @property
+    def nbytes(self) -> int:
+        return self.memory.numel()
+
+    def after(self, first: int) -> Piece:
+        """The same with tickets that count from `first`."""
+        return replace(self, tickets=range(self.tickets.start + first, self.tickets.stop + first))
+
+
+def together(reads: Sequence[ReadRequest]) -> Iterator[list[ReadRequest]]:
+    """Neighbours that land one behind the other in the same memory, from its start: pieces of one chunk."""
+    for _, group in groupby(reads, key=lambda read: id(read.memory)):
+        yield list(group)
+
+
+def own_reads(reads: Sequence[ReadRequest], rank: int, ranks: int) -> list[ReadRequest]:
+    """What a rank reads of a piece that several reads make."""
+    starts = list(accumulate((read.nbytes for read in reads), initial=0))
+    found = []
+    for begin, end in own_ranges(starts[-1], rank, ranks):
+        for start, read in zip(starts, reads, strict=False):
+            low, high = max(begin, start), min(end, start + read.nbytes)
+            if low < high:
+                found.append(_cut(read, low - start, high - low))
+    return found
+
+
+def _cut(read: ReadRequest, start: int, nbytes: int) -> ReadRequest:
+    return replace(read, offset=read.offset + start, at=read.at + start, nbytes=nbytes)

@@ -1,0 +1,109 @@
+"""A transport of which each rank reads its part; to those above it is like any other."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pyint8.errors import RankError
+from pyint8.streaming.extension import _core
+from pyint8.streaming.lane import LaneOpener, open_lane
+from pyint8.streaming.ranks.conductor import Conductor
+from pyint8.streaming.ranks.consumer import SharedConsumer
+from pyint8.streaming.ranks.fingerprint import differences, fingerprint
+from pyint8.streaming.ranks.meetings import Meeting
+from pyint8.streaming.ranks.pieces import Piece, own_reads, part_of, together
+from pyint8.streaming.transport import ReadRequest, Transport
+
+if TYPE_CHECKING:
+    from pyint8.checkpoint import Entry
+    from pyint8.config import StreamOptions
+    from pyint8.streaming.lane import Lane
+    from pyint8.streaming.requests import TensorRequest
+
+
+class SharedTransport(Transport):
+    """Moves ranges of files to the memory of all ranks.
+
+    What is asked for to be read first, out of its order, is read by this rank alone; so is what lands elsewhere than on
+    the ranks' device, and what Python makes beside a GPU's consumer, since no order of the two is the same everywhere.
+
+    Args:
+        conductor: Gathers.
+        number: Of the load, among those of these ranks.
+        options: How to move bytes.
+        opener: Makes the lane of a device.
+    """
+
+    def __init__(
+        self, conductor: Conductor, number: int, options: StreamOptions, opener: LaneOpener = open_lane
+    ) -> None:
+        super().__init__(options, opener)
+        self._conductor = conductor
+        self._number = number
+        conductor.attach(self.engine)
+
+    def submit(self, lane: Lane, reads: list[ReadRequest], *, first: bool = False) -> int:
+        if first or self._consumers or lane.device != self._conductor.group.device:
+            return super().submit(lane, reads, first=first)
+        group = self._conductor.group
+        chunks = list(together(reads))
+        mine = [own_reads(chunk, group.rank, group.size) for chunk in chunks]
+        flat = [read for of_chunk in mine for read in of_chunk]
+        ticket = super().submit(lane, flat) if flat else 0
+        first_promised = promised = self.engine.promise(lane.index, len(reads))
+        pieces = []
+        for chunk, of_chunk in zip(chunks, mine, strict=True):
+            memory = _memory_of(chunk, lane.device)
+            tickets = range(ticket, ticket + len(of_chunk))
+            whole = range(promised, promised + len(chunk))
+            pieces.append(Piece(memory, part_of(memory.numel(), group.size), tickets, whole))
+            ticket, promised = tickets.stop, whole.stop
+        self._conductor.put(*pieces)
+        return first_promised
+
+    def checksum_of(self, entry: Entry) -> int:
+        """None: no rank reads all bytes of a tensor."""
+        return _core.UNCHECKED
+
+    def make_consumer(self, lane: Lane, scratch: torch.Tensor, half: torch.Tensor, quantizer: int) -> SharedConsumer:
+        consumer = super().make_consumer(lane, scratch, half, quantizer)
+        assert isinstance(consumer, _core.Consumer)
+        shared = SharedConsumer(consumer, self._conductor, self.engine, lane, scratch)
+        self._conductor.attach(self.engine, shared)
+        return shared
+
+    def fewest(self, count: int) -> int:
+        return int(min(self._meet("its head start", count)))
+
+    def agree(self, requests: Sequence[TensorRequest], early: Collection[str], quantizer: int | None) -> None:
+        gpus = dict.fromkeys(request.device for request in requests if request.device.type == "cuda")
+        lanes = [(lane.on_gpu, lane.scratch_bytes) for lane in map(self.lane, gpus)]
+        facts = [lanes, self._options.host_scratch, quantizer is not None]
+        heard = self._meet("its plan", fingerprint(requests, early, facts))
+        if any(of_rank != heard[0] for of_rank in heard):
+            raise RankError(f"the ranks are about to load different things: {differences(heard)}")
+
+    def _meet(self, stage: str, value: Any) -> list[Any]:
+        meeting = Meeting(f"{stage} of load {self._number}", value)
+        self._conductor.put(meeting)
+        self._conductor.wait_for(lambda: meeting.values is not None)
+        assert meeting.values is not None
+        return meeting.values
+
+    def drain(self) -> None:
+        self._conductor.wait_for(self._conductor.is_done)
+
+    def close(self) -> None:
+        if hasattr(self, "_conductor"):
+            self._conductor.attach(None)
+        super().close()
+
+
+def _memory_of(reads: Sequence[ReadRequest], device: torch.device) -> torch.Tensor:
+    memory = reads[0].memory
+    if isinstance(memory, torch.UntypedStorage):
+        memory = torch.empty(0, dtype=torch.uint8, device=device).set_(memory)
+    return memory[: sum(read.nbytes for read in reads)]

@@ -1,0 +1,264 @@
+"""What ranks of a process group do in tests, in a module that their processes can import."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from oracle import assert_same, state
+from plain_models import ALL, Net
+from rank_processes import Outcome, outcome_of
+from torch import nn
+
+import pyint8
+from pyint8.streaming.ranks import pieces
+
+# Of the sum of a rank's reads: what small tensors and the ends of pieces add to its part.
+_MORE = 1.01
+
+
+@contextmanager
+def gathering_small_pieces() -> Iterator[None]:
+    with mock.patch.object(pieces, "_LEAST_BYTES", 256):
+        yield
+
+
+def load(folder: Path | str, **kwargs: Any) -> Any:
+    return pyint8.load(folder, **({"device_map": "cpu", "process_group": dist.group.WORLD, "progress": False} | kwargs))
+
+
+def same_as_alone(_: int, folders: list[Path]) -> list[float]:
+    """How much of what one rank alone reads each rank reads."""
+    shares = []
+    with gathering_small_pieces():
+        for folder in folders:
+            ours, report = load(folder, return_report=True)
+            alone, whole = load(folder, process_group=None, return_report=True)
+            assert_same(ours, alone)
+            shares.append(report.engine["bytes_delivered"] / whole.engine["bytes_delivered"])
+    return shares
+
+
+def plain_same_as_alone(_: int, folder: Path) -> float:
+    with gathering_small_pieces():
+        ours, report = load(folder, model=Net(), config=ALL, return_report=True)
+        alone, whole = load(folder, model=Net(), config=ALL, process_group=None, return_report=True)
+    assert state(ours) == state(alone)
+    return float(report.engine["bytes_read"] / whole.engine["bytes_read"])
+
+
+def big_net() -> nn.Module:
+    return nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(16)))
+
+
+def peak_of(work: Callable[[], Any]) -> int:
+    """By how many bytes memory grew at most."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _status("VmRSS")
+    work()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) << 10
+
+
+def share_and_memory(_: int, folder: Path) -> tuple[float, int, int]:
+    """The bytes read, and the peaks of memory together and alone."""
+    read: list[float] = []
+
+    def one(**kwargs: Any) -> None:
+        config = pyint8.Int8Config(skip_modules=[])
+        with torch.device("meta"):
+            module = big_net()
+        _, report = load(folder, model=module, config=config, return_report=True, **kwargs)
+        read.append(report.engine["bytes_read"])
+
+    for group in (dist.group.WORLD, None):  # what is done once
+        one(process_group=group)
+    together = min(peak_of(one) for _ in range(3))  # the heap's own habits come and go
+    return read[0], together, min(peak_of(lambda: one(process_group=None)) for _ in range(3))
+
+
+# --- failures ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def interrupted(bytes_landed: int) -> Iterator[None]:
+    """Ctrl-C, once so many bytes have landed."""
+    from pyint8.report.recorder import Recorder
+
+    landed, seen = Recorder.landed, [0]
+
+    def counted(self: Recorder, nbytes: int) -> None:
+        landed(self, nbytes)
+        seen[0] += nbytes
+        if seen[0] - nbytes < bytes_landed <= seen[0]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with mock.patch.object(Recorder, "landed", counted):
+        yield
+
+
+@contextmanager
+def interrupted_by_a_clock(number: int) -> Iterator[None]:
+    """Ctrl-C after a few milliseconds more each time."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, number / 5000 * 0.004 + 0.001)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+@contextmanager
+def quantizer_fails(_: int) -> Iterator[None]:
+    from pyint8.quantizer import Int8Quantizer
+
+    with mock.patch.object(Int8Quantizer, "create_quantized_param", side_effect=RuntimeError("in the quantizer")):
+        yield
+
+
+@contextmanager
+def other_transformers(_: int) -> Iterator[None]:
+    import transformers
+
+    with (
+        mock.patch.object(transformers, "__version__", "4.0.0"),
+        mock.patch("pyint8.operations.load.require_transformers"),
+    ):
+        yield
+
+
+BREAKS: dict[str, Callable[[int], Any]] = {
+    "nothing": lambda _: nullcontext(),
+    "Ctrl-C": interrupted,
+    "Ctrl-C at any moment": interrupted_by_a_clock,
+    "an exception": quantizer_fails,
+    "other transformers": other_transformers,
+}
+
+
+def load_under(mishap: Any, folder: Path, arguments: dict[str, Any]) -> None:
+    with mishap:
+        load(folder, **arguments)
+
+
+def failing(
+    rank: int, good: Path, others: dict[int, Path], broken: int, how: str, times: int, arguments: dict[str, Any]
+) -> list[Outcome]:
+    """`times` loads in which rank `broken` has another folder, arguments or a mishap; then one that must go well."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    found = []
+    with gathering_small_pieces():
+        for number in range(times):
+            more, mishap = (arguments, BREAKS[how]) if rank == broken else ({}, BREAKS["nothing"])
+            found.append(outcome_of(partial(load_under, mishap(1 + number * 5000), others.get(rank, good), more)))
+            if number == times // 2:
+                load(good)
+        ours = load(good)
+    assert_same(ours, load(good, process_group=None))
+    return found
+
+
+def refused(_: int, folder: Path, arguments: dict[str, Any]) -> None:
+    load(folder, **arguments)
+
+
+def refused_group(rank: int, folder: Path) -> list[Outcome]:
+    """What is no group of this process."""
+    smaller = dist.new_group([0])
+    groups = ["WORLD", smaller] if rank else ["WORLD"]
+    return [outcome_of(lambda: load(folder, process_group=group)) for group in groups]  # noqa: B023
+
+
+def of_one(rank: int, folder: Path) -> float:
+    """A group of one rank loads as one does alone."""
+    groups = [dist.new_group([number]) for number in range(dist.get_world_size())]
+    _, report = load(folder, process_group=groups[rank], return_report=True)
+    return float(report.engine["bytes_read"])
+
+
+def in_part(rank: int, folder: Path) -> float | None:
+    """A group of some of the ranks."""
+    group = dist.new_group([0, 2])
+    if rank == 1:
+        return None
+    with gathering_small_pieces():
+        _, report = load(folder, process_group=group, return_report=True)
+    return float(report.engine["bytes_read"])
+
+
+def backend_for_gpus(_: int, folder: Path) -> None:
+    group = "pyint8.streaming.ranks.group.Group"
+    with (
+        mock.patch(f"{group}._backends", return_value={"cuda": "nccl"}),
+        mock.patch(f"{group}._tells_on_cpu", True),
+    ):
+        load(folder)
+
+
+# --- takeover ---------------------------------------------------------------------------------------------------------
+
+
+def taken_over(_: int, folder: Path, own: bool) -> tuple[list[float], float]:
+    """Two loads by transformers in one block; what each read, and what one reads alone."""
+    import transformers as tf
+
+    wanted = pyint8.Int8Config() if own else tf.BitsAndBytesConfig(load_in_8bit=True)
+    with gathering_small_pieces(), pyint8.takeover(process_group=dist.group.WORLD) as reports:
+        models = [
+            tf.AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", quantization_config=wanted)
+            for _ in range(2)
+        ]
+    alone, report = load(folder, process_group=None, return_report=True)
+    for model in models:
+        assert_same(model, alone)
+    return [report.engine["bytes_delivered"] for report in reports], report.engine["bytes_delivered"]
+
+
+def block_that_one_leaves(rank: int, folder: Path, stage: str) -> None:
+    """Rank 1 leaves the block with an error: before its load, at a point that only transformers sees, or after."""
+    import transformers as tf
+
+    with pyint8.takeover(process_group=dist.group.WORLD):
+        if rank == 1 and stage == "before":
+            raise ZeroDivisionError("before")
+        path = folder.parent / "nothing here" if rank == 1 and stage == "in transformers" else folder
+        wanted = tf.BitsAndBytesConfig(load_in_8bit=True)
+        tf.AutoModelForCausalLM.from_pretrained(path, device_map="cpu", quantization_config=wanted)
+        if rank == 1:
+            raise ZeroDivisionError("after")
+
+
+def planned_in_a_block(_: int, folder: Path) -> None:
+    import transformers as tf
+
+    with pyint8.takeover(process_group=dist.group.WORLD):
+        wanted = tf.BitsAndBytesConfig(load_in_8bit=True)
+        tf.AutoModelForCausalLM.from_pretrained(folder, device_map="auto", quantization_config=wanted)
+
+
+def dies(rank: int, folder: Path) -> None:
+    """Rank 1 is killed in the middle of a load."""
+
+    def die(*_: Any) -> None:
+        time.sleep(0.2)  # the others are waiting for it
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with gathering_small_pieces(), mock.patch("pyint8.report.recorder.Recorder.landed", die) if rank else nullcontext():
+        load(folder)

@@ -146,6 +146,23 @@ def prepare(checkpoint: Checkpoint | None, options: StreamOptions, ranks: Ranks 
     return Preparation(checkpoint, options, ranks)
 
 
+def joined_ranks(stack: ExitStack, process_group: Any, device_map: Any, cache: Any) -> Ranks | None:
+    """The ranks that load together, until the stack ends; whatever fails from now on is told to all of them."""
+    if process_group is None:
+        return None
+    from pyint8.streaming.ranks.ranks import join_ranks  # with torch
+
+    ranks = join_ranks(process_group)
+    if ranks is not None:
+        stack.enter_context(ranks)
+        ranks.use(device_map)
+    if cache is not False:
+        raise OptionError(
+            "cache and process_group do not go together: convert once, with pyint8.convert, and load that"
+        )
+    return ranks
+
+
 def devices_of(device: Any) -> list[torch.device]:
     """Where weights are quantized: None for all visible GPUs that can, or the CPU.
 

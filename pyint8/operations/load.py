@@ -22,6 +22,7 @@ from pyint8.operations.common import (
     check_options,
     check_storage_options,
     decoded,
+    joined_ranks,
     located,
     measured_memory,
     name_after,
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
     from pyint8.models.request import LoadRequest
     from pyint8.streaming.preparation import Preparation
-    from pyint8.streaming.ranks.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ def load(
             thread, no open file, no pinned memory.
     """
     with ExitStack() as stack:
-        ranks = _join(stack, process_group, device_map, cache)
+        ranks = joined_ranks(stack, process_group, device_map, cache)
         refuse_misplaced(hub_and_model_kwargs)
         source = decoded(path)
         is_plain = model is not None and not isinstance(model, type)
@@ -253,23 +253,6 @@ def load(
             name_after(source, path, result)
     announce(recorder.report, source)
     return (result, recorder.report) if return_report else result
-
-
-def _join(stack: ExitStack, process_group: Any, device_map: Any, cache: Any) -> Ranks | None:
-    """The ranks that load together, until the stack ends; whatever fails from now on is told to all of them."""
-    if process_group is None:
-        return None
-    from pyint8.streaming.ranks.ranks import join_ranks  # with torch
-
-    ranks = join_ranks(process_group)
-    if ranks is not None:
-        stack.enter_context(ranks)
-        ranks.use(device_map)
-    if cache is not False:
-        raise OptionError(
-            "cache and process_group do not go together: convert once, with pyint8.convert, and load that"
-        )
-    return ranks
 
 
 def _refuse_cache(*, is_plain: bool, is_adapter: bool) -> None:

@@ -17,12 +17,14 @@ import pytest
 import rank_cases as cases
 import torch
 from plain_models import Net
+from range_server import serving
 from rank_processes import Outcome, RankProcesses
 from safetensors.torch import load_file, save_file
 from zoo import PREQUANTIZED, ZOO, CheckpointStore
 
 import pyint8
 from pyint8.errors import OptionError
+from pyint8.remote.folder import _FIRST_BYTES
 
 SHORT_LIST = {
     2: ["llama", "llama_sharded", "gpt2", "t5", "bert_fresh_head", "mixtral", "qwen3_moe", "gpt_oss"],
@@ -72,6 +74,16 @@ def test_all_ranks_have_what_one_has_alone(ranks: RankProcesses, checkpoints: Ch
 def test_plain_modules(ranks: RankProcesses, tmp_path: Path) -> None:
     save_file(Net().state_dict(), tmp_path / "model.safetensors")
     assert all(share < 0.8 for share in values(ranks.run(cases.plain_same_as_alone, tmp_path)))
+
+
+def test_of_a_server_each_rank_asks_for_its_part(ranks: RankProcesses, tmp_path: Path) -> None:
+    pytest.importorskip("obstore")
+    module = cases.big_net()
+    save_file(module.state_dict(), tmp_path / "model.safetensors")
+    total = sum(tensor.nbytes for tensor in module.state_dict().values())
+    with serving(tmp_path) as server:
+        values(ranks.run(cases.of_a_server, server.url, tmp_path))
+        assert total <= server.asked() <= total * 1.01 + ranks.size * _FIRST_BYTES  # of which each has the header
 
 
 def test_each_rank_reads_its_part_and_needs_no_more_memory(ranks: RankProcesses, tmp_path: Path) -> None:

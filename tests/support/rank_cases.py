@@ -93,6 +93,14 @@ def share_and_memory(_: int, folder: Path) -> tuple[float, int, int]:
 # --- failures ---------------------------------------------------------------------------------------------------------
 
 
+def of_a_server(_: int, url: str, folder: Path) -> None:
+    """Of a checkpoint that is elsewhere, what one rank has of it here."""
+    ways = ((url, dist.group.WORLD), (folder, None))
+    ours, alone = (load(path, model=big_net(), process_group=group).state_dict() for path, group in ways)
+    assert list(ours) == list(alone)
+    assert all(torch.equal(value, alone[name]) for name, value in ours.items())
+
+
 @contextmanager
 def interrupted(bytes_landed: int) -> Iterator[None]:
     """Ctrl-C, once so many bytes have landed."""

@@ -1,7 +1,7 @@
 """Thousands of loads and failures in one process: `make soak [SOAK="--rounds 1000 --device cuda"]`.
 
-Each round loads a small model twice, as a transformers model and as a plain module, and fails in five ways: a truncated
-shard, NaN, a missing tensor, an absent file, Ctrl-C. After a warm-up, memory, descriptors, threads and objects may not
+Each round loads a transformers model, one that lacks a tensor and a plain module, and fails in four ways: a truncated
+shard, NaN, an absent folder, Ctrl-C. After a warm-up, memory, descriptors, threads and objects may not
 grow. Ends with a table, and with status 1 if something does.
 """
 
@@ -53,7 +53,7 @@ class Net(torch.nn.Module):
 
 
 def damaged(folder: Path) -> dict[str, Path]:
-    """Checkpoints that cannot be loaded, by what is wrong with them."""
+    """Checkpoints by what is wrong with them."""
     source = checkpoint_store(folder / "sources").folder(ZOO["llama"], "bf16")
     made = {"sound": source}
     for name in ("truncated", "not finite", "incomplete"):

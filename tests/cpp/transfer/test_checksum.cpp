@@ -25,7 +25,8 @@ std::optional<Error> read_in_parts(const Checkpoint& checkpoint, bool on_gpu, st
   } else {
     engine.add_device(std::make_unique<HostDevice>(4));
   }
-  const std::uint32_t number = engine.add_checksum(checkpoint.files[0].path(), {0, kOffset, to.size()}, expected);
+  const std::uint32_t number =
+      engine.add_checksum(checkpoint.files[0].path(), {0, kOffset, to.size()}, expected);
   std::vector<Read> reads;
   for (std::size_t at = 0; at < to.size(); at += step) {
     const std::size_t nbytes = std::min(step, to.size() - at);

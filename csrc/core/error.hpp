@@ -14,7 +14,7 @@ enum class ErrorCode {
   kIo,               // the operating system refused; `system_errno` says why
   kTruncated,        // the file ends before the bytes that were asked for
   kChanged,          // the file is not, or no longer, in the state that was expected
-  kDamaged,         // the bytes of a file are not those that were written
+  kDamaged,          // the bytes of a file are not those that were written
   kDriver,           // the GPU's driver is absent or refused a call
   kCancelled,        // the work was stopped
 };

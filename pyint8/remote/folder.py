@@ -19,6 +19,7 @@ from pyint8.checkpoint.safetensors import MAX_HEADER_BYTES
 from pyint8.checkpoint.side_files import is_weights
 from pyint8.errors import CheckpointError, CheckpointNotFoundError, OptionError, Pyint8Error, RemoteError
 from pyint8.host import ending
+from pyint8.host.files import open_file
 from pyint8.host.writing import write_errors
 
 from . import objects
@@ -246,14 +247,14 @@ def _shards(folder: str, at: RemotePath, variant: str | None) -> list[str]:
 
 
 def _weight_map(index: str) -> dict[str, str]:
-    with open(index, "rb") as file:
+    with open_file(index) as file:
         return weight_map_of(index, file.read())
 
 
 def _named_in_config(folder: str) -> list[str]:
     """The file that the configuration's `transformers_weights` puts in place of the usual one."""
     try:
-        with open(os.path.join(folder, "config.json"), "rb") as file:
+        with open_file(os.path.join(folder, "config.json")) as file:
             name = json.load(file)["transformers_weights"]
     except (OSError, ValueError, RecursionError, KeyError, TypeError):  # the load itself reports it
         return []

@@ -25,6 +25,7 @@ BUILTINS: dict[type[Pyint8Error], type[Exception]] = {
     errors.TruncatedError: ValueError,
     errors.FileChangedError: ValueError,
     errors.ShapeMismatchError: ValueError,
+    errors.ChecksumError: ValueError,
     errors.QuantizationStateError: ValueError,
     errors.NonFiniteWeightError: ValueError,
     errors.ReadError: OSError,

@@ -80,7 +80,7 @@ def names_a_way_to_open(node: ast.AST) -> bool:
     if isinstance(node, ast.Attribute):
         return ast.unparse(node) in ("os.open", "io.open", "os.fdopen")
     if isinstance(node, ast.Call) and ast.unparse(node.func) == "open":
-        return not any("w" in ast.unparse(mode) for mode in node.args[1:])
+        return not any(set("wx") & set(ast.unparse(mode)) for mode in node.args[1:])
     return isinstance(node, ast.Name) and node.id == "FileIO"
 
 

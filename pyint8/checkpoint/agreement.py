@@ -64,6 +64,11 @@ class Disagreement:
         return f"tensor {self.name!r}, {self.path}: {self.problem}"
 
 
+def names_a_file(name: str) -> bool:
+    """Whether it is the name of a file in its folder, and of nothing outside of it."""
+    return name not in ("", ".", "..") and not any(c in name for c in "/\\\0")
+
+
 def weight_map_of(path: str, raw: bytes) -> dict[str, str]:
     """The file names by tensor that an index holds.
 
@@ -83,7 +88,7 @@ def weight_map_of(path: str, raw: bytes) -> dict[str, str]:
     if isinstance(index, dict) and not isinstance(index.get("metadata", {}), dict):
         raise CheckpointError("the `metadata` of the index is no JSON object; download it again", path=path)
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or shard in ("", ".", "..") or any(c in shard for c in "/\\\0"):
+        if not isinstance(shard, str) or not names_a_file(shard):
             raise CheckpointError(
                 f"the index puts the tensor in {abbreviated(shard)}, which is not the plain name of a file beside the "
                 "index; do not trust this checkpoint, or correct the index",

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from pyint8.errors import CheckpointError
 from pyint8.host.files import open_file
 
 from ._reading import os_errors
+from .pickled import PickledFile
 from .safetensors import SafetensorsFile
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 CHECKSUMS = "model.safetensors.crc32c.json"
 _ALGORITHM = "crc32c"
-
-_File = TypeVar("_File")
 
 
 def checksums_text(file_of: Mapping[str, str], checksums: Mapping[str, int]) -> bytes:
@@ -40,23 +39,22 @@ def checksums_text(file_of: Mapping[str, str], checksums: Mapping[str, int]) -> 
     return json.dumps({"algorithm": _ALGORITHM, "files": files}, indent=1).encode() + b"\n"
 
 
-def with_checksums(files: Iterable[_File]) -> list[_File]:
+def with_checksums(files: Iterable[SafetensorsFile | PickledFile]) -> list[SafetensorsFile | PickledFile]:
     """Files of a checkpoint whose entries know their checksums, where there are any.
 
     Raises:
         CheckpointError: A file of checksums is none.
         ReadError: The operating system refused.
     """
-    noted: dict[str, Mapping[str, Any]] = {}
-    found: list[_File] = []
+    of_folder: dict[str, Mapping[str, Mapping[str, int]]] = {}
+    found: list[SafetensorsFile | PickledFile] = []
     for file in files:
         if isinstance(file, SafetensorsFile):
             folder, name = os.path.split(file.path)
-            if folder not in noted:
-                noted[folder] = _read(os.path.join(folder, CHECKSUMS))
-            found.append(_noted(file, noted[folder].get(name, {})))  # type: ignore[arg-type]
-        else:
-            found.append(file)
+            if folder not in of_folder:
+                of_folder[folder] = _read(os.path.join(folder, CHECKSUMS))
+            file = _noted(file, of_folder[folder].get(name, {}))
+        found.append(file)
     return found
 
 
@@ -89,7 +87,7 @@ def _read(path: str) -> Mapping[str, Mapping[str, int]]:
 
 def _parsed(checksums: Mapping[str, str]) -> dict[str, int]:
     found = {name: int(text, 16) for name, text in checksums.items()}
-    wrong: Sequence[str] = [name for name, value in found.items() if not 0 <= value < 1 << 32]
+    wrong = [name for name, value in found.items() if not 0 <= value < 1 << 32]
     if wrong:
         raise ValueError(f"that of {min(wrong)!r:.200} has more than 32 bits")
     return found

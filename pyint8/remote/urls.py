@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from pyint8.checkpoint.agreement import names_a_file
 from pyint8.errors import OptionError
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.DOTALL)
@@ -77,7 +78,5 @@ def parsed(url: str) -> RemotePath:
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether it names a file in its folder, and nothing outside of it."""
-    return (
-        name not in ("", ".", "..") and not re.search(r"[/\\\x00]", name) and len(name.encode(errors="replace")) < 256
-    )
+    """Whether it names a file in its folder, and one that a file system here can have."""
+    return names_a_file(name) and len(name.encode(errors="replace")) < 256

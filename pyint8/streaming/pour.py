@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pyint8.streaming.requests import KERNEL_DTYPES, TensorRequest, ToDtype, ToInt8, is_plain, kernels_cast
+from pyint8.streaming.scratch import band_bytes
 
 if TYPE_CHECKING:
     from pyint8.checkpoint import Entry
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 
 _NAMES = {dtype: name for name, dtype in KERNEL_DTYPES.items()}
 _MOST_ROWS = 2**31 - 1  # that bitsandbytes counts
-# The consumer's, of which one holds the fp16 form of a band: a row fits in each.
-_PARTS = 8
-_ALIGNMENT = 256
 # The first requests are few, so that bytes begin to move while the others are written down.
 _FIRST_REQUESTS = 64
 
@@ -62,11 +60,7 @@ def _can_quantize(entry: Entry, becomes: ToInt8, lane: Lane) -> bool:
     if entry.dtype not in KERNEL_DTYPES or becomes.model_dtype not in _NAMES or len(entry.torch_shape) != 2:
         return False
     row_bytes = entry.nbytes // entry.torch_shape[0]
-    return max(entry.torch_shape) <= _MOST_ROWS and row_bytes <= _band_bytes(lane.scratch_bytes // 2)
-
-
-def _band_bytes(scratch_bytes: int) -> int:
-    return scratch_bytes // _PARTS // _ALIGNMENT * _ALIGNMENT
+    return max(entry.torch_shape) <= _MOST_ROWS and row_bytes <= band_bytes(lane.scratch_bytes // 2)
 
 
 class Pour:

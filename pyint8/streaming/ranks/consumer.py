@@ -19,12 +19,11 @@ from pyint8.streaming.extension import _core
 from pyint8.streaming.ranks.conductor import Conductor
 from pyint8.streaming.ranks.pieces import Piece, own_ranges, part_of
 from pyint8.streaming.requests import KERNEL_DTYPES
-from pyint8.streaming.scratch import ALIGNMENT, Region, ScratchRing
+from pyint8.streaming.scratch import PARTS, Region, ScratchRing, band_bytes
 
 if TYPE_CHECKING:
     from pyint8.streaming.lane import Lane
 
-_PARTS = 8  # of scratch (csrc/core/quantize/consumer.cpp); the last holds the fp16 form of a band
 # Pieces asked for at once.
 _MOST_AT_ONCE = 64
 _SCALE_BYTES = torch.float32.itemsize
@@ -91,8 +90,8 @@ class SharedConsumer:
         self._conductor = conductor
         self._engine = engine
         self._lane = lane
-        self._band_bytes = scratch.numel() // _PARTS // ALIGNMENT * ALIGNMENT
-        self._ring = ScratchRing((_PARTS - 1) * self._band_bytes)
+        self._band_bytes = band_bytes(scratch.numel())
+        self._ring = ScratchRing((PARTS - 1) * self._band_bytes)
         self._scratch = scratch
         self._waiting: deque[Band] = deque()
         self._ends: list[int] = []  # of each request: how many bands there are of it and of all before

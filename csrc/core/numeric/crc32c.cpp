@@ -5,7 +5,6 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
-#include <immintrin.h>
 #elif defined(__aarch64__)
 #include <sys/auxv.h>
 #endif
@@ -67,11 +66,13 @@ std::uint64_t word_at(const std::byte* at) {
   return word;
 }
 
-// The CPU's instruction, and whether it has it.
+// The CPU's instruction, and whether it has it. As assembly: compilers disagree on which of their options
+// allows it.
 #if defined(__x86_64__)
-#define PYINT8_CRC_TARGET __attribute__((target("sse4.2")))
-PYINT8_CRC_TARGET inline std::uint64_t step_word(std::uint64_t state, std::uint64_t word) {
-  return _mm_crc32_u64(state, word);
+#define PYINT8_CRC_INSTRUCTION
+inline std::uint64_t step_word(std::uint64_t state, std::uint64_t word) {
+  asm("crc32q %1, %0" : "+r"(state) : "r"(word));
+  return state;
 }
 bool has_instruction() {
   unsigned a = 0;
@@ -81,7 +82,7 @@ bool has_instruction() {
   return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_SSE4_2) != 0;
 }
 #elif defined(__aarch64__)
-#define PYINT8_CRC_TARGET
+#define PYINT8_CRC_INSTRUCTION
 inline std::uint64_t step_word(std::uint64_t state, std::uint64_t word) {
   asm(".arch_extension crc\n\tcrc32cx %w0, %w0, %x1" : "+r"(state) : "r"(word));
   return state;
@@ -91,10 +92,10 @@ bool has_instruction() {
 }
 #endif
 
-#ifdef PYINT8_CRC_TARGET
+#ifdef PYINT8_CRC_INSTRUCTION
 
 // Of three parts at once: the instruction takes three cycles, and a new one can begin in each.
-PYINT8_CRC_TARGET std::uint32_t by_thirds(std::uint32_t state, const std::byte* bytes, std::size_t third) {
+std::uint32_t by_thirds(std::uint32_t state, const std::byte* bytes, std::size_t third) {
   std::uint64_t first = state;
   std::uint64_t second = 0;
   std::uint64_t last = 0;
@@ -107,7 +108,7 @@ PYINT8_CRC_TARGET std::uint32_t by_thirds(std::uint32_t state, const std::byte* 
          crc32c_shift(static_cast<std::uint32_t>(second), third) ^ static_cast<std::uint32_t>(last);
 }
 
-PYINT8_CRC_TARGET std::uint32_t by_instruction(std::uint32_t state, std::span<const std::byte> bytes) {
+std::uint32_t by_instruction(std::uint32_t state, std::span<const std::byte> bytes) {
   if (bytes.size() >= kMinForThree) {
     const std::size_t third = bytes.size() / 3 & ~(sizeof(std::uint64_t) - 1);
     state = by_thirds(state, bytes.data(), third);

@@ -86,7 +86,7 @@ class Engine:
         stream: int,
         *,
         first: bool,
-        checksums: list[int] = ...,
+        checksums: list[int] = [],
     ) -> int:
         """Asks for ranges of files, in order.
 

@@ -177,6 +177,24 @@ def test_a_compiled_forward(checkpoints: CheckpointStore) -> None:
         assert torch.equal(torch.compile(model, backend="aot_eager")(tokens).logits, expected)
 
 
+def test_what_is_tied_is_compared_once_it_has_come(tmp_path: Path) -> None:
+    """transformers ties the two if they are equal; reads are so slow that the last is long in coming."""
+    config = transformers.LlamaConfig(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=4, num_attention_heads=16, vocab_size=32000
+    )
+    with torch.device("cuda"):
+        model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model.lm_head.weight.data.copy_(model.model.embed_tokens.weight)
+    model.config.tie_word_embeddings = True
+    model.save_pretrained(tmp_path, state_dict=model.state_dict())
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    slow = StreamOptions(threads=1, slots_per_thread=1, slot_bytes=8192)
+    ours = pyint8.load(tmp_path, device_map={"": 0}, options=slow)
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    assert torch.equal(ours.lm_head.weight, tensors["lm_head.weight"])
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 def test_two_devices_are_as_transformers_has_them(checkpoints: CheckpointStore, name: str) -> None:

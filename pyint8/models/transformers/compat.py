@@ -61,6 +61,7 @@ __all__ = [
     "in_conversions",
     "infer_auto_device_map",
     "kept_in_fp32",
+    "looks_at_values",
     "may_be_missing",
     "remove_tied_weights_from_state_dict",
     "rename_source_key",
@@ -100,6 +101,19 @@ def tied_weights(model: Any) -> Mapping[str, str]:
     """Names of parameters to the name of the one whose memory they share."""
     ties: Mapping[str, str] = model.all_tied_weights_keys
     return ties
+
+
+def looks_at_values(model: Any, missing: Collection[str]) -> bool:
+    """Whether values may be looked at between the last parameter and the end of `from_pretrained`.
+
+    transformers compares and pads what is tied, and lets a model's own code initialize it.
+
+    Args:
+        model: With all parameters set.
+        missing: Names of what the checkpoint has no values for.
+    """
+    is_theirs = type(model).__module__.startswith("transformers.models.")
+    return bool(missing) or bool(tied_weights(model)) or not is_theirs
 
 
 def may_be_missing(model: Any, name: str) -> bool:

@@ -221,7 +221,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         model.hf_quantizer = genuine
         report_unquantized(model, self.int8, self.session.recorder.report)
         warn_of_unfilled_buffers(model, self.session.device_map)
-        self.session.finish()  # the last bytes may have come only now; nothing above looks at values
+        self.session.finish()  # the last bytes may have come only now (see PlannedLoad.make)
         with self.session.recorder.phase("finish"):
             self.int8.postprocess_model(model, locate=self._planned.locate)
         if self.session.is_drop_in:

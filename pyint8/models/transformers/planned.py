@@ -12,7 +12,7 @@ import torch
 from pyint8.checkpoint import Checkpoint
 from pyint8.models.assembly import Destination
 from pyint8.models.request import LoadRequest
-from pyint8.models.transformers.compat import WeightTransform, converts_on_cpu
+from pyint8.models.transformers.compat import WeightTransform, converts_on_cpu, looks_at_values
 from pyint8.models.transformers.parameters import ParameterMaker, find_destinations, find_dtypes
 from pyint8.models.transformers.plan import plan_load
 from pyint8.models.transformers.reconcile import check_index, reconcile
@@ -60,6 +60,7 @@ class PlannedLoad:
         parameters = reconcile(self.plan, model, checkpoint, quantizer, allow_mismatched_shapes=allow)
         self.dtypes = find_dtypes(model, parameters, dtype, quantizer)
         self._started_at = 0.0
+        self._to_make = set(self.plan.targets)
 
     @property
     def has_started(self) -> bool:
@@ -134,9 +135,17 @@ class PlannedLoad:
         self._quantizer.health.raise_or_warn(strict=self._quantizer.strict, locate=self.locate)
 
     def make(self, name: str, loading_info: Any) -> dict[str, torch.Tensor]:
-        """The parameters of one target, once the stream has started; called by transformers' loop."""
+        """The parameters of one target, once the stream has started; called by transformers' loop.
+
+        Their values may come later. After the last target transformers may look at them, to compare and copy what is
+        tied, or let code that is not its own initialize what is missing: then they are waited for here.
+        """
         assert self._maker is not None
-        return self._maker.make(name, loading_info)
+        made = self._maker.make(name, loading_info)
+        self._to_make.discard(name)
+        if not self._to_make and looks_at_values(self._model, loading_info.missing_keys - made.keys()):
+            self._maker.finish()
+        return made
 
     def stand_ins(self, name: str) -> dict[str, torch.Tensor]:
         """The parameters of one target, by name, on meta: shapes and dtypes without values."""

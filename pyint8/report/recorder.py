@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 
@@ -88,7 +88,13 @@ class Recorder:
         """Adds what was done when, by the clock of `time.perf_counter`."""
         if self.report.timeline is not None:
             with self._lock:
-                self.report.timeline.spans.extend(spans)
+                self.report.timeline.add(spans)
+
+    def add_spans_later(self, spans: Callable[[], Iterable[Span]]) -> None:
+        """The same, of what is called for when somebody looks."""
+        if self.report.timeline is not None:
+            with self._lock:
+                self.report.timeline.add_later(spans)
 
     def expect(self, nbytes: int) -> None:
         """Announces how many bytes of the checkpoint will land."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -45,15 +46,38 @@ class Span:
     nbytes: int = 0
 
 
-@dataclass
 class Timeline:
     """The spans of one load (see `LoadReport.timeline`).
 
-    Attributes:
+    Args:
         spans: In no order.
     """
 
-    spans: list[Span] = field(default_factory=list)
+    def __init__(self, spans: Iterable[Span] = ()) -> None:
+        self._spans = list(spans)
+        self._later: list[Callable[[], Iterable[Span]]] = []
+
+    @property
+    def spans(self) -> list[Span]:
+        """In no order."""
+        while self._later:
+            self._spans.extend(self._later.pop()())
+        return self._spans
+
+    def add(self, spans: Iterable[Span]) -> None:
+        self._spans.extend(spans)
+
+    def add_later(self, spans: Callable[[], Iterable[Span]]) -> None:
+        """Adds what is called for when somebody looks, so that a load need not wait for thousands of them."""
+        self._later.append(spans)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_spans": self.spans, "_later": []}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Timeline) and self.spans == other.spans
+
+    __hash__ = None  # type: ignore[assignment]
 
     @property
     def start(self) -> float:

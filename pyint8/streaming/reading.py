@@ -62,7 +62,7 @@ def open_stream(
             transport.close()
             stream.close()
             if recorder is not None:
-                recorder.add_spans(transport.spans())
+                recorder.add_spans_later(transport.spans())
 
 
 def read_tensor(entry: Entry) -> torch.Tensor:

@@ -16,7 +16,7 @@ from pyint8.streaming.extension import _core, open_engine
 from pyint8.streaming.lane import Lane, LaneOpener, open_lane
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from pyint8.checkpoint import Entry, FileStamp
     from pyint8.config import StreamOptions
@@ -170,13 +170,14 @@ class Transport:
         """The engine's statistics so far (see `LoadReport.engine`)."""
         return self.engine.stats()
 
-    def spans(self) -> list[Span]:
-        """What workers, buses and GPUs did when; complete once it is closed."""
+    def spans(self) -> Callable[[], list[Span]]:
+        """What workers, buses and GPUs did when, to be called for; complete if this is closed."""
         devices = {lane.index: str(lane.device) for lane in self._opened}
         lanes = {"copying": "bus to {}", "quantizing": "{}"}
-        return [
+        raw = self.engine.spans()
+        return lambda: [
             Span(lanes[what].format(devices[who]) if what in lanes else f"worker {who}", what, begin, end, nbytes)
-            for what, who, begin, end, nbytes in self.engine.spans()
+            for what, who, begin, end, nbytes in raw
         ]
 
     def close(self) -> None:

@@ -4,6 +4,12 @@
 #include <utility>
 
 namespace pyint8 {
+namespace {
+
+// More than are added at once, so that what is over does not gather.
+constexpr int kTakenAtOnce = 2;
+
+}  // namespace
 
 double Timeline::now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -52,6 +58,10 @@ void Timeline::add_work(Doing doing, std::uint32_t lane, std::unique_ptr<Event> 
   if (begin == nullptr || end == nullptr) return;
   const std::lock_guard lock(mutex_);
   under_way_.push_back({doing, lane, std::move(begin), std::move(end), nbytes});
+  for (int i = 0; i < kTakenAtOnce && !under_way_.empty() && under_way_.front().end->passed(); ++i) {
+    take_times(under_way_.front());
+    under_way_.pop_front();
+  }
 }
 
 void Timeline::settle() {
@@ -62,10 +72,14 @@ void Timeline::settle() {
       under_way_.push_back(std::move(work));
       continue;
     }
-    const Clock& timed = clocks_.at(work.lane);
-    spans_.push_back({work.doing, work.lane, timed.started + work.begin->seconds_since(*timed.start),
-                      timed.started + work.end->seconds_since(*timed.start), work.nbytes});
+    take_times(work);
   }
+}
+
+void Timeline::take_times(const Work& work) {
+  const Clock& timed = clocks_.at(work.lane);
+  spans_.push_back({work.doing, work.lane, timed.started + work.begin->seconds_since(*timed.start),
+                    timed.started + work.end->seconds_since(*timed.start), work.nbytes});
 }
 
 std::vector<Span> Timeline::spans() const {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -39,7 +40,8 @@ class Timeline {
   // Work between two marks; of no effect without them.
   void add_work(Doing doing, std::uint32_t lane, std::unique_ptr<Event> begin, std::unique_ptr<Event> end,
                 std::uint64_t nbytes);
-  // Takes the times of the work that is over.
+  // Takes the times of the work that is over. `add_work` does so for what is long over, so that little is
+  // left.
   void settle();
 
   // All so far, in no order; of a device's work what is settled.
@@ -59,10 +61,11 @@ class Timeline {
   };
 
   const Clock* clock(std::uint32_t lane) const;
+  void take_times(const Work& work);  // with the lock held
 
   mutable std::mutex mutex_;
   std::map<std::uint32_t, Clock> clocks_;
-  std::vector<Work> under_way_;
+  std::deque<Work> under_way_;
   std::vector<Span> spans_;
 };
 

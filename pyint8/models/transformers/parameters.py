@@ -119,7 +119,7 @@ class ParameterMaker:
             maker.join()
         for stream in self._streams.values():
             stream.close()
-        self._recorder.add_spans(self._transport.spans())
+        self._recorder.add_spans_later(self._transport.spans())
         self._makers.clear()  # breaks a reference cycle
         self._streams.clear()
 

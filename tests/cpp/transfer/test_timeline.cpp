@@ -112,7 +112,7 @@ TEST_CASE("a driver that fails while some work is over and some is not") {
   Gate gate(caller);
   add();
   add();
-  fake_cuda_fail_after("cuEventQuery", 3, 719);
+  fake_cuda_fail_after("cuEventQuery", 2, 719);
   CHECK(error_of([&] { timeline.settle(); }).code() == ErrorCode::kDriver);
   gate.open();
   caller.synchronize();

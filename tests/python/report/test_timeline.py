@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -88,3 +90,21 @@ def test_nothing_is_noted_unless_it_is_asked_for() -> None:
     with recorder.phase("build"), recorder.waiting():
         recorder.add_spans(SPANS)
     assert recorder.report.timeline is None
+
+
+def test_what_is_added_for_later_is_there_when_somebody_looks() -> None:
+    looked: list[str] = []
+
+    def later() -> list[Span]:
+        looked.append("")
+        return SPANS[:1]
+
+    found = Timeline()
+    found.add_later(later)
+    found.add(SPANS[1:])
+    assert looked == []
+    again = pickle.loads(pickle.dumps(found))
+    assert found == again == copy.deepcopy(found)
+    assert len(found.spans) == len(SPANS)
+    assert set(found.spans) == set(SPANS)
+    assert looked == [""]

@@ -69,16 +69,30 @@ Ticket submit(Engine& engine, std::uint32_t lane, const std::vector<ReadTuple>& 
   return engine.submit(lane, reads, stream, first);
 }
 
-void wait(Engine& engine, Ticket ticket, StreamHandle stream) {
-  for (;;) {
-    bool over = false;
+// What `look` finds within a time that it is given, asked until it finds something or a signal raises. It is
+// first given no time, and Python's lock is kept: who gives it away while another thread computes waits for
+// milliseconds until he has it again.
+template <typename Look>
+auto look_until_found(const Look& look) {
+  auto found = look(std::chrono::milliseconds(0));
+  while (!found) {
     {
       const py::gil_scoped_release released;
-      over = engine.wait(ticket, stream, kSignalInterval);
+      found = look(kSignalInterval);
     }
-    if (over) return;
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    if (!found && PyErr_CheckSignals() != 0) throw py::error_already_set();
   }
+  return found;
+}
+
+void wait(Engine& engine, Ticket ticket, StreamHandle stream) {
+  look_until_found([&](std::chrono::milliseconds time) { return engine.wait(ticket, stream, time); });
+}
+
+bool is_on_its_way(Engine& engine, Ticket ticket, std::uint32_t milliseconds) {
+  if (engine.is_on_its_way(ticket, std::chrono::milliseconds(0))) return true;
+  const py::gil_scoped_release released;
+  return engine.is_on_its_way(ticket, std::chrono::milliseconds(milliseconds));
 }
 
 // By the names of the safetensors format.
@@ -133,15 +147,8 @@ Ticket submit_requests(Consumer& consumer, const std::vector<RequestTuple>& tupl
 }
 
 Ticket wait_for_request(Consumer& consumer, Ticket ticket, StreamHandle stream) {
-  for (;;) {
-    std::optional<Ticket> ready;
-    {
-      const py::gil_scoped_release released;
-      ready = consumer.wait(ticket, stream, kSignalInterval);
-    }
-    if (ready) return *ready;
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-  }
+  return *look_until_found(
+      [&](std::chrono::milliseconds time) { return consumer.wait(ticket, stream, time); });
 }
 
 void transpose(Engine& engine, std::uint32_t lane, Address from, const std::string& dtype,
@@ -270,15 +277,9 @@ PYBIND11_MODULE(_core, module) {
       .def("submit", &submit, "lane"_a, "reads"_a, "stream"_a, py::kw_only(), "first"_a,
            "checksums"_a = std::vector<std::uint32_t>())
       .def("wait", &wait, "ticket"_a, "stream"_a)
-      .def(
-          "is_on_its_way",
-          [](Engine& engine, Ticket ticket, std::uint32_t milliseconds) {
-            return engine.is_on_its_way(ticket, std::chrono::milliseconds(milliseconds));
-          },
-          "ticket"_a, "milliseconds"_a, py::call_guard<py::gil_scoped_release>())
-      .def("promise", &Engine::promise, "lane"_a, "count"_a, py::call_guard<py::gil_scoped_release>())
-      .def("keep_promise", &Engine::keep_promise, "first"_a, "count"_a, "stream"_a,
-           py::call_guard<py::gil_scoped_release>())
+      .def("is_on_its_way", &is_on_its_way, "ticket"_a, "milliseconds"_a)
+      .def("promise", &Engine::promise, "lane"_a, "count"_a)
+      .def("keep_promise", &Engine::keep_promise, "first"_a, "count"_a, "stream"_a)
       .def("transpose_to_half", &transpose, "lane"_a, "source"_a, "dtype"_a, "through_bfloat16"_a, "rows"_a,
            "columns"_a, "destination"_a, "destination_stride"_a, "stream"_a)
       .def("require_unchanged", &Engine::require_unchanged, py::call_guard<py::gil_scoped_release>())
@@ -291,7 +292,7 @@ PYBIND11_MODULE(_core, module) {
            "transposed"_a, "transposed_bytes"_a, "quantizer"_a, py::keep_alive<1, 2>())
       .def("submit", &submit_requests, "requests"_a, "stream"_a)
       .def("wait", &wait_for_request, "ticket"_a, "stream"_a)
-      .def("done", &Consumer::done, py::call_guard<py::gil_scoped_release>())
+      .def("done", &Consumer::done)
       .def("close", &Consumer::close, py::call_guard<py::gil_scoped_release>());
 
   module.attr("UNCHECKED") = kUnchecked;

@@ -51,7 +51,7 @@ class _Results:
         if report.outcome != "passed":
             test["outcome"] = report.outcome
             skipped = isinstance(report.longrepr, tuple)  # path, line, reason
-            test["reason"] = report.longrepr[2] if skipped else str(report.longrepr)[-500:]
+            test["reason"] = report.longrepr[2] if skipped else str(report.longrepr)[-2000:]
 
     def pytest_sessionfinish(self) -> None:
         gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

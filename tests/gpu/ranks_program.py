@@ -21,6 +21,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from oracle import assert_same
+from torch.distributed.elastic.multiprocessing.errors import record
 
 import pyint8
 from pyint8.streaming.ranks import pieces
@@ -38,6 +39,7 @@ def load(folder: str, **kwargs: Any) -> tuple[Any, pyint8.LoadReport]:
 def own_peak(folder: str, **kwargs: Any) -> tuple[Any, pyint8.LoadReport, int]:
     """A model, its report, and the GPU memory that its load took at most."""
     before = torch.cuda.memory_allocated(DEVICE)
+    torch.manual_seed(0)  # of weights that the checkpoint lacks
     model, report = load(folder, **kwargs)
     return model, report, report.device_peak_bytes[str(DEVICE)] - before
 
@@ -83,6 +85,7 @@ def fail(folder: str) -> dict[str, float]:
     return {"seconds_between_ranks": slowest}
 
 
+@record
 def main(folders: list[str]) -> None:
     torch.cuda.set_device(DEVICE)
     dist.init_process_group("nccl", device_id=DEVICE)

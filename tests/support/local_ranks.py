@@ -42,30 +42,38 @@ class LocalGroup:
     def __init__(self, wire: Wire, rank: int, settle: Callable[[], None] = lambda: None) -> None:
         self._wire = wire
         self._settle = settle
-        self.size, self.rank, self.stream = wire.size, rank, 0
+        self.size, self.rank, self.stream, self.room_stream = wire.size, rank, 0, 0
         self.device: torch.device | None = torch.device("cpu")
 
     def check_device(self, device: torch.device) -> None:
         """Every device is as good as any."""
 
+    def leave(self) -> None:
+        """There is nothing to let go of."""
+
     @contextmanager
     def used(self) -> Iterator[None]:
         yield
 
-    def numbers(self, mine: Sequence[int]) -> list[list[int]]:
-        return [list(row) for row in self._wire.exchange(self.rank, tuple(mine))]
+    def tell(self, mine: Sequence[int]) -> Callable[[], list[list[int]]]:
+        said = [list(row) for row in self._wire.exchange(self.rank, tuple(mine))]
+        return lambda: said
 
     def messages(self, mine: bytes, lengths: Sequence[int]) -> list[bytes]:
         assert len(mine) == lengths[self.rank]
         found: list[bytes] = self._wire.exchange(self.rank, mine)
         return found
 
-    def gather(self, memory: torch.Tensor, part: int) -> None:
+    def gather(self, pieces: Sequence[tuple[torch.Tensor, int]]) -> None:
         self._settle()
-        mine = memory[self.rank * part : (self.rank + 1) * part].clone()
-        for rank, theirs in enumerate(self._wire.exchange(self.rank, mine)):
-            memory[rank * part : (rank + 1) * part] = theirs
-        self._wire.gathered += part
+        for memory, part in pieces:
+            mine = self.part_of(memory, part).clone()
+            for rank, theirs in enumerate(self._wire.exchange(self.rank, mine)):
+                memory[rank * part : (rank + 1) * part] = theirs
+            self._wire.gathered += part
+
+    def part_of(self, memory: torch.Tensor, part: int) -> torch.Tensor:
+        return memory[self.rank * part : (self.rank + 1) * part]
 
 
 def on_ranks(size: int, work: Callable[[Ranks, int], Any], settle: Callable[[], None] = lambda: None) -> list[Any]:

@@ -1,11 +1,13 @@
 """One rank's part in what all do together: meetings, the gathering of pieces, and the end, whatever becomes of it.
 
-All collectives are called by one thread, which Ctrl-C does not reach, in rounds. In each, all ranks first tell each
-other a few numbers: how many of the next pieces they have read their parts of, or that they are at a meeting, or that
-they have failed. So all know alike what comes next, and nobody waits for what will not come: as many pieces are
-gathered as all have read; at a meeting, values are exchanged; where one has failed, the others are told why, and all
-are done. The order of pieces and meetings is the same on all ranks, since it follows from the same plan; when each has
-read its part is not.
+All collectives are called by one thread, which Ctrl-C does not reach, in rounds. In each, all ranks tell each other a
+few numbers: how many of the next pieces they will gather, or that they are at a meeting, or that they have failed. So
+all know alike what comes next, and nobody waits for what will not come: as many pieces are gathered as all ranks have
+said; at a meeting, values are exchanged; where one has failed, the others are told why, and all are done. While the
+numbers of one round are on their way, the pieces of the round before are gathered, so that neither waits for the other.
+A rank says that it will gather pieces before it has read its parts of them; should a read fail, it gives zeros, and
+says so in the next round. The order of pieces and meetings is the same on all ranks, since it follows from the same
+plan; when each has read its part is not.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyint8.errors import CancelledError, Pyint8Error, RankError
+from pyint8.streaming.ranks.agenda import MOST_PIECES, Agenda
 from pyint8.streaming.ranks.group import Group
 from pyint8.streaming.ranks.meetings import Meeting, Source
 from pyint8.streaming.ranks.pieces import Piece
@@ -27,8 +29,6 @@ from pyint8.streaming.ranks.pieces import Piece
 if TYPE_CHECKING:
     from pyint8.streaming.extension import _core
 
-# Of pieces in one round.
-_MOST_PIECES = 32
 # What a rank says instead of a number of pieces.
 _AT_A_MEETING = -1
 _HAS_FAILED = -2
@@ -53,9 +53,8 @@ class Conductor:
         self.group = group
         self.verdict: RankError | None = None
         self._changed = threading.Condition()
-        self._queue: deque[Piece | Meeting] = deque()
+        self._agenda = Agenda(group.size)
         self._engine: _core.Engine | None = None
-        self._source: Source | None = None
         self._failure: BaseException | None = None  # of this rank, to be told
         self._told = b""
         self._doubt: tuple[BaseException, float] | None = None  # what the thread met, and when it will be told
@@ -66,16 +65,17 @@ class Conductor:
     def attach(self, engine: _core.Engine | None, source: Source | None = None) -> None:
         """From now on pieces are of this engine, and more of them come from `source`. None: it is closed."""
         with self._changed:
-            self._engine, self._source = engine, source
+            self._engine = engine
+            self._agenda.attach(source, is_open=engine is not None)
 
     def put(self, *items: Piece | Meeting) -> None:
         """Gathers pieces and holds meetings behind all that were put before; in the same order on all ranks."""
-        self.notify(lambda: self._queue.extend(items))
+        self.notify(lambda: self._agenda.put(items))
         self._start()
 
     def is_done(self) -> bool:
         """Whether all that was put is gathered and held. With the lock held, as in `wait_for`."""
-        return not self._queue and not self._source_has_more()
+        return self._agenda.is_empty
 
     def wait_for(self, predicate: Callable[[], bool]) -> None:
         """Waits until something is so; the lock is held while it is asked.
@@ -90,7 +90,7 @@ class Conductor:
                 return
             if self.verdict is not None:
                 raise self.verdict
-            raise self._doubt[0] if self._doubt is not None else CancelledError("the ranks are done")
+            raise CancelledError("the ranks are done") if self._doubt is None else self._doubt[0]
 
     def notify(self, change: Callable[[], object] = lambda: None) -> None:
         """Changes something that `wait_for`, or the thread, may be waiting for."""
@@ -141,26 +141,27 @@ class Conductor:
 
     def _round(self) -> bool:
         """One round; False if it was the last."""
-        numbers = self._next_numbers()
-        said = self.group.numbers(numbers)
+        code, length, sizes = self._next_to_say()
+        hear = self.group.tell([code, length, self._agenda.batch_bytes, *sizes, *[0] * (MOST_PIECES - len(sizes))])
+        self._gather()
+        said = hear()
         codes = [of_rank[0] for of_rank in said]
         if _HAS_FAILED in codes:
             return self._tell_failures([length if code == _HAS_FAILED else 0 for code, length, *_ in said])
         if set(codes) == {_AT_A_MEETING}:
             return self._hold([of_rank[1] for of_rank in said])
-        count = min(codes)
-        if count <= 0 or any(of_rank[2 : 2 + count] != numbers[2 : 2 + count] for of_rank in said):
+        count = max(0, min(codes))
+        is_torn = _AT_A_MEETING in codes and any(code > 0 for code in codes)
+        if is_torn or any(of_rank[3 : 3 + count] != sizes[:count] for of_rank in said):
             return self._diverge("they are about to gather different things")
-        self._gather(count)
+        self._agenda.agree(sizes[:count], min(of_rank[2] for of_rank in said))
         return True
 
-    def _next_numbers(self) -> list[int]:
-        """What to say next: a code or how many pieces are ready, the length of a message, the sizes of pieces."""
-        while True:
-            found = self._failed() or self._stepped()
-            if found is not None:
-                code, length, sizes = found
-                return [code, length, *sizes, *[0] * (_MOST_PIECES - len(sizes))]
+    def _next_to_say(self) -> tuple[int, int, list[int]]:
+        """A code or how many pieces to gather, the length of a message, the sizes of pieces."""
+        while (found := self._failed() or self._stepped()) is None:
+            pass
+        return found
 
     def _failed(self) -> tuple[int, int, list[int]] | None:
         with self._changed:
@@ -173,96 +174,110 @@ class Conductor:
 
     def _stepped(self) -> tuple[int, int, list[int]] | None:
         """What there is to say, or None after waiting a little."""
+        self._feed()
         with self._changed:
-            source, engine = self._source if self._source_has_more() else None, self._engine
-        try:
-            if source is not None:
-                source.feed()
-            if self._queue:
-                head = self._queue[0]
-                return (_AT_A_MEETING, len(head.message), []) if isinstance(head, Meeting) else self._ready(engine)
-            if source is not None:
-                source.await_room()
-                return None
-        except CancelledError:  # the load has closed the engine: it will say why, or goes on without
-            self._drop_pieces()
-        except BaseException as error:
-            self._doubt_it(error)
+            if (sizes := self._agenda.proposal()) is not None:
+                return len(sizes), 0, sizes
+            if isinstance(head := self._agenda.head, Meeting) and self._doubt is None:
+                return _AT_A_MEETING, len(head.message), []
+            source = self._agenda.source if head is None and self._agenda.source_has_more else None
+        if source is not None:
+            self._guarded(source.await_room)
+            return None
         with self._changed:
             self._changed.wait_for(self._is_wanted, _INTERVAL_MS / 1000)
         return None
 
-    def _source_has_more(self) -> bool:
-        return self._source is not None and self._source.has_more()
+    def _feed(self) -> None:
+        with self._changed:
+            source = self._agenda.source if self._agenda.source_has_more else None
+        if source is not None:
+            self._guarded(source.feed)
+
+    def _guarded(self, step: Callable[..., object], *arguments: Any) -> bool:
+        """Takes a step towards more bytes; False if it failed."""
+        try:
+            step(*arguments)
+        except CancelledError:  # the load has closed the engine: it will say why, or goes on without
+            self.notify(self._agenda.drop)
+        except BaseException as error:
+            self._doubt_it(error)
+        else:
+            return True
+        return False
 
     def _is_wanted(self) -> bool:
-        return bool(self._queue) or self._failure is not None or self._source_has_more()
-
-    def _drop_pieces(self) -> None:
-        def drop() -> None:
-            self._queue = deque(item for item in self._queue if isinstance(item, Meeting))
-            self._source = None
-
-        self.notify(drop)
+        has_more = self._agenda.head is not None or self._agenda.source_has_more
+        return self._failure is not None or (self._doubt is None and has_more)
 
     def _doubt_it(self, error: BaseException) -> None:
-        self._drop_pieces()
-
         def note() -> None:
+            self._agenda.drop()
             self._doubt = self._doubt or (error, time.monotonic() + _GRACE_SECONDS)
 
         self.notify(note)
 
-    def _ready(self, engine: _core.Engine | None) -> tuple[int, int, list[int]] | None:
-        """The first pieces of which this rank has read its part; what all read whole is done with on the way."""
-        if engine is None:
-            raise CancelledError("the engine was closed")
-        sizes: list[int] = []
-        with self._changed:
-            snapshot = list(islice(self._queue, 2 * _MOST_PIECES))
-        for number, piece in enumerate(snapshot):
-            wait = 0 if number else _INTERVAL_MS
-            if isinstance(piece, Meeting) or not all(engine.is_on_its_way(t, wait) for t in piece.tickets):
-                break
-            if piece.part:
-                sizes.append(piece.nbytes)
-            elif not sizes:
-                self._arrived(piece, engine)
-            if len(sizes) == _MOST_PIECES:
-                break
-        return (len(sizes), 0, sizes) if sizes else None
+    def _gather(self) -> None:
+        """Everything that was agreed on, as it comes; what has room meanwhile is asked for."""
+        self._bring([])
+        while agreed := self._agenda.agreed:
+            self._bring(agreed[0])
+            self.notify(agreed.popleft)
+            self._feed()
 
-    def _gather(self, count: int) -> None:
-        """The next `count` pieces; those between them that all read whole go with them."""
-        while count:
-            piece = self._queue[0]
-            assert isinstance(piece, Piece)
-            self._arrived(piece, self._engine)
-            count -= bool(piece.part)
+    def _bring(self, sizes: list[int]) -> None:
+        """The next pieces, so many of them to be gathered, at once; and what is read whole before the last."""
+        pieces = self._next_pieces(sizes)
+        have_come = [not self._agenda.has_dropped and self._guarded(self._await_own, piece) for piece in pieces]
+        shared = [piece for piece in pieces if piece.part]
+        for piece, has_come in zip(pieces, have_come, strict=True):
+            if not has_come:  # other ranks take no harm of zeros before they are told
+                self.group.part_of(piece.memory, piece.part).zero_()
+        if shared:
+            self.group.gather([(piece.memory, piece.part) for piece in shared])
+        engine = self._engine
+        for piece, has_come in zip(pieces, have_come, strict=True):
+            if has_come and engine is not None:
+                with suppress(Pyint8Error):
+                    engine.keep_promise(piece.promised.start, len(piece.promised), self.group.stream)
+        self.notify()
 
-    def _arrived(self, piece: Piece, engine: _core.Engine | None) -> None:
-        """Gathers a piece. If the engine was closed meanwhile, the others get their bytes nevertheless."""
-        with suppress(Pyint8Error):
-            if engine is not None:
-                for ticket in piece.tickets:
+    def _next_pieces(self, sizes: list[int]) -> list[Piece]:
+        """As room becomes free for them; in place of those that will not come, others."""
+        found: list[Piece] = []
+        left = deque(sizes)
+        while True:
+            with self._changed:
+                found += self._agenda.take(left)
+                is_over = self._agenda.has_dropped or self._failure is not None
+                source = self._agenda.source
+            if not left:
+                return found
+            if is_over or source is None:
+                self.notify(self._agenda.drop)
+                return found + list(self._agenda.spare_pieces(left, self.group.device))
+            if self._guarded(source.feed) and self._agenda.head is None:
+                self._guarded(source.await_room)
+
+    def _await_own(self, piece: Piece) -> None:
+        """Until this rank's part of a piece is on its way to the device; what is gathered then comes after it."""
+        for ticket in piece.tickets:
+            while (engine := self._engine) is not None and self._failure is None:
+                if engine.is_on_its_way(ticket, _INTERVAL_MS):
                     engine.wait(ticket, self.group.stream)
-        if piece.part:
-            self.group.gather(piece.memory, piece.part)
-        with suppress(Pyint8Error):
-            if engine is not None:
-                engine.keep_promise(piece.promised.start, len(piece.promised), self.group.stream)
-        self.notify(self._queue.popleft)
+                    break
+            else:
+                raise CancelledError("the engine was closed")
 
     def _hold(self, lengths: list[int]) -> bool:
-        meeting = self._queue[0]
+        meeting = self._agenda.head
         assert isinstance(meeting, Meeting)
         heard = [json.loads(message) for message in self.group.messages(meeting.message, lengths)]
         if len({stage for stage, _ in heard}) > 1:
             return self._diverge("they are at " + ", ".join(f"{stage!r}" for stage, _ in heard))
 
         def note() -> None:
-            meeting.values = [value for _, value in heard]
-            self._queue.popleft()
+            self._agenda.take_meeting().values = [value for _, value in heard]
 
         self.notify(note)
         return not meeting.is_last
@@ -290,8 +305,7 @@ class Conductor:
             self.verdict = self.verdict or verdict
             self._is_over = True
             engine = self._engine
-            self._queue.clear()
-            self._source = None
+            self._agenda.clear()
             self._changed.notify_all()
         if verdict is not None and engine is not None:
             with suppress(Pyint8Error):

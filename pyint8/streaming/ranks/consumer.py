@@ -24,6 +24,8 @@ from pyint8.streaming.scratch import PARTS, Region, ScratchRing, band_bytes
 if TYPE_CHECKING:
     from pyint8.streaming.lane import Lane
 
+# That may be on their way, with what one of them takes beyond its share.
+_BATCHES = 4
 # Pieces asked for at once.
 _MOST_AT_ONCE = 64
 _SCALE_BYTES = torch.float32.itemsize
@@ -92,7 +94,8 @@ class SharedConsumer:
         self._lane = lane
         self._band_bytes = band_bytes(scratch.numel())
         self._ring = ScratchRing((PARTS - 1) * self._band_bytes)
-        self._scratch = scratch
+        self.scratch = scratch
+        self.batch_bytes = self._ring.size // _BATCHES
         self._waiting: deque[Band] = deque()
         self._ends: list[int] = []  # of each request: how many bands there are of it and of all before
         self._given = 0  # bands, to the consumer
@@ -130,6 +133,10 @@ class SharedConsumer:
     def has_more(self) -> bool:
         return bool(self._waiting)
 
+    def sizes_ahead(self) -> Iterator[int]:
+        ranks = self._conductor.group.size
+        return (band.nbytes for band in self._waiting if part_of(band.nbytes, ranks))
+
     def feed(self) -> None:
         done = self._consumer.done()
         if self._placed and self._placed[0][0] < done:
@@ -149,7 +156,7 @@ class SharedConsumer:
 
     def _reclaim(self, ticket: int) -> None:
         """Once a band is used up, what is read into its room from now on comes after that on the device."""
-        used_up = self._consumer.wait(ticket, self._conductor.group.stream)
+        used_up = self._consumer.wait(ticket, self._conductor.group.room_stream)
         while self._placed and self._placed[0][0] < used_up:
             _, region = self._placed.popleft()
             if region is None:
@@ -160,7 +167,7 @@ class SharedConsumer:
     def _room(self, nbytes: int) -> tuple[Region | None, torch.Tensor] | None:
         if 0 < nbytes <= self._ring.size:
             region = self._ring.acquire(nbytes)
-            return None if region is None else (region, self._scratch[region.start : region.start + nbytes])
+            return None if region is None else (region, self.scratch[region.start : region.start + nbytes])
         if not nbytes or self._large_is_used:
             return None
         if self._large.numel() < nbytes:
@@ -172,27 +179,30 @@ class SharedConsumer:
         """Asks for bands' bytes, tells the consumer where they will be, and has them gathered."""
         group = self._conductor.group
         reads: list[tuple[int, int, int, int]] = []
-        pieces: list[Piece] = []
+        ends: list[int] = []  # of each piece: how many reads there are of it and of all before
         requests: list[_core.RequestTuple] = []
         promised = self._engine.promise(self._lane.index, len(placed))
-        for number, (band, _, memory) in enumerate(placed):
+        for ticket, (band, _, memory) in enumerate(placed, promised):
             if memory is None:
                 requests.append(band.request)
-                continue
-            (_, file, offset, _), stored, rows, columns, to, marks = band.request
-            address = memory.data_ptr()
-            ranges = own_ranges(band.nbytes, group.rank, group.size)
-            tickets = range(len(reads), len(reads) + len(ranges))
-            reads += [(file, offset + begin, end - begin, address + begin) for begin, end in ranges]
-            whole = range(promised + number, promised + number + 1)
-            pieces.append(Piece(memory, part_of(band.nbytes, group.size), tickets, whole))
-            requests.append(((True, whole.start, address, 0), stored, rows, columns, to, marks))
-        first = self._engine.submit(self._lane.index, reads, group.stream, first=False) if reads else 0
+            else:
+                (_, file, offset, _), stored, rows, columns, to, marks = band.request
+                address = memory.data_ptr()
+                for begin, end in own_ranges(band.nbytes, group.rank, group.size):
+                    reads.append((file, offset + begin, end - begin, address + begin))
+                requests.append(((True, ticket, address, 0), stored, rows, columns, to, marks))
+            ends.append(len(reads))
+        first = self._engine.submit(self._lane.index, reads, group.room_stream, first=False) if reads else 0
         self._consumer.submit(requests, self._lane.stream)
-        self._placed.extend(
-            (self._given + number, region) for number, (_, region, memory) in enumerate(placed) if memory is not None
-        )
-        self._conductor.put(*(piece.after(first) for piece in pieces))
+        pieces: list[Piece] = []
+        begin = 0
+        for number, ((band, region, memory), end) in enumerate(zip(placed, ends, strict=True)):
+            if memory is not None:
+                part, whole = part_of(band.nbytes, group.size), range(promised + number, promised + number + 1)
+                pieces.append(Piece(memory, part, range(first + begin, first + end), whole))
+                self._placed.append((self._given + number, region))
+            begin = end
+        self._conductor.put(*pieces)
         self._conductor.notify(lambda: self._note_given(len(placed)))
 
     def _note_given(self, count: int) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
@@ -14,6 +17,11 @@ from pyint8.errors import OptionError
 from pyint8.host.processes import processes
 from pyint8.placement.device_map import is_planned
 from pyint8.streaming.first_tensors import first_gpu
+
+# Collectives whose tensors the backend's threads may still have: gloo has two of them.
+_NOTED = 4
+_LETTING_GO_SECONDS = 0.5
+_LOOK_SECONDS = 0.0002
 
 
 def check_group(process_group: Any) -> None:
@@ -41,9 +49,25 @@ def one_device(device_map: Any) -> torch.device:
     return torch.device("cpu") if found is None else found[0]
 
 
-def _all_gather(found: torch.Tensor, sent: torch.Tensor, group: dist.ProcessGroup) -> None:
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 has a new name for it
-    gather(found, sent, group=group)
+def _rows(numbers: torch.Tensor, count: int, wait: Callable[[], object]) -> list[list[int]]:
+    wait()
+    rows: list[list[int]] = numbers.view(count, -1).tolist()
+    return rows
+
+
+class _Words:
+    """Memory for the numbers that ranks tell each other through their GPUs, used again each time.
+
+    Copies between it wait for nothing but what is before them on the stream; from or to memory that is not pinned they
+    would wait for all that is gathered.
+    """
+
+    def __init__(self, count: int, ranks: int, device: torch.device) -> None:
+        self.pinned = torch.empty(count, dtype=torch.int64, pin_memory=True)
+        self.sent = torch.empty(count, dtype=torch.int64, device=device)
+        self.found = torch.empty(ranks * count, dtype=torch.int64, device=device)
+        self.heard = torch.empty(ranks * count, dtype=torch.int64, pin_memory=True)
+        self.event = torch.cuda.Event()
 
 
 class Group:
@@ -57,14 +81,28 @@ class Group:
         rank: The number of this one among them.
         device: Whose memory is gathered; None until it is known. To be set before the first collective.
         stream: What is gathered is there after what this stream of the device does (an integer, as the engine has it).
+        room_stream: After what this one does, the room of what was used up is free.
     """
 
     def __init__(self, process_group: dist.ProcessGroup) -> None:
         self._group = process_group
+        self._given: deque[list[weakref.ref[torch.Tensor]]] = deque(maxlen=_NOTED)
+        self._words: _Words | None = None
         self.size = dist.get_world_size(process_group)
         self.rank = dist.get_rank(process_group)
         self.device: torch.device | None = None
-        self.stream = 0
+        self.stream = self.room_stream = 0
+
+    def leave(self) -> None:
+        """Lets go of the process group, once its threads have let go of the last tensors that they were given.
+
+        One of gloo's that does so only while the process exits would abort it.
+        """
+        until = time.monotonic() + _LETTING_GO_SECONDS
+        while any(tensor() is not None for given in self._given for tensor in given) and time.monotonic() < until:
+            time.sleep(_LOOK_SECONDS)
+        self._words = None
+        del self._group
 
     def check_device(self, device: torch.device) -> None:
         """Raises OptionError where the group's backend cannot gather a device's memory."""
@@ -100,6 +138,8 @@ class Group:
                 side = torch.cuda.Stream(self.device)
                 stack.enter_context(torch.cuda.stream(side))
                 self.stream = side.cuda_stream
+                room = torch.cuda.Stream(self.device)
+                self.room_stream = room.cuda_stream
             yield
 
     @cached_property
@@ -111,23 +151,54 @@ class Group:
     def _telling_device(self) -> torch.device | None:
         return torch.device("cpu") if self._tells_on_cpu else self.device
 
-    def numbers(self, mine: Sequence[int]) -> list[list[int]]:
-        """Every rank's numbers, as many of each, once they are known."""
-        sent = torch.tensor(mine, dtype=torch.int64, device=self._telling_device)
-        found = torch.empty(self.size * len(mine), dtype=torch.int64, device=self._telling_device)
-        _all_gather(found, sent, self._group)
-        return found.view(self.size, len(mine)).tolist()
+    def tell(self, mine: Sequence[int]) -> Callable[[], list[list[int]]]:
+        """Begins to tell all ranks some numbers, as many on each and each time; what it returns waits for those of all.
+
+        What is gathered meanwhile comes behind them. One at a time.
+        """
+        if self._tells_on_cpu:
+            sent = torch.tensor(mine, dtype=torch.int64)
+            found = torch.empty(self.size * len(mine), dtype=torch.int64)
+            work = self._all_gather(found, sent, async_op=True)
+            return lambda: _rows(found, self.size, wait=work.wait)
+        assert self.device is not None
+        self._words = self._words or _Words(len(mine), self.size, self.device)
+        words = self._words
+        words.pinned.numpy()[:] = mine
+        words.sent.copy_(words.pinned, non_blocking=True)
+        self._all_gather(words.found, words.sent)
+        words.heard.copy_(words.found, non_blocking=True)
+        words.event.record()
+        return lambda: _rows(words.heard, self.size, wait=words.event.synchronize)
 
     def messages(self, mine: bytes, lengths: Sequence[int]) -> list[bytes]:
         """Every rank's message; all know all lengths, of which one at least is not 0."""
         longest = max(lengths)
         sent = torch.frombuffer(bytearray(mine.ljust(longest)), dtype=torch.uint8).to(self._telling_device)
         found = torch.empty(self.size * longest, dtype=torch.uint8, device=self._telling_device)
-        _all_gather(found, sent, self._group)
+        self._all_gather(found, sent)
         rows = found.view(self.size, longest).cpu()
         return [bytes(row[:length].tolist()) for row, length in zip(rows, lengths, strict=True)]
 
-    def gather(self, memory: torch.Tensor, part: int) -> None:
-        """Every rank's part of `memory` (uint8) comes to its place in it: in order, `part` bytes each."""
-        mine = memory[self.rank * part : (self.rank + 1) * part]
-        _all_gather(memory[: self.size * part], mine, self._group)
+    def gather(self, pieces: Sequence[tuple[torch.Tensor, int]]) -> None:
+        """Of each memory (uint8) every rank's part comes to its place in it: in order, so many bytes each."""
+        if not pieces:
+            return
+        found = [memory[: self.size * part] for memory, part in pieces]
+        sent = [self.part_of(memory, part) for memory, part in pieces]
+        self._note(*found, *sent)
+        self._group.allgather_into_tensor_coalesced(found, sent).wait()
+
+    def _all_gather(self, found: torch.Tensor, sent: torch.Tensor, *, async_op: bool = False) -> Any:
+        self._note(found, sent)
+        # torch 2.13 has a new name for it
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        return gather(found, sent, group=self._group, async_op=async_op)
+
+    def _note(self, *tensors: torch.Tensor) -> None:
+        if tensors[0].device.type == "cpu":
+            self._given.append([weakref.ref(tensor) for tensor in tensors])
+
+    def part_of(self, memory: torch.Tensor, part: int) -> torch.Tensor:
+        """This rank's."""
+        return memory[self.rank * part : (self.rank + 1) * part]

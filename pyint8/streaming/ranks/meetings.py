@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Source(Protocol):
-    """What asks for the bytes of pieces itself, as room becomes free."""
+    """What asks for the bytes of pieces itself, as room becomes free.
+
+    Attributes:
+        batch_bytes: Of pieces that are gathered at once, but for the last of them: there is always room for so many.
+        scratch: What pieces pass through, uint8.
+    """
+
+    batch_bytes: int
+    scratch: torch.Tensor
 
     def has_more(self) -> bool:
         """Whether there are pieces that were not added yet."""
+
+    def sizes_ahead(self) -> Iterator[int]:
+        """Bytes of the pieces that were not added yet, but for those that all ranks read whole."""
 
     def feed(self) -> None:
         """Adds those for which there is room."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING
@@ -51,9 +51,18 @@ class Piece:
     def nbytes(self) -> int:
         return self.memory.numel()
 
-    def after(self, first: int) -> Piece:
-        """The same with tickets that count from `first`."""
-        return replace(self, tickets=range(self.tickets.start + first, self.tickets.stop + first))
+
+def in_batches(sizes: Iterable[int], most: int) -> list[list[int]]:
+    """Sizes of pieces that are gathered by one call each: a batch ends once it has at least `most` bytes."""
+    batches: list[list[int]] = []
+    left = 0
+    for nbytes in sizes:
+        if left <= 0:
+            batches.append([])
+            left = most
+        batches[-1].append(nbytes)
+        left -= nbytes
+    return batches
 
 
 def together(reads: Sequence[ReadRequest]) -> Iterator[list[ReadRequest]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pyint8.errors import RankError
+from pyint8.host.switches import quick_switches
 from pyint8.streaming.extension import _core
 from pyint8.streaming.lane import LaneOpener, open_lane
 from pyint8.streaming.ranks.conductor import Conductor
@@ -41,6 +43,8 @@ class SharedTransport(Transport):
         self, conductor: Conductor, number: int, options: StreamOptions, opener: LaneOpener = open_lane
     ) -> None:
         super().__init__(options, opener)
+        self._switches = ExitStack()
+        self._switches.enter_context(quick_switches())  # for the conductor's thread, beside one that builds the model
         self._conductor = conductor
         self._number = number
         conductor.attach(self.engine)
@@ -97,8 +101,9 @@ class SharedTransport(Transport):
         self._conductor.wait_for(self._conductor.is_done)
 
     def close(self) -> None:
-        if hasattr(self, "_conductor"):
+        if hasattr(self, "_conductor"):  # else `__init__` was interrupted
             self._conductor.attach(None)
+            self._switches.close()
         super().close()
 
 

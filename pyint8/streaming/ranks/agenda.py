@@ -1,0 +1,126 @@
+"""What a rank still has to do with the others, in the order that is the same on all of them: pieces and meetings.
+
+Without a lock of its own: its only user, the conductor, has one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+
+import torch
+
+from pyint8.streaming.ranks.meetings import Meeting, Source
+from pyint8.streaming.ranks.pieces import Piece, in_batches, part_of
+from pyint8.streaming.scratch import ALIGNMENT
+
+# That are agreed on in one round: they are gathered before a failure is told.
+MOST_PIECES = 32
+
+
+class Agenda:
+    """Pieces and meetings that were put in, and what a source will add.
+
+    Args:
+        ranks: How many there are.
+
+    Attributes:
+        source: Adds pieces as room becomes free; None if there is none, or it is over.
+        batch_bytes: Of pieces that are gathered at once, but for the last of them.
+        agreed: Sizes of the next pieces that all ranks will gather, in batches.
+        has_dropped: Whether the pieces in it will not come.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
+        self._items: deque[Piece | Meeting] = deque()
+        self._spare: torch.Tensor | None = None
+        self.source: Source | None = None
+        self.batch_bytes = 0
+        self.agreed: deque[list[int]] = deque()
+        self.has_dropped = False
+
+    @property
+    def head(self) -> Piece | Meeting | None:
+        return self._items[0] if self._items else None
+
+    @property
+    def source_has_more(self) -> bool:
+        return self.source is not None and self.source.has_more()
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self._items or self.agreed or self.source_has_more)
+
+    def put(self, items: Iterable[Piece | Meeting]) -> None:
+        self._items.extend(items)
+
+    def attach(self, source: Source | None, *, is_open: bool) -> None:
+        """Takes another source; without an engine that `is_open`, what was agreed on is still to be gathered."""
+        self.source = source
+        if is_open:
+            self.batch_bytes = 0 if source is None else source.batch_bytes
+        if source is not None or not self.agreed:
+            self._spare = None if source is None else source.scratch
+
+    def proposal(self) -> list[int] | None:
+        """Sizes of the next pieces that could be agreed on; None if there is nothing to gather.
+
+        Nobody has to agree on what all read whole.
+        """
+        if self.has_dropped and not self.agreed:
+            self._items = deque(item for item in self._items if isinstance(item, Meeting))
+            self.has_dropped = False
+        agreed = sum(map(len, self.agreed))
+        sizes = [] if self.has_dropped else list(islice(self._sizes_ahead(), agreed, agreed + MOST_PIECES))
+        return sizes if sizes or agreed or isinstance(self.head, Piece) else None
+
+    def _sizes_ahead(self) -> Iterator[int]:
+        """Of the pieces up to the next meeting, but for those that all read whole."""
+        for item in self._items:
+            if isinstance(item, Meeting):
+                return
+            if item.part:
+                yield item.nbytes
+        if self.source is not None:
+            yield from self.source.sizes_ahead()
+
+    def agree(self, sizes: Sequence[int], batch_bytes: int) -> None:
+        """All ranks will gather pieces of these sizes next."""
+        self.agreed.extend(in_batches(sizes, batch_bytes))
+
+    def take(self, left: deque[int]) -> Iterator[Piece]:
+        """The next pieces as far as they are there, until none is left of those to be gathered, and what is between."""
+        while isinstance(head := self.head, Piece) and (left or not head.part):
+            self._items.popleft()
+            if head.part:
+                left.popleft()
+            yield head
+
+    def take_meeting(self) -> Meeting:
+        meeting = self._items.popleft()
+        assert isinstance(meeting, Meeting)
+        return meeting
+
+    def drop(self) -> None:
+        """Pieces will not come. Those that were agreed on are gathered nevertheless, before they are forgotten."""
+        self.has_dropped = True
+        self.source = None
+
+    def spare_pieces(self, sizes: Iterable[int], device: torch.device | None) -> Iterator[Piece]:
+        """In place of pieces that were agreed on, and will not come."""
+        begin = 0
+        for nbytes in sizes:
+            end = begin + nbytes
+            if self._spare is not None and end <= self._spare.numel():
+                memory = self._spare[begin:end]
+                begin = -(-end // ALIGNMENT) * ALIGNMENT
+            else:
+                memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+            yield Piece(memory, part_of(nbytes, self._ranks), range(0), range(0))
+
+    def clear(self) -> None:
+        self._items.clear()
+        self.agreed.clear()
+        self.source = self._spare = None

@@ -190,6 +190,12 @@ def test_ctrl_c_at_any_moment(two: RankProcesses, llama: Path) -> None:
         assert theirs.error is None or mine.error == "KeyboardInterrupt"
 
 
+def test_ctrl_c_when_all_is_over_stops_no_other(ranks: RankProcesses, llama: Path) -> None:
+    *others, own = values(ranks.run(cases.failing, llama, {}, ranks.size - 1, "Ctrl-C at the end", TIMES, {}))
+    assert {outcome.error for outcome in own} == {"KeyboardInterrupt"}
+    assert {outcome.error for of_rank in others for outcome in of_rank} == {None}
+
+
 @pytest.mark.parametrize("how", ["other transformers", "another model", "other options"])
 def test_ranks_that_do_not_load_the_same(
     ranks: RankProcesses, llama: Path, checkpoints: CheckpointStore, how: str

@@ -120,15 +120,23 @@ def interrupted(bytes_landed: int) -> Iterator[None]:
 
 @contextmanager
 def interrupted_by_a_clock(number: int) -> Iterator[None]:
-    """Ctrl-C after a few milliseconds more each time."""
+    """Ctrl-C a few milliseconds after the rank has joined, each time a little later: before, nobody can be told."""
+    from pyint8.streaming.ranks.ranks import Ranks
+
+    enter = Ranks.__enter__
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
+    def entered(self: Ranks) -> Ranks:
+        found = enter(self)
+        signal.setitimer(signal.ITIMER_REAL, number / 5000 * 0.004 + 0.001)
+        return found
+
     signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, number / 5000 * 0.004 + 0.001)
     try:
-        yield
+        with mock.patch.object(Ranks, "__enter__", entered):
+            yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -152,10 +160,20 @@ def other_transformers(_: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def interrupted_at_the_end(_: int) -> Iterator[None]:
+    """Ctrl-C while the last round is waited for, when all has gone well."""
+    from pyint8.streaming.ranks.conductor import Conductor
+
+    with mock.patch.object(Conductor, "join", side_effect=KeyboardInterrupt):
+        yield
+
+
 BREAKS: dict[str, Callable[[int], Any]] = {
     "nothing": lambda _: nullcontext(),
     "Ctrl-C": interrupted,
     "Ctrl-C at any moment": interrupted_by_a_clock,
+    "Ctrl-C at the end": interrupted_at_the_end,
     "an exception": quantizer_fails,
     "other transformers": other_transformers,
 }

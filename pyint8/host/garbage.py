@@ -3,70 +3,33 @@
 from __future__ import annotations
 
 import gc
-import os
-import threading
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from operator import methodcaller
 
 from pyint8.host.imports import imported
+from pyint8.host.settings import SharedSetting
 
 
-class _Pauses:
-    """The blocks during which the collector is paused, in any thread: the last to end switches it on again."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._blocks: set[object] = set()
-        self._was_on = False
-
-    def begin(self, block: object) -> None:
-        with self._lock:
-            if not self._blocks:
-                self._was_on = gc.isenabled()
-            self._blocks.add(block)
-            gc.disable()
-
-    def end(self, block: object) -> None:
-        """Idempotent, also if an earlier call was interrupted anywhere."""
-        with self._lock:
-            self._blocks.discard(block)
-            if self._was_on and not self._blocks:
-                _move_to_oldest_generation()
-                gc.enable()
-                self._was_on = False
-
-    def forget(self) -> None:
-        """In a forked child, where the other threads' blocks never end."""
-        self._lock = threading.RLock()
-        self._blocks.clear()
-        if self._was_on:
-            gc.enable()
-        self._was_on = False
-
-
-_pauses = _Pauses()
-os.register_at_fork(after_in_child=_pauses.forget)
-
-
-@contextmanager
-def paused() -> Iterator[None]:
+def paused() -> AbstractContextManager[None]:
     """Pauses the collector in all threads while the block lasts.
 
     A load makes many objects, all of which stay; Python would traverse everything alive again and again, and free
     nothing (docs/performance.md, "The garbage collector"). Objects made in the block go to the oldest generation, as if
     they had been traversed.
     """
-    block = object()
-    try:
-        try:
-            _pauses.begin(block)
-            yield
-        finally:
-            _pauses.end(block)
-    finally:  # again: Ctrl-C may have come in between
-        _pauses.end(block)
+    return _collector.changed()
+
+
+def _resume(was_on: bool) -> None:
+    if was_on:
+        _move_to_oldest_generation()
+        gc.enable()
+
+
+def _resume_in_child(was_on: bool) -> None:
+    if was_on:
+        gc.enable()
 
 
 def _move_to_oldest_generation() -> None:
@@ -74,6 +37,9 @@ def _move_to_oldest_generation() -> None:
         return
     # Both by one call that no signal interrupts, or everything could stay frozen.
     deque(map(methodcaller("__call__"), (gc.freeze, gc.unfreeze)), maxlen=0)
+
+
+_collector = SharedSetting(gc.isenabled, lambda _: gc.disable(), _resume, _resume_in_child)
 
 
 def collect_if_short(nbytes: int) -> None:

@@ -138,6 +138,7 @@ class Conductor:
             verdict.__cause__ = error
             self._end(verdict)
         self._end(None)
+        self.group.leave()
 
     def _round(self) -> bool:
         """One round; False if it was the last."""
@@ -229,12 +230,11 @@ class Conductor:
         """The next pieces, so many of them to be gathered, at once; and what is read whole before the last."""
         pieces = self._next_pieces(sizes)
         have_come = [not self._agenda.has_dropped and self._guarded(self._await_own, piece) for piece in pieces]
-        shared = [piece for piece in pieces if piece.part]
         for piece, has_come in zip(pieces, have_come, strict=True):
             if not has_come:  # other ranks take no harm of zeros before they are told
                 self.group.part_of(piece.memory, piece.part).zero_()
-        if shared:
-            self.group.gather([(piece.memory, piece.part) for piece in shared])
+        if shared := [(piece.memory, piece.part) for piece in pieces if piece.part]:
+            self.group.gather(shared)
         engine = self._engine
         for piece, has_come in zip(pieces, have_come, strict=True):
             if has_come and engine is not None:

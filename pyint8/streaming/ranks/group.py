@@ -182,8 +182,6 @@ class Group:
 
     def gather(self, pieces: Sequence[tuple[torch.Tensor, int]]) -> None:
         """Of each memory (uint8) every rank's part comes to its place in it: in order, so many bytes each."""
-        if not pieces:
-            return
         found = [memory[: self.size * part] for memory, part in pieces]
         sent = [self.part_of(memory, part) for memory, part in pieces]
         self._note(*found, *sent)

@@ -77,16 +77,10 @@ class Ranks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        try:
-            if error is None:
-                self._leave_together()
-            else:
-                self._leave_alone(error)
-        finally:
-            self._group.leave()
-
-    def _leave_alone(self, error: BaseException) -> None:
         conductor = self._conductor
+        if error is None:
+            self._leave_together()
+            return
         conductor.fail(error)
         if conductor.verdict not in (None, error) and isinstance(error, Exception):
             raise conductor.verdict from (None if isinstance(error, CancelledError) else error)

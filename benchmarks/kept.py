@@ -98,7 +98,8 @@ def measure(parsed: argparse.Namespace) -> dict[str, Any]:
         shutil.rmtree(cache, ignore_errors=True)
         seconds.setdefault("load with a cache to fill", []).append(timed(lambda: load(source, cache)))
         seconds.setdefault("the cache filled behind it", []).append(timed(fill_behind))
-    nbytes = {what: sum(path.stat().st_size for path in shards(folder)) for what, folder in _forms(source, target)}
+    forms = {"16 bit": source, "int8": target}
+    nbytes = {what: sum(path.stat().st_size for path in shards(folder)) for what, folder in forms.items()}
     for folder in (target, cache):
         shutil.rmtree(folder, ignore_errors=True)
     bus = ceilings.host_to_gpu(pinned=True)
@@ -111,10 +112,6 @@ def measure(parsed: argparse.Namespace) -> dict[str, Any]:
         "seconds": seconds,
         "medians": {what: statistics.median(values) for what, values in seconds.items()},
     }
-
-
-def _forms(source: Path, target: Path) -> list[tuple[str, Path]]:
-    return [("16 bit", source), ("int8", target)]
 
 
 def main() -> int:

@@ -232,15 +232,13 @@ void Engine::check(const Job& job, std::size_t segment, const std::byte* bytes) 
 }
 
 void Engine::copy_out(const Job& job, Ring::Slot& slot) {
-  std::unique_ptr<Event> begin = timeline_ == nullptr ? nullptr : timeline_->mark_copies(job.lane);
+  if (timeline_ != nullptr) timeline_->begin_copy(job.lane);
   for (std::size_t i = 0; i < job.to.size(); ++i) {
     const Segment& segment = job.piece.segments[i];
     job.device->copy(job.to[i], slot.data() + segment.piece_offset, segment.nbytes);
   }
   job.device->record(slot.event_on(*job.device, job.lane));
-  if (begin == nullptr) return;
-  timeline_->add_work(Doing::kCopying, job.lane, std::move(begin), timeline_->mark_copies(job.lane),
-                      job.piece.needed);
+  if (timeline_ != nullptr) timeline_->end_copy(job.lane, job.piece.needed);
 }
 
 void Engine::await(Start& start, Device& to) {

@@ -34,9 +34,12 @@ class Timeline {
   void add(const Span& span);
   // Waits for the copies of a lane's device; from now on its work can be timed, if it can at all.
   void add_device(std::uint32_t lane, Device& device);
-  // A mark in a stream of a lane's device (or on its copies), for `add_work`; null where nothing is timed.
+  // Around what puts one copy on a lane's copy stream. Copies, which are short and many, share a span for as
+  // long as one follows another, and a few of them at most.
+  void begin_copy(std::uint32_t lane);
+  void end_copy(std::uint32_t lane, std::uint64_t nbytes);
+  // A mark in a stream of a lane's device, for `add_work`; null where nothing is timed.
   std::unique_ptr<Event> mark(std::uint32_t lane, StreamHandle stream) const;
-  std::unique_ptr<Event> mark_copies(std::uint32_t lane) const;
   // Work between two marks; of no effect without them.
   void add_work(Doing doing, std::uint32_t lane, std::unique_ptr<Event> begin, std::unique_ptr<Event> end,
                 std::uint64_t nbytes);
@@ -60,11 +63,22 @@ class Timeline {
     std::uint64_t nbytes;
   };
 
+  struct Copies {
+    std::unique_ptr<Event> begin, end;  // the latter moves behind each of them
+    std::uint64_t nbytes = 0;
+    int count = 0, under_way = 0;
+  };
+
   const Clock* clock(std::uint32_t lane) const;
-  void take_times(const Work& work);  // with the lock held
+  // With the lock held:
+  const Clock* locked_clock(std::uint32_t lane) const;
+  void close_span(std::uint32_t lane, Copies& copies);
+  void take_some();
+  void take_times(const Work& work);
 
   mutable std::mutex mutex_;
   std::map<std::uint32_t, Clock> clocks_;
+  std::map<std::uint32_t, Copies> copies_;
   std::deque<Work> under_way_;
   std::vector<Span> spans_;
 };

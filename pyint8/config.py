@@ -42,6 +42,7 @@ _REMOTE_SLOT = 8 * _MIB
 _DEVICE_EXTRA = 256 * _MIB
 _ENVIRONMENT_PREFIX = "PYINT8_"
 _CACHE_BYTES = "PYINT8_CACHE_BYTES"
+_EXPERTS = "PYINT8_EXPERTS"
 _FOR_TESTS = ("PYINT8_TEST_", "PYINT8_REQUIRE_")
 
 
@@ -60,6 +61,7 @@ class Int8Config:
         has_fp16_weight: Keep the weights in 16 bit and quantize in every forward pass (`llm_int8_has_fp16_weight`).
         fp32_cpu_offload: Allow a device map to put modules, unquantized, on the CPU or the disk beside a GPU
             (`llm_int8_enable_fp32_cpu_offload`).
+        experts: Quantize the experts of a mixture too, each as a `Linear8bitLt`; their module's class is pyint8's then.
         strict: As `pyint8.load`'s, for `from_pretrained`: raise for weights that cannot be quantized soundly and for
             shards that do not agree with their index, instead of one warning. Not saved with the model.
 
@@ -71,6 +73,7 @@ class Int8Config:
     skip_modules: Sequence[str] | None = None
     has_fp16_weight: bool = False
     fp32_cpu_offload: bool = False
+    experts: bool = False
     strict: bool = True
 
     def __post_init__(self) -> None:
@@ -87,7 +90,7 @@ class Int8Config:
             ):
                 raise OptionError(f"skip_modules is {skip!r}; it must be a sequence of module names, or None")
             object.__setattr__(self, "skip_modules", tuple(skip))
-        for name in ("has_fp16_weight", "fp32_cpu_offload", "strict"):
+        for name in ("has_fp16_weight", "fp32_cpu_offload", "experts", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} is {getattr(self, name)!r}; it must be True or False")
 
@@ -257,6 +260,16 @@ class StreamOptions:
         return cls(**values)
 
 
+def quantizes_experts(theirs: Any, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether experts become int8: `Int8Config.experts`, or for another library's configuration `PYINT8_EXPERTS`.
+
+    Raises:
+        OptionError: The variable is not 0 or 1.
+    """
+    own = theirs.experts if isinstance(theirs, Int8Config) else None
+    return bool(_parse(_EXPERTS, environment.get(_EXPERTS, "0"), bool)) if own is None else own
+
+
 def cache_bytes(environment: Mapping[str, str] = os.environ) -> int:
     """What the cache of int8 forms may take, in bytes: `PYINT8_CACHE_BYTES`, or 200 GB.
 
@@ -278,7 +291,7 @@ def cache_folder(environment: Mapping[str, str] = os.environ) -> str:
 
 def _warn_of_unknown(environment: Mapping[str, str], options: Iterable[str]) -> None:
     """One warning for each unknown `PYINT8_*` variable, with the nearest known one."""
-    known = [*options, _CACHE_BYTES]
+    known = [*options, _CACHE_BYTES, _EXPERTS]
     for variable in sorted(environment.keys() - set(known)):
         if variable.startswith(_ENVIRONMENT_PREFIX) and not variable.startswith(_FOR_TESTS):
             near = difflib.get_close_matches(variable, known, n=1)

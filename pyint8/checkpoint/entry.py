@@ -139,6 +139,18 @@ class Entry:
             return elements.view(self.torch_shape)
         return elements.as_strided(self.torch_shape, self.stride).contiguous()
 
+    def element(self, index: int) -> Entry:
+        """The index-th of a stack of tensors: element `index` of the first dimension, as an entry of its own.
+
+        Raises:
+            CheckpointError: It is not contiguous.
+        """
+        if self.stride is not None:
+            raise self._error("a stack of weights that is not contiguous; save the checkpoint again")
+        nbytes = self.nbytes // self.shape[0]
+        name, offset = f"{self.name}[{index}]", self.offset + index * nbytes
+        return Entry(name, self.dtype, self.shape[1:], self.path, offset, nbytes, None, self.stamp)
+
     def _error(self, problem: str) -> CheckpointError:
         return CheckpointError(problem, path=self.path, tensor=self.name, offset=self.offset)
 

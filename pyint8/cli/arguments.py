@@ -34,6 +34,9 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--skip", action="append", metavar="MODULE", help="a module to leave as it is, such as lm_head; may be repeated"
     )
+    group.add_argument(
+        "--experts", action="store_true", default=None, help="the experts of a mixture too, which are 16 bit otherwise"
+    )
     group.add_argument("--threshold", type=float, metavar="NUMBER", help="of LLM.int8(); 6.0 unless given")
 
 
@@ -96,6 +99,7 @@ def config(arguments: argparse.Namespace) -> Int8Config | None:
     given: dict[str, Any] = {
         "skip_modules": arguments.skip,
         "threshold": arguments.threshold,
+        "experts": arguments.experts,
         "fp32_cpu_offload": getattr(arguments, "fp32_cpu_offload", False) or None,
     }
     given = {name: value for name, value in given.items() if value is not None}

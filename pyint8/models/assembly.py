@@ -15,11 +15,20 @@ import torch
 from pyint8.checkpoint import Entry
 from pyint8.errors import PlacementError
 from pyint8.models import checks
-from pyint8.quantizer import ENTRY_POINT, OPERATOR, BadWeight, Int8Quantizer, TensorSource, first_overflow
+from pyint8.quantizer import (
+    ENTRY_POINT,
+    EXPERT_SCALES,
+    OPERATOR,
+    BadWeight,
+    Experts,
+    Int8Quantizer,
+    TensorSource,
+    first_overflow,
+)
 from pyint8.remote.objects import remote_object
 from pyint8.report import Recorder
 from pyint8.streaming.reading import read_tensor
-from pyint8.streaming.requests import TensorRequest, ToDtype, ToInt8
+from pyint8.streaming.requests import Part, TensorRequest, ToDtype, ToInt8
 from pyint8.streaming.source import StreamSource
 from pyint8.streaming.stream import TensorStream
 
@@ -56,6 +65,29 @@ class Destination:
     device: torch.device
     dtype: torch.dtype
     on_disk: bool = False
+
+
+@dataclass(frozen=True)
+class ExpertPart:
+    """A tensor of the checkpoint that is some rows of one expert of many.
+
+    Attributes:
+        entry: Its values, [rows, in], or [in, rows] if transposed.
+        expert: The number of the expert.
+        row: The first row.
+        transposed: Whether it is stored as [in, rows].
+        scales: Of codes, fp32 [rows].
+    """
+
+    entry: Entry
+    expert: int
+    row: int
+    transposed: bool = False
+    scales: Entry | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.entry.torch_shape[1 if self.transposed else 0]
 
 
 class Assembly:
@@ -132,6 +164,58 @@ class Assembly:
         dtypes = {entry.torch_dtype for entry in sources}
         self._quantizer.health.watch_cast(name, tensor, dtypes, partial(_find_overflow, sources))
         return tensor
+
+    def expert_requests(self, name: str, parts: Sequence[ExpertPart], destination: Destination) -> list[TensorRequest]:
+        """The requests for the stream of int8 experts, in the order in which `make_experts` takes them."""
+        experts = 1 + max(part.expert for part in parts)
+        out = sum(part.rows for part in parts if part.expert == 0)
+        inner = parts[0].entry.torch_shape[0 if parts[0].transposed else 1]
+        requests: list[TensorRequest] = []
+        for part in parts:
+            row = part.expert * out + part.row
+            place = Part(name, (experts, out, inner), row * inner)
+            if part.scales is None:
+                becomes: ToInt8 | ToDtype = ToInt8(destination.dtype, part.transposed)
+            else:
+                becomes = ToDtype(torch.int8)
+                scales_place = Part(name + EXPERT_SCALES, (experts, out), row)
+                as_stored = ToDtype(torch.float32)
+                requests.append(TensorRequest(part.scales, destination.device, becomes=as_stored, part=scales_place))
+            in_bands = part.scales is None
+            requests.append(TensorRequest(part.entry, destination.device, in_bands, becomes=becomes, part=place))
+        return requests
+
+    def make_experts(
+        self, name: str, parts: Sequence[ExpertPart], destination: Destination, stream: TensorStream
+    ) -> dict[str, torch.Tensor]:
+        """Codes int8 [experts, out, in] and scales fp32 [experts, out] of the experts of a module, by their names.
+
+        Raises:
+            Pyint8Error: See `TensorStream`.
+        """
+        self._recorder.count("int8 experts")
+        if self._quantizer.reads_bands:
+            self._recorder.count_quantizer(ENTRY_POINT if stream.makes(parts[0].entry.name) else OPERATOR)
+        request = self.expert_requests(name, parts, destination)[-1]
+        assert request.part is not None
+        made = Experts(name, request.part.shape, destination.dtype, destination.device, self._quantizer.health)
+        for part in parts:
+            source = StreamSource(stream, part.entry)
+            if part.scales is None:
+                made.put(source, part.expert, part.row, transposed=part.transposed)
+            else:
+                made.put_codes(stream.later(part.scales.name), source.later(), part.expert, part.row)
+        return made.tensors()
+
+    def experts_of(self, name: str, whole: torch.Tensor, destination: Destination) -> dict[str, torch.Tensor]:
+        """The same of what a converter made of them: 16 or 32 bit, as the module itself would have it."""
+        self._recorder.count_quantizer(OPERATOR)
+        transposed = self._quantizer.is_stored_transposed(name)
+        shape = tuple(whole.transpose(1, 2).shape if transposed else whole.shape)
+        made = Experts(name, shape, destination.dtype, destination.device, self._quantizer.health)
+        for expert, weight in enumerate(whole):
+            made.put(TensorSource(weight), expert, 0, transposed=transposed)
+        return made.tensors()
 
     def merged(self, name: str, sources: Sequence[Entry], stream: TensorStream) -> torch.Tensor:
         """The parameter whose parts the stream lets `sources` land in."""

@@ -152,3 +152,12 @@ def wrapper_prefix(names: Iterable[str], bare: Container[str]) -> str | None:
         if at is not None:
             found[".".join(parts[:at]) + "."] += 1
     return found.most_common(1)[0][0] if found else None
+
+
+def has_expert_codes(checkpoint: Checkpoint) -> bool:
+    """Whether experts are int8 in a checkpoint: each with its scales, as transformers 4 saved them, or all in one."""
+    for name, entry in checkpoint.items():
+        is_of_all = len(entry.shape) == 2  # of one weight they are a vector
+        if name.endswith(SCALES) and (is_of_all or ".experts." in name):
+            return True
+    return False

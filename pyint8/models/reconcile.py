@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping
 
 from torch import nn
 
 from pyint8.checkpoint import Checkpoint
+from pyint8.errors import first_names
 from pyint8.models import checks
 from pyint8.models.assembly import Stored
 from pyint8.quantizer import Int8Quantizer
@@ -17,6 +19,10 @@ ABSENT = "its weight is not in the checkpoint"
 Found = Stored | str | None
 """What the checkpoint has for a weight: a `Stored`, the reason why its module stays ordinary, or None if a conversion
 makes it."""
+
+logger = logging.getLogger(__name__)
+
+_NAMED_AT_MOST = 5
 
 
 def reconcile_modules(
@@ -66,7 +72,7 @@ def check_absent(
 
     Args:
         checkpoint: For the error.
-        quantizer: Logs the warning.
+        quantizer: Is told that they have been named.
         body: The replaced modules, without those of the head.
         absent: All replaced modules whose weight is absent.
         wanted: Names of the model's parameters, for the error.
@@ -76,7 +82,13 @@ def check_absent(
     """
     if quantizer.strict and body and set(body) <= set(absent):
         checks.refuse_unrelated(checkpoint, wanted)
-    quantizer.warn_of_absent(absent)
+    quantizer.acknowledged.update(absent)
+    if absent:
+        logger.warning(
+            "%d linear modules are not in the checkpoint, so initialized afresh, not quantized: %s; train before use",
+            len(absent),
+            first_names(absent, _NAMED_AT_MOST),
+        )
 
 
 def check_stored(
@@ -101,6 +113,14 @@ def check_stored(
         else:
             checks.require_real_floats(entry)
         checks.require_shape(entry, name, quantizer.expected_shape(name, shape))
+        return
+    if scales is None and quantizer.quantizes_experts(name):
+        checks.require_real_floats(entry)
+        checks.require_shape(entry, name, quantizer.expected_shape(name, shape))
+        return
+    if scales is not None and quantizer.check_experts_param(name):
+        checks.require_shape(entry, name, shape)
+        checks.require_shape(scales, name, shape[:-1])
         return
     if allow_mismatched_shapes and entry.torch_shape != shape:
         return  # transformers initializes it afresh

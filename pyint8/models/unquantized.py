@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from pyint8.quantizer import Int8Quantizer, modules_to_keep
+from pyint8.quantizer import Int8Quantizer, modules_to_keep, why_not_experts
 from pyint8.report import LoadReport, readable_size
 
 logger = logging.getLogger(__name__)
 
 _EMBEDDING = "an embedding"
-_EXPERTS = "fused experts: one parameter holds the weights of all"
+_EXPERTS = "fused experts"
+_CAN_BE_INT8 = f"{_EXPERTS}, which pyint8.Int8Config(experts=True) quantizes"
 # A parameter with so many elements is listed even if every quantized weight is larger.
 _LARGE = 1 << 16
 # The fraction of a model's bytes that may stay unquantized without a warning.
@@ -47,7 +48,11 @@ def report_unquantized(model: nn.Module, quantizer: Int8Quantizer, report: LoadR
     Listed are all linear modules that were not converted, and every other floating parameter of a weight's size: with
     two dimensions or more, and as large as the smallest weight that was quantized.
     """
-    quantized = [parameter for name, parameter in model.named_parameters() if quantizer.check_quantized_param(name)]
+    quantized = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if quantizer.check_quantized_param(name) or quantizer.check_experts_param(name)
+    ]
     worth_listing = min([_LARGE, *(parameter.numel() for parameter in quantized)])
     report.skipped = dict(quantizer.skipped)
     report.skipped_bytes = dict.fromkeys(report.skipped, 0)
@@ -94,7 +99,8 @@ def _why(module: nn.Module, parameter_name: str) -> str:
     if isinstance(module, nn.MultiheadAttention):
         return "torch's attention keeps query, key and value in one parameter"
     if "expert" in f"{parameter_name} {kind}".lower():
-        return _EXPERTS
+        why_not = why_not_experts(module)
+        return _CAN_BE_INT8 if why_not is None else f"{_EXPERTS}: {why_not or 'one parameter holds the weights of all'}"
     if "embed" in parameter_name.rpartition(".")[2]:
         return _EMBEDDING
     return f"a parameter of {kind}, which is no linear module"
@@ -110,6 +116,8 @@ def _warn_if_much(model: str, int8_bytes: int, others: list[_Parameter]) -> None
         return
     reason, most = left.most_common(1)[0]
     example = max((other for other in others if other.reason == reason), key=lambda other: other.nbytes)
+    if reason == _CAN_BE_INT8:
+        reason += f" (and saves {readable_size(most // 2)})"
     logger.warning(
         "%s of this %s's %s, output head and embeddings aside, are not int8; most of that, %s: %s, such as %s (all are "
         "in LoadReport.skipped)",

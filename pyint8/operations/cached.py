@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -75,7 +75,7 @@ class Wanted:
             _descriptions(os.path.dirname(checkpoint.files[0])),
             self.device,
             str(check_dtype(self.dtype)),
-            config.to_dict(),
+            {name: value for name, value in asdict(config).items() if name != "strict"},
             None if self.model_class is None else f"{self.model_class.__module__}.{self.model_class.__qualname__}",
             [version(name) for name in ("pyint8", "bitsandbytes")],
         ]

@@ -68,6 +68,16 @@ else:
 __all__ = ["bitsandbytes", "deferred_compile", "require_device"]
 
 
+def current_device() -> int | str:
+    """The current CUDA, NPU, HPU or XPU device, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.current_device()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None and accelerator.type in ("npu", "hpu", "xpu"):
+        return f"{accelerator.type}:{torch.accelerator.current_device_index()}"
+    return "cpu"
+
+
 def require_device() -> None:
     """Raises EnvironmentNotSupportedError if bitsandbytes has no backend for any device of this machine."""
     available = {"cpu"}

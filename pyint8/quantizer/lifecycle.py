@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from pyint8.config import Int8Config
-from pyint8.errors import QuantizationStateError, first_names
 from pyint8.placement.device_map import DeviceMap, off_device
 from pyint8.quantizer import requirements, weights
-from pyint8.quantizer.backend import require_device
+from pyint8.quantizer.backend import current_device, require_device
+from pyint8.quantizer.experts.modules import WEIGHTS, Int8Experts, convert_experts
 from pyint8.quantizer.health import WeightHealth
 from pyint8.quantizer.modules import choose_modules, is_conv1d, original_class, replace_with_int8, why_read
 from pyint8.quantizer.skip_list import Matches, check_entries, entry_for, name_matches, warn_of_dead_entries
@@ -26,7 +26,6 @@ from pyint8.quantizer.weights import WeightSource
 logger = logging.getLogger(__name__)
 
 _Dtype = TypeVar("_Dtype")
-_NAMED_AT_MOST = 5
 
 
 class Int8Quantizer:
@@ -39,7 +38,8 @@ class Int8Quantizer:
 
     Attributes:
         converted: Modules that were replaced by `Linear8bitLt`, by name, as they were before.
-        skipped: Linear modules that were not, by name, with the reason.
+        experts: Modules of experts whose weights are int8, by name.
+        skipped: Linear modules, and asked-for experts, that were not converted, by name, with the reason.
         read: Of these, the modules whose weight the model reads without calling them, by name.
         acknowledged: Of `skipped`, the names that were left out on request, or that a warning has named.
         skip: The modules not to convert: those given, and those found while the model was prepared.
@@ -52,6 +52,7 @@ class Int8Quantizer:
         self.pre_quantized = pre_quantized
         self.strict = strict
         self.converted: dict[str, nn.Module] = {}
+        self.experts: dict[str, Int8Experts] = {}
         self.skipped: dict[str, str] = {}
         self.read: dict[str, nn.Module] = {}
         self.acknowledged: set[str] = set()
@@ -96,13 +97,7 @@ class Int8Quantizer:
         """None means the current CUDA (NPU, HPU, XPU) device, or the CPU where there is none."""
         if device_map is not None:
             return device_map
-        device: int | str = "cpu"
-        if torch.cuda.is_available():
-            device = torch.cuda.current_device()
-        else:
-            accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-            if accelerator is not None and accelerator.type in ("npu", "hpu", "xpu"):
-                device = f"{accelerator.type}:{torch.accelerator.current_device_index()}"
+        device = current_device()
         logger.info("device_map was not given: the model goes to %s; pass device_map='auto' to place it", device)
         return {"": device}
 
@@ -153,7 +148,10 @@ class Int8Quantizer:
         if not self.config.has_fp16_weight:
             self._leave_out_read(model, facts or {}, training=training)
         replace_with_int8(model, self.converted, self.config, pre_quantized=self.pre_quantized)
-        if not self.converted:
+        if self.config.experts:
+            self.experts, left_out = convert_experts(model, lambda name: not matches(name, self.skip))
+            self.skipped |= left_out
+        if not self.converted and not self.experts:
             logger.warning(
                 "nothing in this %s is quantized: it has no linear modules but those skipped", type(model).__name__
             )
@@ -184,19 +182,11 @@ class Int8Quantizer:
         self.found += found
         self.skip += found
 
-    def warn_of_absent(self, names: list[str]) -> None:
-        """One warning for all modules that stay ordinary because the checkpoint has no weight for them."""
-        self.acknowledged.update(names)
-        if names:
-            logger.warning(
-                "%d linear modules are not in the checkpoint, so initialized afresh and not quantized: %s; train "
-                "before use",
-                len(names),
-                first_names(names, _NAMED_AT_MOST),
-            )
-
     def expected_shape(self, parameter_name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape in which the checkpoint must hold a quantized weight that has `shape` in the model."""
+        if self.check_experts_param(parameter_name):
+            swapped = (*shape[:-2], shape[-1], shape[-2])
+            return swapped if self.is_stored_transposed(parameter_name) else tuple(shape)
         module = self.read.get(parameter_name.rpartition(".")[0])
         transposed = self.is_stored_transposed(parameter_name) if module is None else is_conv1d(type(module))
         return tuple(reversed(shape)) if transposed else tuple(shape)
@@ -213,14 +203,25 @@ class Int8Quantizer:
         module_name, _, leaf = parameter_name.rpartition(".")
         return leaf == "weight" and module_name in self.converted
 
+    def check_experts_param(self, parameter_name: str) -> bool:
+        """Whether this name is a weight of experts that are int8."""
+        module_name, _, leaf = parameter_name.rpartition(".")
+        return leaf in WEIGHTS and module_name in self.experts
+
+    def quantizes_experts(self, parameter_name: str) -> bool:
+        """The same, of weights that are not int8 in the checkpoint."""
+        return not self.pre_quantized and self.check_experts_param(parameter_name)
+
     def takes_codes(self, parameter_name: str, has_scales: bool) -> bool:
         """Whether a parameter becomes an int8 weight, or is dequantized from codes whose scales the checkpoint has."""
         return self.check_quantized_param(parameter_name) or (has_scales and self.dequantizes(parameter_name))
 
     def dequantizes(self, parameter_name: str) -> bool:
-        """Whether this is the weight of a module that stays ordinary because it is read, in an int8 checkpoint."""
+        """Whether codes of an int8 checkpoint become an ordinary weight: of a module that is read, or a router, which
+        transformers 4 quantized too."""
         module_name, _, leaf = parameter_name.rpartition(".")
-        return self.pre_quantized and leaf == "weight" and module_name in self.read
+        is_router = bool(self.experts) and module_name not in self.converted and module_name not in self.skipped
+        return self.pre_quantized and leaf == "weight" and (module_name in self.read or is_router)
 
     def kind_of(self, parameter_name: str) -> str:
         """The report's kind of a weight that `create_quantized_param` makes."""
@@ -254,20 +255,11 @@ class Int8Quantizer:
         """
         if self.pre_quantized:
             codes = source.whole() if self.dequantizes(parameter_name) else source.later()
-            if scales is None:
-                raise QuantizationStateError(
-                    "an int8 weight without its scales (its `SCB` tensor); save the quantized model again",
-                    tensor=parameter_name,
-                )
-            if codes.dtype != torch.int8:
-                raise QuantizationStateError(
-                    f"scales (`SCB`) for a weight of dtype {codes.dtype}, which must be int8; save the quantized model "
-                    "again",
-                    tensor=parameter_name,
-                )
+            scales = weights.checked_scales(parameter_name, codes, scales)
             self.health.watch_scales(parameter_name, scales)
             if self.dequantizes(parameter_name):
-                is_transposed = is_conv1d(type(self.read[parameter_name.rpartition(".")[0]]))
+                module = self.read.get(parameter_name.rpartition(".")[0])
+                is_transposed = module is not None and is_conv1d(type(module))
                 return weights.dequantized(codes, scales, model_dtype, device, transposed=is_transposed)
             return weights.pre_quantized(codes, scales, device)
         transposed = self.is_stored_transposed(parameter_name)
@@ -309,8 +301,11 @@ class Int8Quantizer:
         return requirements.is_trainable()
 
     def is_stored_transposed(self, parameter_name: str) -> bool:
-        """Whether this weight is stored as [in, out]: a Conv1D's, unless the checkpoint is int8 already."""
-        module = self.converted.get(parameter_name.rpartition(".")[0])
+        """Whether this weight is stored as [in, out]: a Conv1D's or some experts', unless the checkpoint is int8."""
+        owner = parameter_name.rpartition(".")[0]
+        if owner in self.experts:
+            return not self.pre_quantized and self.experts[owner].was_transposed
+        module = self.converted.get(owner)
         return module is not None and not self.pre_quantized and is_conv1d(original_class(module))
 
     def _check_placement(self, device_map: DeviceMap) -> None:

@@ -9,12 +9,25 @@ from torch import nn
 
 from pyint8.errors import ModelNotSupportedError
 from pyint8.quantizer.backend import bitsandbytes
+from pyint8.quantizer.experts.forward import SCALES
+from pyint8.quantizer.experts.modules import WEIGHTS, Int8Experts
 
 
 def int8_modules(model: nn.Module) -> dict[str, Any]:
     """All `Linear8bitLt`, by name."""
     kind = bitsandbytes.nn.Linear8bitLt
     return {name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, kind)}
+
+
+def expert_scales(model: nn.Module) -> list[str]:
+    """The names of the scales of experts, buffers of its modules."""
+    return [
+        f"{module_name}.{name}{SCALES}"
+        for module_name, module in model.named_modules()
+        if isinstance(module, Int8Experts)
+        for name in WEIGHTS
+        if name + SCALES in module._buffers
+    ]
 
 
 def require_codes(model: nn.Module) -> None:

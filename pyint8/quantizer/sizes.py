@@ -29,6 +29,8 @@ def tensor_bytes(
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if quantizer.check_quantized_param(name) and not quantizer.config.has_fp16_weight:
             sizes[name] = tensor.numel() + len(tensor) * torch.float32.itemsize
+        elif quantizer.check_experts_param(name):  # their scales are buffers
+            sizes[name] = tensor.numel()
         elif name not in tied:
             sizes[name] = tensor.numel() * dtypes.get(name, tensor.dtype).itemsize
     return sizes

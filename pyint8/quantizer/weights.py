@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
+from pyint8.errors import QuantizationStateError
 from pyint8.quantizer.backend import bitsandbytes
+from pyint8.quantizer.experts.forward import SCALES
 from pyint8.quantizer.health import WeightHealth
 
 # How much is quantized at once on the CPU, where bitsandbytes' operator passes over the rows six times: as much as fits
@@ -77,7 +79,16 @@ class TensorSource:
         return None
 
 
-def quantize(
+def quantize(source: WeightSource, **how: Any) -> torch.Tensor:
+    """The parameter that `Int8Params(weight).to(device)` gives; arguments as in `quantized`.
+
+    Returns:
+        `data` and its alias `CB` int8 [out, in], `SCB` fp32 [out].
+    """
+    return _int8_params(*quantized(source, **how))
+
+
+def quantized(
     source: WeightSource,
     *,
     transposed: bool,
@@ -85,8 +96,8 @@ def quantize(
     device: torch.device,
     name: str,
     health: WeightHealth,
-) -> torch.Tensor:
-    """The parameter that `Int8Params(weight).to(device)` gives, without moving the weight through the CPU.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight's codes int8 [out, in] and scales fp32 [out], made without moving it through the CPU.
 
     Rows are independent in LLM.int8(), so quantizing some of them at a time gives the same bytes.
 
@@ -97,16 +108,13 @@ def quantize(
         device: Where to quantize; bitsandbytes' results differ between kinds of devices.
         name: For errors.
         health: Checks all rows.
-
-    Returns:
-        `data` and its alias `CB` int8 [out, in], `SCB` fp32 [out].
     """
     made = source.made()
     if made is not None:
         assert made.scales is not None
         assert made.marks is not None
         health.watch_marks(name, made.marks)
-        return _int8_params(made.tensor, made.scales)
+        return made.tensor, made.scales
     rows = source.shape[1] if transposed else source.shape[0]
     codes = scales = None
     for row, half in _half_rows(source, transposed, model_dtype, device):
@@ -122,7 +130,74 @@ def quantize(
         scales[row : row + len(half)] = some_scales
     assert codes is not None
     assert scales is not None
-    return _int8_params(codes, scales)
+    return codes, scales
+
+
+def checked_scales(name: str, codes: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    """The scales of an int8 weight of a checkpoint.
+
+    Raises:
+        QuantizationStateError: It has none, or is not int8.
+    """
+    again = "save the quantized model again"
+    if scales is None:
+        raise QuantizationStateError(f"an int8 weight without its scales (its `SCB` tensor); {again}", tensor=name)
+    if codes.dtype != torch.int8:
+        raise QuantizationStateError(
+            f"scales (`SCB`) for a weight of dtype {codes.dtype}, which must be int8; {again}", tensor=name
+        )
+    return scales
+
+
+class Experts:
+    """The weights of all experts of a module, as they become int8, a part of one expert at a time.
+
+    Args:
+        name: Of the parameter.
+        shape: [experts, out, in].
+        model_dtype: As in `quantize`.
+        device: The same.
+        health: Checks all rows.
+    """
+
+    def __init__(
+        self, name: str, shape: tuple[int, ...], model_dtype: torch.dtype, device: torch.device, health: WeightHealth
+    ) -> None:
+        self._name = name
+        self._shape = shape
+        self._how: dict[str, Any] = {"model_dtype": model_dtype, "device": device, "name": name, "health": health}
+        self._codes: torch.Tensor | None = None
+        self._scales: torch.Tensor | None = None
+
+    def put(self, source: WeightSource, expert: int, row: int, *, transposed: bool) -> None:
+        """Quantizes rows of an expert from `row` on, [rows, in], or [in, rows] if transposed."""
+        self._put(*quantized(source, transposed=transposed, **self._how), expert, row)
+
+    def put_codes(self, scales: torch.Tensor, codes: torch.Tensor, expert: int, row: int) -> None:
+        """Takes rows that are int8 already: scales fp32 [rows], codes [rows, in]; or all, which landed in place."""
+        device, health = self._how["device"], self._how["health"]
+        if scales.ndim == 1 or self._scales is None:
+            health.watch_scales(self._name, scales.flatten())
+        self._put(codes.to(device), scales.to(device), expert, row)
+
+    def _put(self, codes: torch.Tensor, scales: torch.Tensor, expert: int, row: int) -> None:
+        if codes.ndim == 3:  # it landed in its place
+            self._codes, self._scales = codes, scales
+            return
+        if self._codes is None or self._scales is None:
+            self._codes = torch.empty(self._shape, dtype=torch.int8, device=codes.device)
+            self._scales = torch.empty(self._shape[:2], dtype=torch.float32, device=codes.device)
+        self._codes[expert, row : row + len(codes)] = codes
+        self._scales[expert, row : row + len(codes)] = scales
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Codes int8 [experts, out, in], a parameter, and scales fp32 [experts, out], by their names in the model."""
+        assert self._codes is not None
+        assert self._scales is not None
+        return {
+            self._name: torch.nn.Parameter(self._codes, requires_grad=False),
+            self._name + SCALES: self._scales,
+        }
 
 
 def _half_rows(

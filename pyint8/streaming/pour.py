@@ -100,7 +100,7 @@ class Pour:
         self._early = early
         self._early_bytes = sum(tensor.entry.nbytes for tensor in early.values())
         self._made: dict[int, Made] = {}
-        self._wholes: dict[str, torch.Tensor] = {}  # of which entries are parts, by name
+        self._wholes: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}  # of which entries are parts, by name
         self._made_bytes = 0
         self._is_bounded = most_bytes is not None
         self._taken: dict[int, Made] = {}  # and not released, if it is bounded
@@ -182,12 +182,21 @@ class Pour:
         """Submits requests up to number `until`, as far as memory allows."""
         end = self._submitted
         nbytes = self._made_bytes
+        begun: set[str] = set()
         while end < min(until, len(self._requests)):
-            nbytes += self._requests[end].final_bytes
+            nbytes += self._allocated_bytes(self._requests[end], begun)
             if nbytes + self._early_bytes > self._budget and end > self._ready:
                 break
             end += 1
         self._submit(end)
+
+    def _allocated_bytes(self, request: TensorRequest, begun: set[str]) -> int:
+        """What a request takes memory for, if not for a part of a tensor that is there, or named in `begun`."""
+        if request.part is not None:
+            if request.part.name in self._wholes or request.part.name in begun:
+                return 0
+            begun.add(request.part.name)
+        return request.allocated_bytes
 
     def _submit(self, end: int) -> None:
         if end <= self._submitted:
@@ -200,11 +209,11 @@ class Pour:
         """A request as the extension takes it; allocates what it makes."""
         request = self._requests[ticket]
         entry, becomes = request.entry, request.becomes
+        self._made_bytes += self._allocated_bytes(request, set())
         made = self._made[ticket] = self._allocate(request)
         for memory in (made.tensor, made.scales):
             if memory is not None:
                 self._transport.keep(memory)
-        self._made_bytes += request.final_bytes
         early = self._early.get(entry.name)
         if early is None:
             file, checksum = self._transport.file(entry.path, entry.stamp), self._transport.checksum_of(entry)
@@ -215,7 +224,10 @@ class Pour:
         if isinstance(becomes, ToInt8):
             assert made.scales is not None
             through_bfloat16 = becomes.model_dtype == torch.bfloat16
-            to_int8 = (through_bfloat16, becomes.transposed, made.tensor.data_ptr(), made.scales.data_ptr())
+            offset = 0 if request.part is None else request.part.offset
+            row = offset // made.tensor.shape[-1]
+            codes, scales = made.tensor.data_ptr() + offset, made.scales.data_ptr() + row * made.scales.itemsize
+            to_int8 = (through_bfloat16, becomes.transposed, codes, scales)
             rows, columns = entry.torch_shape
             return source, entry.dtype, rows, columns, to_int8, marks
         assert isinstance(becomes, ToDtype)
@@ -226,22 +238,29 @@ class Pour:
         return source, entry.dtype, entry.numel, 1, (_NAMES[becomes.dtype], address), marks
 
     def _allocate(self, request: TensorRequest) -> Made:
-        device, shape, becomes = self._lane.device, request.entry.torch_shape, request.becomes
+        shape, becomes = request.entry.torch_shape, request.becomes
         count = _marks(request)
         marks = self._marks[self._marks_used : self._marks_used + count] if count else None
         self._marks_used += count
         if isinstance(becomes, ToDtype):
-            whole = None if request.part is None else self._wholes.get(request.part.name)
-            if whole is None:
-                shape = shape if request.part is None else request.part.shape
-                whole = torch.empty(shape, dtype=becomes.dtype, device=device)
-            if request.part is not None:
-                self._wholes[request.part.name] = whole
-            return Made(whole, None, marks)
+            return Made(*self._whole(request, shape, becomes.dtype), marks)
         assert becomes is not None
-        shape = tuple(reversed(shape)) if becomes.transposed else shape
-        codes = torch.empty(shape, dtype=torch.int8, device=device)
-        return Made(codes, torch.empty(shape[0], dtype=torch.float32, device=device), marks)
+        return Made(*self._whole(request, tuple(reversed(shape)) if becomes.transposed else shape, torch.int8), marks)
+
+    def _whole(
+        self, request: TensorRequest, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The values that a request makes, or makes a part of, and the scales of codes."""
+        part, device = request.part, self._lane.device
+        if part is not None and part.name in self._wholes:
+            return self._wholes[part.name]
+        shape = shape if part is None else part.shape
+        values = torch.empty(shape, dtype=dtype, device=device)
+        is_int8 = isinstance(request.becomes, ToInt8)
+        scales = torch.empty(shape[:-1], dtype=torch.float32, device=device) if is_int8 else None
+        if part is not None:
+            self._wholes[part.name] = values, scales
+        return values, scales
 
 
 def _marks(request: TensorRequest) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -92,6 +93,15 @@ class TensorRequest:
     def out_rows(self) -> int:
         """Rows of what becomes int8."""
         return self.entry.torch_shape[1 if self.is_transposed else 0]
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What memory is taken for at once: all of the larger tensor that the result is a part of, if it is one."""
+        if self.part is None:
+            return self.final_bytes
+        rows = prod(self.part.shape[:-1]) if isinstance(self.becomes, ToInt8) else 0
+        dtype = self.becomes.dtype if isinstance(self.becomes, ToDtype) else torch.int8
+        return prod(self.part.shape) * dtype.itemsize + rows * torch.float32.itemsize
 
     @property
     def final_bytes(self) -> int:

@@ -84,6 +84,7 @@ def test_the_second_load_gives_the_model_of_the_first(zoo_model: ZooModel, store
         {"dtype": torch.float32},
         {"config": pyint8.Int8Config(skip_modules=["q_proj"])},
         {"config": pyint8.Int8Config(threshold=0.0)},
+        {"config": pyint8.Int8Config(experts=True)},
     ],
 )
 def test_another_load_has_another_form(source: Path, cache: Path, other: dict[str, Any]) -> None:

@@ -71,6 +71,12 @@ def test_all_ranks_have_what_one_has_alone(ranks: RankProcesses, checkpoints: Ch
         assert all(share < 0.8 for share in shares)  # of tiny tensors, many are read whole
 
 
+def test_experts_in_int8(ranks: RankProcesses, checkpoints: CheckpointStore) -> None:
+    folders = [Path(checkpoints.folder(ZOO[name], "bf16")) for name in ("mixtral", "gpt_oss")]
+    for shares in values(ranks.run(cases.same_as_alone, folders, pyint8.Int8Config(experts=True))):
+        assert all(share < 0.8 for share in shares)
+
+
 def test_plain_modules(ranks: RankProcesses, tmp_path: Path) -> None:
     save_file(Net().state_dict(), tmp_path / "model.safetensors")
     assert all(share < 0.8 for share in values(ranks.run(cases.plain_same_as_alone, tmp_path)))

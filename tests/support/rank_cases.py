@@ -36,13 +36,13 @@ def load(folder: Path | str, **kwargs: Any) -> Any:
     return pyint8.load(folder, **({"device_map": "cpu", "process_group": dist.group.WORLD, "progress": False} | kwargs))
 
 
-def same_as_alone(_: int, folders: list[Path]) -> list[float]:
+def same_as_alone(_: int, folders: list[Path], config: Any = None) -> list[float]:
     """How much of what one rank alone reads each rank reads."""
     shares = []
     with gathering_small_pieces():
         for folder in folders:
-            ours, report = load(folder, return_report=True)
-            alone, whole = load(folder, process_group=None, return_report=True)
+            ours, report = load(folder, config=config, return_report=True)
+            alone, whole = load(folder, config=config, process_group=None, return_report=True)
             assert_same(ours, alone)
             shares.append(report.engine["bytes_delivered"] / whole.engine["bytes_delivered"])
     return shares

@@ -33,6 +33,7 @@ from transformers.integrations.accelerate import (
     expand_device_map,
     infer_auto_device_map,
 )
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
@@ -40,6 +41,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 __all__ = [
+    "ALL_EXPERTS_FUNCTIONS",
     "AUTO_QUANTIZER_MAPPING",
     "Bnb8BitHfQuantizer",
     "Concatenate",

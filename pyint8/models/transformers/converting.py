@@ -12,10 +12,10 @@ from pyint8.checkpoint.shards import shards_of
 from pyint8.models.assembly import Destination
 from pyint8.models.checks import FORMAT, SCALES
 from pyint8.models.saving import MOST_BYTES, planned
-from pyint8.models.transformers.compat import in_conversions, reverted, revertible
+from pyint8.models.transformers.compat import in_conversions, reverted
 from pyint8.models.transformers.planned import PlannedLoad
-from pyint8.models.transformers.saving import require_saveable, saved_form
-from pyint8.quantizer import int8_modules
+from pyint8.models.transformers.saving import require_saveable, revertible_int8, saved_form, scales_as_saved
+from pyint8.quantizer import expert_scales, int8_modules
 from pyint8.report import Recorder
 from pyint8.streaming.preparation import Preparation
 
@@ -68,7 +68,8 @@ class Conversion:
         own: State = model.state_dict()
         self._codes = int8_modules(model)
         belonging = {f"{name}.{leaf}" for name in self._codes for leaf in ("weight", SCALES, FORMAT)}
-        self._conversions = revertible(model, belonging)
+        self._conversions = revertible_int8(model, belonging)
+        self._expert_scales = set(expert_scales(model))
         self._converted = in_conversions(self._conversions or (), own)
         saved = saved_form(model, own, lambda _, value: value)
         names = {id(value): name for name, value in saved.items()}
@@ -83,7 +84,11 @@ class Conversion:
         module, _, leaf = name.rpartition(".")
         made_by = self._load.plan.made_by
         belongs = leaf in (SCALES, FORMAT) and module in self._codes
-        return name in self._names and (f"{module}.weight" if belongs else name) not in made_by
+        return (
+            name in self._names
+            and name not in self._expert_scales
+            and (f"{module}.weight" if belongs else name) not in made_by
+        )
 
     @property
     def num_parameters(self) -> int:
@@ -135,13 +140,12 @@ class Conversion:
     def _saved_parts(self, made: State) -> State:
         """What is written of a target's parameters, by the checkpoint's names."""
         state = {part: value for name, parameter in made.items() for part, value in self._parts(name, parameter)}
+        scales = {name: state.pop(name) for name in self._expert_scales & state.keys()}
+        of_experts = scales_as_saved(self._model, scales, self._conversions) if scales else {}
         if self._converted.isdisjoint(state):
-            return {self._names[name]: value for name, value in state.items() if name in self._names}
-        return {
-            name: value
-            for name, value in reverted(self._model, state, self._conversions).items()
-            if name in self.shards.file_of
-        }
+            return {self._names[name]: value for name, value in state.items() if name in self._names} | of_experts
+        parts = reverted(self._model, state, self._conversions) | of_experts
+        return {name: value for name, value in parts.items() if name in self.shards.file_of}
 
     def _parts(self, name: str, parameter: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """A parameter as a state dict has it."""

@@ -8,6 +8,7 @@ from math import prod
 import torch
 
 from pyint8.checkpoint import Checkpoint, Entry
+from pyint8.models.assembly import ExpertPart
 from pyint8.models.transformers.compat import Concatenate, MergeModulelist, WeightConverter, converts_on_cpu
 from pyint8.models.transformers.plan import Target
 from pyint8.streaming.requests import Part, is_plain, kernels_cast
@@ -25,7 +26,7 @@ def find_parts(target: Target, checkpoint: Checkpoint, dtype: torch.dtype) -> di
         dtype: What the parameter will be.
     """
     converter = target.converter
-    if converter is None or not _is_plain_merge(converter):
+    if converter is None or not is_plain_merge(converter):
         return {}
     found = dict(target.sources)
     stacks = [
@@ -37,7 +38,54 @@ def find_parts(target: Target, checkpoint: Checkpoint, dtype: torch.dtype) -> di
     return _side_by_side(target.name, stacks)
 
 
-def _is_plain_merge(converter: WeightConverter) -> bool:
+def expert_parts(
+    target: Target, checkpoint: Checkpoint, shape: tuple[int, ...], *, transposed: bool
+) -> list[ExpertPart]:
+    """Which rows of int8 experts each tensor of the checkpoint makes, in the order in which they are read.
+
+    Empty where a converter does more than put the weights of experts side by side.
+
+    Args:
+        target: The weights of all experts of a module, and their sources.
+        checkpoint: Has the sources.
+        shape: Of the codes, [experts, out, in].
+        transposed: Whether one tensor that holds them all is [experts, in, out].
+    """
+    experts, out, inner = shape
+    if target.source is not None:
+        entry = checkpoint[target.source]
+        if entry.dtype == "I8":  # codes of all experts, as they will lie in memory
+            if target.scales is None:
+                return []
+            scales = checkpoint[target.scales]
+            return [ExpertPart(entry.element(i), i, 0, scales=scales.element(i)) for i in range(experts)]
+        each = [entry.element(index) for index in range(experts)]
+        return [ExpertPart(part, index, 0, transposed) for index, part in enumerate(each)]
+    converter = target.converter
+    if converter is None or not is_plain_merge(converter):
+        return []
+    by_pattern: dict[str | None, list[Entry]] = {}
+    for name, pattern in target.sources:
+        by_pattern.setdefault(pattern, []).append(checkpoint[name])
+    stacks = [by_pattern.get(pattern, []) for pattern in converter.source_patterns]
+    if not _are_even(stacks) or sum(stack[0].torch_shape[0] for stack in stacks) != out:
+        return []
+    if any(stack[0].torch_shape[1:] != (inner,) or len(stack) != experts for stack in stacks):
+        return []
+    parts: list[ExpertPart] = []
+    row = 0
+    for stack in stacks:
+        names = [target.scales_of.get(entry.name) for entry in stack]
+        parts += [
+            ExpertPart(entry, index, row, scales=None if name is None else checkpoint[name])
+            for index, (entry, name) in enumerate(zip(stack, names, strict=True))
+        ]
+        row += stack[0].torch_shape[0]
+    return parts
+
+
+def is_plain_merge(converter: WeightConverter) -> bool:
+    """Whether it only stacks tensors along a new first dimension, and concatenates such stacks along the next one."""
     kinds = [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations]
     merge, concatenate = (MergeModulelist, 0), (Concatenate, 1)
     patterns = len(converter.source_patterns)

@@ -7,6 +7,7 @@ quantizer replaces ours on the model: a loaded model carries nothing of pyint8.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -14,9 +15,12 @@ import torch
 from transformers import BitsAndBytesConfig
 from transformers.quantizers import register_quantization_config, register_quantizer
 
-from pyint8.config import METHOD, Int8Config, bitsandbytes_field, int8_config_of
+from pyint8.config import METHOD, Int8Config, bitsandbytes_field, int8_config_of, quantizes_experts
+from pyint8.errors import ModelNotSupportedError
+from pyint8.models.checks import has_expert_codes
 from pyint8.models.transformers.buffers import warn_of_unfilled_buffers
 from pyint8.models.transformers.compat import (
+    ALL_EXPERTS_FUNCTIONS,
     Bnb8BitHfQuantizer,
     QuantizationConfigMixin,
     infer_auto_device_map,
@@ -38,6 +42,22 @@ from pyint8.report import announce
 _KEPT = "in its class's list of modules to keep in float32"
 # Fields of a BitsAndBytesConfig that its constructor does not take, or that are implied.
 _HIDDEN = ("load_in_8bit", "load_in_4bit", "_load_in_8bit", "_load_in_4bit", "quant_method")
+
+
+# What a saved model with int8 experts names as its implementation of them (see docs/recipes.md): transformers without
+# pyint8, which would take the codes for weights, refuses a name that it does not know. The number is the layout's.
+_EXPERTS = "pyint8-1"
+
+
+def _refuse_codes(experts: torch.nn.Module, *_: Any) -> None:
+    """The forward pass of experts that say that they are int8, and are not of our class."""
+    raise ModelNotSupportedError(
+        f"the checkpoint of this {type(experts).__name__} has int8 experts, and transformers has taken their codes for "
+        "weights; load it with pyint8.load, or within pyint8.takeover()"
+    )
+
+
+ALL_EXPERTS_FUNCTIONS.register(_EXPERTS, _refuse_codes)
 
 
 @register_quantization_config(METHOD)
@@ -86,7 +106,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         is_strict = isinstance(quantization_config, Int8Config) and quantization_config.strict
         self.session = LoadSession.active() or LoadSession.for_drop_in(strict=is_strict)
         self.int8 = Int8Quantizer(
-            int8_config_of(genuine),
+            replace(int8_config_of(genuine), experts=quantizes_experts(quantization_config)),
             pre_quantized=self._was_pre_quantized,
             strict=self.session.request.strict,
         )
@@ -151,6 +171,8 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
             self.preprocess_model(model, dtype=dtype, checkpoint_files=checkpoint_files, **kwargs)
             return
         self.session.open_files(checkpoint_files)
+        if self._was_pre_quantized and has_expert_codes(self.session.checkpoint):
+            self.int8.config = replace(self.int8.config, experts=True)
         self._name_genuine_config(model)
         super().preprocess_model(model, dtype=dtype, checkpoint_files=checkpoint_files, **kwargs)
         self.session.model_is_built()
@@ -219,6 +241,8 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         genuine = Bnb8BitHfQuantizer(self.quantization_config, pre_quantized=self._was_pre_quantized)
         genuine.modules_to_not_convert = self.int8.skip
         model.hf_quantizer = genuine
+        if self.int8.experts:
+            model.config.experts_implementation = _EXPERTS  # without an underscore it is saved
         report_unquantized(model, self.int8, self.session.recorder.report)
         warn_of_unfilled_buffers(model, self.session.device_map)
         self.session.finish()  # the last bytes may have come only now (see PlannedLoad.make)

@@ -13,10 +13,10 @@ import torch
 
 from pyint8.checkpoint import Checkpoint, Entry
 from pyint8.errors import QuantizationStateError
-from pyint8.models.assembly import Assembly, Destination
+from pyint8.models.assembly import Assembly, Destination, ExpertPart
 from pyint8.models.transformers.compat import converts_on_cpu, expand_device_map, fixed_dtypes
 from pyint8.models.transformers.device_worker import DeviceWorker
-from pyint8.models.transformers.fusion import find_parts
+from pyint8.models.transformers.fusion import expert_parts, find_parts
 from pyint8.models.transformers.plan import LoadPlan, Target
 from pyint8.placement.device_map import landing_device
 from pyint8.quantizer import Int8Quantizer, find_entry_point
@@ -43,7 +43,7 @@ def find_dtypes(
 ) -> dict[str, torch.dtype]:
     """The dtype that each parameter is loaded as, or quantized from, by the rules of transformers' loading loop."""
     own = {
-        name: dtype if quantizer.check_quantized_param(name) else parameter.dtype
+        name: dtype if quantizer.check_quantized_param(name) or quantizer.quantizes_experts(name) else parameter.dtype
         for name, parameter in parameters.items()
     }
     return own | fixed_dtypes(model, dtype, parameters)
@@ -86,6 +86,7 @@ class ParameterMaker:
         self._is_bounded = most_bytes is not None
         self._makers: dict[torch.device, DeviceWorker] = {}
         self._assembly = Assembly(quantizer, recorder)
+        self._experts: dict[str, list[ExpertPart]] = {}
         self._groups = self._grouped()
         wanted = {device: [r for t in group for r in self._requests(t)] for device, group in self._groups.items()}
         recorder.expect(sum(request.entry.nbytes for requests in wanted.values() for request in requests))
@@ -174,6 +175,8 @@ class ParameterMaker:
             loading_info.missing_keys.discard(target.name)
             self._recorder.count("left on disk")
             return {}
+        if self._quantizer.check_experts_param(name) and (parts := self._expert_parts(target)):
+            return self._assembly.make_experts(name, parts, self._destinations[name], stream)
         if target.converter is not None:
             return self._converted(target, stream, loading_info)
         stored, destination = target.stored(self._checkpoint), self._destinations[name]
@@ -194,6 +197,8 @@ class ParameterMaker:
     def _requests(self, target: Target) -> list[TensorRequest]:
         if self._stays_on_disk(target):
             return []
+        if self._quantizer.check_experts_param(target.name) and (target.converter or self._expert_parts(target)):
+            return self._expert_requests(target)
         stored = target.stored(self._checkpoint)
         if stored is not None:
             return self._assembly.requests(target.name, stored, self._destinations[target.name])
@@ -209,6 +214,23 @@ class ParameterMaker:
             )
             for name in target.source_names()
         ]
+
+    def _expert_parts(self, target: Target) -> list[ExpertPart]:
+        """What the checkpoint has of experts that become int8, expert by expert; empty where it must be converted."""
+        if target.name not in self._experts:
+            shape = tuple(self._model.get_parameter(target.name).shape)
+            transposed = self._quantizer.is_stored_transposed(target.name)
+            self._experts[target.name] = expert_parts(target, self._checkpoint, shape, transposed=transposed)
+        return self._experts[target.name]
+
+    def _expert_requests(self, target: Target) -> list[TensorRequest]:
+        destination = self._destinations[target.name]
+        parts = self._expert_parts(target)
+        if not parts:
+            batch = target.name if target.stacks else None
+            device = self._landing_device(target)
+            return [TensorRequest(self._checkpoint[name], device, batch=batch) for name in target.source_names()]
+        return self._assembly.expert_requests(target.name, parts, destination)
 
     def _parts_of(self, target: Target) -> dict[str, Part]:
         """Where each source of a plain merge lies in the parameter; empty for what must be converted or quantized."""
@@ -241,7 +263,15 @@ class ParameterMaker:
             target.name, model=self._model, config=self._model.config, hf_quantizer=None, loading_info=loading_info
         )
         sources = self._sources(target)
-        return {name: self._finished(name, value, sources) for name, value in made.items()}
+        results: dict[str, torch.Tensor] = {}
+        for made_name, value in made.items():
+            if self._quantizer.check_experts_param(made_name):
+                whole = value[0] if isinstance(value, list) else value
+                self._recorder.count("converted")
+                results |= self._assembly.experts_of(made_name, whole, self._destinations[made_name])
+            else:
+                results[made_name] = self._finished(made_name, value, sources)
+        return results
 
     def _sources(self, target: Target) -> list[Entry]:
         return [self._checkpoint[name] for name, _ in target.sources]

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from pyint8.checkpoint import Checkpoint
 from pyint8.models.assembly import Stored
 from pyint8.models.checks import FORMAT, SCALES
@@ -18,6 +20,7 @@ from pyint8.models.transformers.compat import (
     dot_natural_key,
     rename_source_key,
 )
+from pyint8.quantizer import EXPERT_SCALES
 
 
 @dataclass
@@ -29,6 +32,7 @@ class Target:
         sources: Checkpoint names in the order they are collected, each with the converter's pattern that matched.
         converter: Makes the parameters from the sources; None if there is one source that needs no conversion.
         scales: The checkpoint's name of the `SCB` of a pre-quantized weight.
+        scales_of: The same of each source that a converter merges, by that source's name.
         format: The checkpoint's name of its `weight_format`.
     """
 
@@ -37,6 +41,7 @@ class Target:
     converter: WeightConverter | None = None
     scales: str | None = None
     format: str | None = None
+    scales_of: dict[str, str] = field(default_factory=dict)
 
     @property
     def source(self) -> str | None:
@@ -70,6 +75,7 @@ class Target:
         for name, pattern in self.sources:
             by_pattern.setdefault(pattern, []).append(name)
         extras = [name for name in (self.format, self.scales) if name is not None]
+        extras += self.scales_of.values()
         return extras + [name for names in by_pattern.values() for name in names]
 
 
@@ -117,7 +123,13 @@ def plan_load(
     names = _Renamer(conversions, base_model_prefix, parameters)
     for key in sorted(checkpoint, key=dot_natural_key):
         weight, companion = _companion(key, checkpoint) if pre_quantized else (key, None)
-        renamed, final, converter, pattern = names.resolve(weight)
+        if pre_quantized and _is_of_experts(key, checkpoint, parameters):
+            renamed, final, converter, pattern = key, key, None, None
+        elif pre_quantized and key.endswith(EXPERT_SCALES):  # they go where their weight goes
+            renamed, final, converter, pattern = names.resolve(key.removesuffix(EXPERT_SCALES))
+            renamed, final = renamed + EXPERT_SCALES, final + EXPERT_SCALES
+        else:
+            renamed, final, converter, pattern = names.resolve(weight)
         plan.renamed[key] = renamed
         if final not in parameters:
             if converter is not None:
@@ -139,7 +151,9 @@ def _filed(
     target: Target, key: str, companion: str | None, converter: WeightConverter | None, pattern: str | None
 ) -> Target:
     """Adds a tensor to the target, and returns it."""
-    if companion == SCALES:
+    if companion == SCALES and converter is not None:
+        target.scales_of[f"{key.removesuffix(SCALES)}weight"] = key
+    elif companion == SCALES:
         target.scales = key
     elif companion == FORMAT:
         target.format = key
@@ -147,6 +161,13 @@ def _filed(
         target.sources.append((key, pattern))
         target.converter = converter
     return target
+
+
+def _is_of_experts(key: str, checkpoint: Checkpoint, parameters: Mapping[str, Any]) -> bool:
+    """Whether these are codes, or scales, of all experts of a module, which then have the model's own names."""
+    own = parameters.get(key)
+    is_codes = own is not None and checkpoint[key].dtype == "I8" and own.dtype == torch.int8 and own.ndim > 2
+    return is_codes or (own is not None and key.endswith(EXPERT_SCALES))
 
 
 def _companion(key: str, checkpoint: Iterable[str]) -> tuple[str, str | None]:

@@ -16,7 +16,7 @@ from pyint8.models.transformers.compat import WeightTransform, converts_on_cpu, 
 from pyint8.models.transformers.parameters import ParameterMaker, find_destinations, find_dtypes
 from pyint8.models.transformers.plan import plan_load
 from pyint8.models.transformers.reconcile import check_index, reconcile
-from pyint8.quantizer import Int8Quantizer, stand_in
+from pyint8.quantizer import EXPERT_SCALES, Int8Quantizer, stand_in
 from pyint8.report import Recorder
 from pyint8.streaming.preparation import Preparation
 from pyint8.streaming.reading import are_alike, is_same
@@ -150,13 +150,16 @@ class PlannedLoad:
     def stand_ins(self, name: str) -> dict[str, torch.Tensor]:
         """The parameters of one target, by name, on meta: shapes and dtypes without values."""
         names = [made for made in self.plan.targets[name].makes() if made in self.dtypes]
-        return {made: self._stand_in(made) for made in names}
+        scales = [f"{made}{EXPERT_SCALES}" for made in names if self._quantizer.check_experts_param(made)]
+        return {made: self._stand_in(made) for made in [*names, *scales]}
 
     def _stand_in(self, name: str) -> torch.Tensor:
         shape = self._model.get_parameter_or_buffer(name).shape
         if self._quantizer.check_quantized_param(name):
             return stand_in(shape)
-        return torch.empty(shape, dtype=self.dtypes[name], device="meta")
+        own = self._quantizer.check_experts_param(name) or name not in self.dtypes
+        dtype = self._model.get_parameter_or_buffer(name).dtype if own else self.dtypes[name]
+        return torch.empty(shape, dtype=dtype, device="meta")
 
     def finish(self) -> None:
         """Waits for the values of parameters that were handed out before they had come.

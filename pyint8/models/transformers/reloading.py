@@ -18,7 +18,7 @@ from pyint8.models.request import LoadRequest, check_dtype
 from pyint8.models.transformers.compat import tied_weights
 from pyint8.models.transformers.loading import is_int8_already, plan_pretrained
 from pyint8.models.transformers.planned import PlannedLoad
-from pyint8.quantizer import entry_for, is_int8, is_linear
+from pyint8.quantizer import can_have_int8_experts, entry_for, has_int8_experts, is_int8, is_linear
 from pyint8.report import Recorder
 from pyint8.streaming.preparation import Preparation
 
@@ -58,8 +58,12 @@ def _dtype(model: Any) -> torch.dtype:
 def _config(model: Any, places: Mapping[str, Place]) -> Int8Config:
     """What makes those modules int8 that are it in the model."""
     codes = [name.removesuffix(".weight") for name, place in places.items() if place.is_int8]
-    others = [name for name, module in live_modules(model) if is_linear(module) and not is_int8(module)]
-    return Int8Config(skip_modules=[entry_for(name, codes) for name in others])
+    modules = dict(live_modules(model))
+    others = [name for name, module in modules.items() if is_linear(module) and not is_int8(module)]
+    experts = any(has_int8_experts(module) for module in modules.values())
+    if experts:
+        others += [name for name, module in modules.items() if can_have_int8_experts(module)]
+    return Int8Config(skip_modules=[entry_for(name, codes) for name in others], experts=experts)
 
 
 class _Reload:
@@ -86,7 +90,8 @@ class _Reload:
         for name, value in self._made.items():
             self._check(name, value)
         require_all(self._lost(), self._load.checkpoint.files[0], strict=strict)
-        single = [name for name in self._made if len(self._load.plan.made_by[name].makes()) == 1]
+        made_by = self._load.plan.made_by
+        single = [name for name in self._made if name in made_by and len(made_by[name].makes()) == 1]
         self._left_out = require_alike(single, self._places, self._load.are_alike)
 
     def _check(self, name: str, value: torch.Tensor) -> None:
@@ -144,7 +149,8 @@ class _Reload:
         """A value becomes what the model has there; what becomes int8 is rounded to the model's dtype before."""
         for name in self._made:
             place = self._places[name]
-            yield name, Destination(place.device, self._load.dtypes[name] if place.is_int8 else place.dtype)
+            dtype = place.dtype if place.dtype.is_floating_point else self._load.dtypes.get(name, place.dtype)
+            yield name, Destination(place.device, dtype)
 
     def _require_sound(self) -> None:
         self._load.check_values()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,8 @@ from pyint8.errors import ModelNotSupportedError
 from pyint8.models.checks import FORMAT, SCALES
 from pyint8.models.saving import in_memory, planned, write_shards
 from pyint8.models.transformers.compat import (
+    WeightConverter,
+    WeightTransform,
     custom_object_save,
     has_adapters,
     ignored_on_save,
@@ -22,7 +24,8 @@ from pyint8.models.transformers.compat import (
     reverted,
     revertible,
 )
-from pyint8.quantizer import int8_modules, require_codes
+from pyint8.models.transformers.fusion import is_plain_merge
+from pyint8.quantizer import EXPERT_SCALES, expert_scales, int8_modules, require_codes
 
 State = dict[str, torch.Tensor]
 
@@ -77,16 +80,38 @@ def saved_form(model: Any, state: State, fetch: Callable[[str, torch.Tensor], to
     ignored = ignored_on_save(model)
     modules = int8_modules(model)
     companions = {f"{name}.{leaf}" for name in modules for leaf in (SCALES, FORMAT)}
+    of_experts = expert_scales(model)
+    companions |= set(of_experts)
     single = remove_tied_weights_from_state_dict(
         {name: value for name, value in state.items() if name not in companions and name not in ignored}, model
     )
     codes = [name for name in modules if f"{name}.weight" in single]
     belonging = {f"{name}.{leaf}" for name in codes for leaf in ("weight", SCALES, FORMAT)}
     ordered = {name: single.get(name, state[name]) for name in state if name in single or name in belonging}
-    conversions = revertible(model, belonging)
+    conversions = revertible_int8(model, belonging)
     for name in in_conversions(conversions or (), ordered):
         ordered[name] = fetch(name, ordered[name])
-    return reverted(model, ordered, conversions)
+    scales = {name: fetch(name, state[name]) for name in of_experts}
+    return reverted(model, ordered, conversions) | scales_as_saved(model, scales, conversions)
+
+
+def revertible_int8(model: Any, belonging: Collection[str]) -> list[WeightTransform] | None:
+    """The conversions to revert (see `revertible`), but for those that do more to int8 experts than to put them side by
+    side: their codes stay whole."""
+    experts = {name.removesuffix(EXPERT_SCALES) for name in expert_scales(model)}
+    conversions = revertible(model, ()) or []
+    odd = [one for one in conversions if isinstance(one, WeightConverter) and not is_plain_merge(one)]
+    return revertible(model, {*belonging, *in_conversions(odd, experts)})
+
+
+def scales_as_saved(model: Any, scales: State, conversions: Any) -> State:
+    """The scales of experts, named as in the model, as a checkpoint has them: taken apart as their weights are."""
+    saved: State = {}
+    as_weights = {name.removesuffix(EXPERT_SCALES): value.unsqueeze(-1) for name, value in scales.items()}
+    for name, value in reverted(model, as_weights, conversions).items():
+        owner, _, leaf = name.rpartition(".")
+        saved[f"{owner}.{SCALES}" if leaf == "weight" else f"{name}{EXPERT_SCALES}"] = value.squeeze(-1)
+    return saved
 
 
 def write_description(model: Any, folder: str) -> None:

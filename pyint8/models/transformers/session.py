@@ -120,6 +120,12 @@ class LoadSession:
             with self.recorder.phase("read headers"):
                 self._checkpoint = checkpoint_of_files(files)
 
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The files that transformers resolved."""
+        assert self._checkpoint is not None
+        return self._checkpoint
+
     def set_conversions(
         self, model: Any, conversions: list[Any], dtype: torch.dtype, quantizer: Int8Quantizer
     ) -> PlannedLoad:

@@ -35,7 +35,8 @@ def test_fused_experts_are_told(name: str, checkpoint: str, load: Load, caplog: 
     model, report = load(name, checkpoint, return_report=True)
     (text,) = told(caplog)
     assert f"of this {type(model).__name__}'s" in text
-    assert "fused experts: one parameter holds the weights of all, such as model.layers.0.mlp.experts." in text
+    assert "fused experts, which pyint8.Int8Config(experts=True) quantizes (and saves " in text
+    assert "such as model.layers.0.mlp.experts." in text
     assert "fused experts" in str(report)
     experts = {n: p for n, p in model.named_parameters() if ".experts." in n and p.dim() == 3}
     assert {n: report.skipped_bytes[n] for n in experts} == {n: p.nbytes for n, p in experts.items()}

@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from fake_driver import FakeDriver, driver
-from safetensors.torch import save_file
+from pours import DTYPES, GPU, OPTIONS, checkpoint_of, pour, random_weight
 from streams import unstamped
 
-from pyint8 import StreamOptions, _core
-from pyint8.checkpoint import Checkpoint, open_checkpoint
+from pyint8 import _core
 from pyint8.errors import TruncatedError
 from pyint8.streaming.head_start import EarlyTensor
 from pyint8.streaming.pour import Made
@@ -26,34 +25,13 @@ from pyint8.streaming.transport import ReadRequest, Transport
 
 __all__ = ["driver"]  # a fixture
 
-GPU = torch.device("cuda", 0)
-# Bands of 128 KiB.
-OPTIONS = StreamOptions(threads=3, slot_bytes=8192, device_scratch=1 << 20)
-DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-
 pytestmark = pytest.mark.skipif(not _core.has_kernels(), reason="a build without kernels")
-
-
-def random_weight(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def quantized(half: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As the fake's kernel does."""
     scales = half.float().abs().amax(dim=1)
     return (half.float() * (torch.full_like(scales, 127) / scales)[:, None]).round().to(torch.int8), scales
-
-
-def checkpoint_of(folder: Path, tensors: dict[str, torch.Tensor]) -> Checkpoint:
-    save_file(tensors, folder / "model.safetensors")
-    return open_checkpoint(folder / "model.safetensors")
-
-
-def pour(driver: FakeDriver, requests: list[TensorRequest], options: StreamOptions = OPTIONS) -> dict[str, Made | None]:
-    with open_stream(requests, options, opener=driver.lane, quantizer=driver.quantizer) as stream:
-        made = {request.entry.name: stream.made(request.entry.name) for request in requests}
-        stream.finish()
-    return made
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -98,28 +76,6 @@ def test_what_stays_as_stored_may_be_of_any_dtype(driver: FakeDriver, tmp_path: 
     entries = checkpoint_of(tmp_path, tensors)
     made = pour(driver, [TensorRequest(e, GPU, becomes=ToDtype(e.torch_dtype)) for e in entries.values()])
     assert all(found is not None and torch.equal(found.tensor, tensors[name]) for name, found in made.items())
-
-
-@pytest.mark.parametrize("to", DTYPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_parts_land_in_their_place(driver: FakeDriver, tmp_path: Path, dtype: torch.dtype, to: torch.dtype) -> None:
-    experts = {f"{number}.{kind}": random_weight(30, 70, dtype, number) for number in range(5) for kind in "ab"}
-    entries = checkpoint_of(tmp_path, experts)
-    requests = [
-        TensorRequest(
-            entries[f"{number}.{kind}"],
-            GPU,
-            becomes=ToDtype(to),
-            part=Part("fused", (5, 60, 70), (number * 60 + row) * 70),
-        )
-        for kind, row in (("a", 0), ("b", 30))
-        for number in range(5)
-    ]
-    made = pour(driver, requests)
-    expected = torch.stack([torch.cat([experts[f"{n}.a"], experts[f"{n}.b"]]) for n in range(5)]).to(to)
-    wholes = {id(found.tensor): found.tensor for found in made.values() if found is not None}
-    (fused,) = wholes.values()
-    assert torch.equal(fused, expected)
 
 
 @pytest.mark.parametrize("becomes", [ToInt8(torch.bfloat16), ToDtype(torch.float16), ToDtype(torch.bfloat16)], ids=str)
@@ -215,34 +171,6 @@ def test_only_so_much_is_made_before_it_is_released(driver: FakeDriver, tmp_path
     stream.finish()
     transport.close()
     assert transport.stats()["bytes_delivered"] == sum(weight.nbytes for weight in weights.values())
-    stream.close()
-
-
-@pytest.mark.parametrize("most_bytes", [1, 1000, 10**9])
-def test_parts_are_released_together(driver: FakeDriver, tmp_path: Path, most_bytes: int) -> None:
-    names = [f"{layer}.{number}" for layer in range(4) for number in range(5)]
-    entries = checkpoint_of(
-        tmp_path, {name: random_weight(30, 70, torch.float16, seed) for seed, name in enumerate(names)}
-    )
-    requests = [
-        TensorRequest(
-            entries[name], GPU, becomes=ToDtype(torch.float16), part=Part(name[0], (150, 70), int(name[2]) * 2100)
-        )
-        for name in names
-    ]
-    transport = Transport(OPTIONS, driver.lane)
-    stream = TensorStream(requests, transport, quantizer=driver.quantizer, most_bytes=most_bytes)
-    for layer in range(4):
-        parts = [name for name in names if name.startswith(f"{layer}.")]
-        whole, *_ = [stream.made(name) for name in parts]
-        assert whole is not None
-        stream.wait(parts)
-        driver.synchronize(0)
-        expected = torch.cat([random_weight(30, 70, torch.float16, names.index(name)) for name in parts])
-        assert torch.equal(whole.tensor, expected)
-        stream.release(parts)
-    stream.finish()
-    transport.close()
     stream.close()
 
 

@@ -1,0 +1,132 @@
+"""Modules of experts whose weights are int8: of a class of ours, made for each class of transformers.
+
+transformers keeps the weights of all experts of a layer in one parameter, [experts, out, in], or [experts, in, out]
+where the class says that it is transposed. Here they are codes [experts, out, in] in either case, of the same name,
+with a buffer of scales beside them. All else, biases and gates among them, is what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from pyint8.errors import ModelNotSupportedError
+from pyint8.quantizer.experts.forward import SCALES, int8_experts_forward
+
+WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
+"""Names of the weights of experts, of which a module has two."""
+
+_TRAITS = ("has_gate", "has_bias", "is_transposed", "num_experts", "config")
+
+
+class Int8Experts(nn.Module):
+    """What makes a class of transformers one whose experts are int8; mixed into it by `int8_class`.
+
+    Attributes:
+        is_transposed: Always False: codes are [experts, out, in].
+        was_transposed: Whether the weights they were made of are stored as [experts, in, out].
+    """
+
+    is_transposed = False
+    was_transposed = False
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        if is_parametrized(self):
+            raise ModelNotSupportedError(
+                f"something changes the weights of {type(self).__name__} in every forward pass, which are int8 codes; "
+                "PEFT's target_parameters cannot name them: load the model with Int8Config(experts=False), or "
+                "train other modules (target_modules)"
+            )
+        return int8_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """As a module's own; but scales stay fp32, whatever the model is cast to."""
+        before = {name: scales for name, scales in self._buffers.items() if name.endswith(SCALES)}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, scales in before.items():
+            moved = self._buffers[name]
+            if scales is not None and moved is not None and moved.dtype != torch.float32:
+                self._buffers[name] = scales.to(moved.device)
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """By the class that it was made for: the one made of it has no name in any module."""
+        return _blank, (type(self).__mro__[2],), self.__dict__
+
+
+@cache
+def int8_class(original: type) -> type[Int8Experts]:
+    """The class of modules of `original` whose experts are int8."""
+    name = f"Int8{original.__name__}"
+    return type(name, (Int8Experts, original), {"__module__": original.__module__, "__doc__": Int8Experts.__doc__})
+
+
+def _blank(original: type) -> Int8Experts:
+    made = int8_class(original)
+    return made.__new__(made)
+
+
+def why_not_experts(module: nn.Module) -> str | None:
+    """None for a module of experts that can be int8; otherwise the reason, or "" for what are no experts."""
+    weights = [name for name in WEIGHTS if _is_stack(module._parameters.get(name))]
+    if not weights:
+        return ""
+    if not all(hasattr(module, trait) for trait in _TRAITS):
+        return f"{type(module).__name__} computes with its experts in a way of its own"
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    if weights != [first, "down_proj"]:
+        return f"{type(module).__name__} has other weights than {first} and down_proj"
+    return None
+
+
+def can_have_int8_experts(module: nn.Module) -> bool:
+    """Whether it is a module of experts in 16 or 32 bit that `make_int8` takes."""
+    return why_not_experts(module) is None
+
+
+def has_int8_experts(module: nn.Module) -> bool:
+    """Whether it is a module of int8 experts."""
+    return isinstance(module, Int8Experts)
+
+
+def _is_stack(weight: torch.Tensor | None) -> bool:
+    return weight is not None and weight.ndim == 3 and weight.is_floating_point()
+
+
+def make_int8(module: nn.Module) -> None:
+    """Gives a module of experts on meta codes and scales in place of its weights, without values."""
+    stacks = {name: weight for name in WEIGHTS if (weight := module._parameters.get(name)) is not None}
+    transposed = bool(module.is_transposed)
+    for name, weight in stacks.items():
+        experts, out, inner = weight.shape
+        if transposed:
+            out, inner = inner, out
+        codes = torch.empty(experts, out, inner, dtype=torch.int8, device="meta")
+        module._parameters[name] = nn.Parameter(codes, requires_grad=False)
+        module.register_buffer(name + SCALES, torch.empty(experts, out, dtype=torch.float32, device="meta"))
+    module.__dict__.pop("is_transposed", None)  # the class says it
+    if transposed:
+        module.__dict__["was_transposed"] = True
+    original: type = type(module)
+    module.__class__ = int8_class(original)
+
+
+def convert_experts(model: nn.Module, wanted: Callable[[str], bool]) -> tuple[dict[str, Int8Experts], dict[str, str]]:
+    """Makes experts of a model on meta int8 ones: modules by name, and those that stay as they are, with reasons."""
+    converted: dict[str, Int8Experts] = {}
+    skipped: dict[str, str] = {}
+    for name, module in list(model.named_modules()):
+        reason = why_not_experts(module)
+        if reason is None and wanted(name):
+            make_int8(module)
+            converted[name] = cast(Int8Experts, module)
+        elif reason != "":
+            skipped[name] = reason or "in the list of modules to skip"
+    return converted, skipped

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 _SHARD_BYTES = 5 * 10**9
 
-# The shapes of Llama-3.1-8B, Llama-3.2-1B, Qwen3-4B, GPT-2 XL, three layers of Llama-3.1-70B, Qwen3-30B-A3B with all of
-# its 18,867 tensors and a third to a half of its widths, and small ones for machines without a GPU.
+# The shapes of Llama-3.1-8B, Llama-3.2-1B, Qwen3-4B, GPT-2 XL, three layers of Llama-3.1-70B, Qwen3-30B-A3B, and of the
+# same with all of its 18,867 tensors and a third to a half of its widths; and small ones for machines without a GPU.
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama-8b": {
         "model_type": "llama",
@@ -73,6 +73,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 16,
         "num_key_value_heads": 4,
         "head_dim": 64,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "vocab_size": 151936,
+        "tie_word_embeddings": False,
+    },
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
         "num_experts": 128,
         "num_experts_per_tok": 8,
         "vocab_size": 151936,
@@ -145,8 +160,15 @@ def _shards(model: torch.nn.Module, dtype: torch.dtype, device: str) -> Iterator
     yield shard
 
 
-def make(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Writes the checkpoint unless it is there; random numbers come from the GPU where there is one."""
+def make(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
+    """Writes the checkpoint unless it is there; random numbers come from the GPU where there is one.
+
+    Args:
+        name: Of a shape.
+        folder: For the checkpoint.
+        dtype: Of its tensors.
+        changes: Fields of the configuration that differ.
+    """
     import transformers
 
     if (folder / "config.json").exists():
@@ -154,7 +176,7 @@ def make(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     if name in INT8_FORMS:
         return _save_int8(make(INT8_FORMS[name], folder.with_name(f"{folder.name}-source"), dtype), folder)
     folder.mkdir(parents=True, exist_ok=True)
-    fields = dict(CONFIGS[name])
+    fields = {**CONFIGS[name], **changes}
     config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields, dtype=dtype)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)

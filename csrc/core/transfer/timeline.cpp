@@ -71,8 +71,8 @@ void Timeline::begin_copy(std::uint32_t lane) {
 void Timeline::end_copy(std::uint32_t lane, std::uint64_t nbytes) {
   const std::lock_guard lock(mutex_);
   const Clock* timed = locked_clock(lane);
-  if (timed == nullptr) return;
   Copies& copies = copies_[lane];
+  if (timed == nullptr || copies.begin == nullptr) return;  // there was no clock when it began
   --copies.under_way;
   copies.nbytes += nbytes;
   ++copies.count;
@@ -105,7 +105,7 @@ void Timeline::take_some() {
 void Timeline::settle() {
   const std::lock_guard lock(mutex_);
   for (auto& [lane, copies] : copies_) {
-    if (copies.count > 0) close_span(lane, copies);
+    if (copies.count > 0 && copies.under_way == 0) close_span(lane, copies);
   }
   // If a mark's driver fails, none of them is asked for again.
   for (Work& work : std::exchange(under_way_, {})) {

@@ -95,6 +95,25 @@ TEST_CASE("copies that follow one another share a span, a few of them, and none 
   for (const Span& span : spans) CHECK(span.begin >= resumed - 1e-3);
 }
 
+TEST_CASE("a span is not closed while a copy is put on the stream") {
+  const Accounts accounts;
+  CudaDevice device(fake_driver(), 0);
+  Timeline timeline;
+  timeline.begin_copy(0);  // before there is a clock
+  timeline.add_device(0, device);
+  timeline.end_copy(0, 1);
+  timeline.begin_copy(0);
+  timeline.begin_copy(0);
+  timeline.end_copy(0, 5);
+  device.synchronize();
+  timeline.settle();
+  CHECK(timeline.spans().empty());
+  timeline.end_copy(0, 5);
+  device.synchronize();
+  timeline.settle();
+  CHECK(nbytes(timeline.spans()) == 10);
+}
+
 TEST_CASE("a worker that waits for a slot says so") {
   const Accounts accounts;
   const Checkpoint checkpoint({20 * kSlot});

@@ -134,12 +134,12 @@ def soak(rounds: int, device: str) -> list[tuple[int, dict[str, float]]]:
         folders = damaged(Path(name))
         weights = Path(name) / "weights.safetensors"
         save_file(Net().state_dict(), weights)
-        samples = []
+        samples: list[str] = []  # which the collector does not count
         for number in range(rounds):
             one_round(number, folders, weights, device)
             if (number + 1) % max(1, rounds // SAMPLES) == 0:
-                samples.append((number + 1, measured(device)))
-    return samples
+                samples.append(json.dumps([number + 1, measured(device)]))
+    return [json.loads(sample) for sample in samples]
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 """Mixtures with experts in int8, beside 16 bit: one layer's forward pass, and a model's load and generation.
 
 python -m benchmarks.experts --json out.json                # on a GPU: all of it, with as many layers as the disk holds
-python -m benchmarks.experts --part forward
+python -m benchmarks.experts --part forward                 # on the CPU, too: of a small shape, beside Linear8bitLt
 python -m benchmarks.experts --smoke                        # small ones, on the CPU: that it runs
 
 A layer's time is that of a CUDA graph of several forward passes, each with other experts chosen, so that the weights
@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,10 +29,10 @@ from benchmarks import ceilings, machine, page_cache
 from benchmarks.checkpoints import CONFIGS, make
 from benchmarks.contenders import DEVICE, ON_GPU, shards
 
-_GB = 1e9
-_NAME = "qwen3-30b-a3b"
+_GB, _NAME = 1e9, "qwen3-30b-a3b"
 _PARTS = ("forward", "load", "generate")
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 512, 4096)
+_FEW_TOKENS = (1, 16, 256)  # of a CPU
 _MOST_BATCHED = 16  # batched_mm reads an expert's weights for every token
 _SPARE = 4 * 10**9  # of the disk
 
@@ -48,7 +49,7 @@ _SHAPES = {
     "Mixtral-8x7B": Shape(8, 2, 4096, 14336),
     "DeepSeek-V3": Shape(256, 8, 7168, 2048),
 }
-_SMALL = {"small": Shape(8, 2, 256, 128)}
+_SMALL = {"small": Shape(16, 4, 1024, 512)}
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -95,6 +96,33 @@ def layers(shape: Shape) -> tuple[Any, Any]:
             codes, scales, _ = bnb.functional.int8_vectorwise_quant(weight[expert].half())
             getattr(ours, name)[expert], getattr(ours, name + EXPERT_SCALES)[expert] = codes, scales
     return theirs, ours
+
+
+class OneByOne(torch.nn.Module):
+    """The same weights as a `Linear8bitLt` for each expert, called one by one, as modules of their own."""
+
+    def __init__(self, ours: Any) -> None:
+        super().__init__()
+        both = [(ours.gate_up_proj, ours.gate_up_proj_SCB), (ours.down_proj, ours.down_proj_SCB)]
+        self.layers = [[_linear(codes[e], scales[e]) for codes, scales in both] for e in range(len(both[0][0]))]
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros_like(x)
+        for expert in ids.unique().tolist():
+            token, place = (ids == expert).nonzero(as_tuple=True)
+            first, second = self.layers[expert]
+            gate, up = first(x[token]).chunk(2, dim=-1)
+            outer = second(torch.nn.functional.silu(gate) * up) * weights[token, place].unsqueeze(-1)
+            total.index_add_(0, token, outer.to(x.dtype))
+        return total
+
+
+def _linear(codes: torch.Tensor, scales: torch.Tensor) -> Any:
+    import bitsandbytes as bnb
+
+    made = bnb.nn.Linear8bitLt(*reversed(codes.shape), bias=False, has_fp16_weights=False)
+    made.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
+    return made
 
 
 def routes(shape: Shape, tokens: int, count: int) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -152,17 +180,17 @@ def _wide_16(theirs: Any, expert: int) -> list[torch.Tensor]:
 
 
 def _wide_8(ours: Any, expert: int) -> list[torch.Tensor]:
-    first = ours.gate_up_proj[expert].float() * ours.gate_up_proj_SCB[expert].unsqueeze(-1) / 127
-    return [first, ours.down_proj[expert].float() * ours.down_proj_SCB[expert].unsqueeze(-1) / 127]
+    both = (ours.gate_up_proj, ours.gate_up_proj_SCB), (ours.down_proj, ours.down_proj_SCB)
+    return [codes[expert].float() * scales[expert].unsqueeze(-1) / 127 for codes, scales in both]
 
 
 @torch.no_grad()
 def forward(parsed: argparse.Namespace) -> dict[str, Any]:
     results: dict[str, Any] = {}
-    for name, shape in (_SMALL if parsed.smoke else _SHAPES).items():
+    for name, shape in (_SHAPES if ON_GPU and not parsed.smoke else _SMALL).items():
         theirs, ours = layers(shape)
         results[name] = {"shape": shape._asdict(), "tokens": {}}
-        for tokens in (1, 4) if parsed.smoke else _TOKENS:
+        for tokens in (1, 4) if parsed.smoke else _TOKENS if ON_GPU else _FEW_TOKENS:
             inputs = list(routes(shape, tokens, 8 if tokens <= 64 else 2))
             found: dict[str, Any] = {}
             for how in ("grouped_mm", "batched_mm"):
@@ -171,6 +199,8 @@ def forward(parsed: argparse.Namespace) -> dict[str, Any]:
                     found[how] = microseconds(theirs, inputs, parsed.runs)
             theirs.config._experts_implementation = "grouped_mm"
             best = min(found.values())
+            if not ON_GPU:
+                found["Linear8bitLt, one by one"] = microseconds(OneByOne(ours), inputs, parsed.runs)
             found["int8"] = microseconds(ours, inputs, parsed.runs)
             found["ratio"] = found["int8"] / best
             found["errors"] = errors(theirs, ours, inputs[0])
@@ -207,12 +237,11 @@ def load(parsed: argparse.Namespace) -> dict[str, Any]:
     page_cache.prepare(shards(folder), "hot")
     bus = ceilings.host_to_gpu(pinned=True)
     results: dict[str, Any] = {"bytes": nbytes, "bus_seconds": nbytes / _GB / bus if bus else None}
+    ours = partial(pyint8.load, folder, DEVICE, dtype=torch.bfloat16, progress=False, return_report=True)
     for what, config in (("int8 experts", pyint8.Int8Config(experts=True)), ("16-bit experts", None)):
         seconds = []
         for _ in range(parsed.runs):
-            model, report = pyint8.load(
-                folder, DEVICE, config=config, dtype=torch.bfloat16, progress=False, return_report=True
-            )
+            model, report = ours(config=config)
             seconds.append(report.total_seconds)
             final = torch.cuda.memory_allocated() if ON_GPU else None
             del model
@@ -226,8 +255,7 @@ def load(parsed: argparse.Namespace) -> dict[str, Any]:
             "report": report.to_dict(),
         }
         print(f"load, {what}: first {seconds[0]:.2f} s, later {results[what]['later']:.2f} s")
-    if bus:
-        print(f"the bus alone: {results['bus_seconds']:.2f} s for {nbytes / _GB:.1f} GB")
+    print(f"the bus alone: {results['bus_seconds']} s for {nbytes / _GB:.1f} GB")
     return results
 
 
@@ -240,14 +268,12 @@ def generate(parsed: argparse.Namespace) -> dict[str, Any]:
 
     folder = checkpoint(parsed)
     results: dict[str, Any] = {}
+    ours = partial(pyint8.load, folder, DEVICE, dtype=torch.bfloat16, progress=False)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained
     loaders: dict[str, Callable[[], Any]] = {
-        "int8 experts": lambda: pyint8.load(
-            folder, DEVICE, config=pyint8.Int8Config(experts=True), dtype=torch.bfloat16, progress=False
-        ),
-        "16-bit experts": lambda: pyint8.load(folder, DEVICE, dtype=torch.bfloat16, progress=False),
-        "16 bit": lambda: transformers.AutoModelForCausalLM.from_pretrained(
-            folder, device_map=DEVICE, dtype=torch.bfloat16
-        ),
+        "int8 experts": partial(ours, config=pyint8.Int8Config(experts=True)),
+        "16-bit experts": ours,
+        "16 bit": partial(theirs, folder, device_map=DEVICE, dtype=torch.bfloat16),
     }
     for what, loader in loaders.items():
         model = loader()
@@ -277,8 +303,7 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 def _tidy() -> None:
     gc.collect()
-    if ON_GPU:
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # of no effect without a GPU
 
 
 def main() -> int:

@@ -291,11 +291,11 @@ def cache_folder(environment: Mapping[str, str] = os.environ) -> str:
 
 def _warn_of_unknown(environment: Mapping[str, str], options: Iterable[str]) -> None:
     """One warning for each unknown `PYINT8_*` variable, with the nearest known one."""
-    known = [*options, _CACHE_BYTES, _EXPERTS]
-    for variable in sorted(environment.keys() - set(known)):
+    known = {name.removeprefix(_ENVIRONMENT_PREFIX): name for name in (*options, _CACHE_BYTES, _EXPERTS)}
+    for variable in sorted(environment.keys() - set(known.values())):
         if variable.startswith(_ENVIRONMENT_PREFIX) and not variable.startswith(_FOR_TESTS):
-            near = difflib.get_close_matches(variable, known, n=1)
-            advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            near = difflib.get_close_matches(variable.removeprefix(_ENVIRONMENT_PREFIX), known, n=1)
+            advice = f"did you mean {known[near[0]]}?" if near else f"there are {', '.join(known.values())}"
             logger.warning("the environment variable %s means nothing to pyint8; %s", variable, advice)
 
 

@@ -48,9 +48,10 @@ def experts_linear(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, e
 
 def _one_by_one(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     y = x.new_zeros(x.shape[0], codes.shape[1])
+    dtype = x.dtype if _multiplies(x) else torch.float32
     for expert, begin, end in _groups(ends):
-        rows = x[begin:end].float()
-        for first, piece in _pieces(codes[expert]):
+        rows = x[begin:end].to(dtype)
+        for first, piece in _pieces(codes[expert], dtype):
             last = first + len(piece)
             y[begin:end, first:last] = linear(rows, piece) * (scales[expert, first:last] / _STEPS)
     return y
@@ -70,7 +71,7 @@ def _one_by_one_backward(
     found = torch.zeros(grad.shape[0], codes.shape[2], dtype=torch.float32, device=grad.device)
     for expert, begin, end in _groups(ends):
         rows = grad[begin:end].float() * (scales[expert] / _STEPS)
-        for first, piece in _pieces(codes[expert]):
+        for first, piece in _pieces(codes[expert], torch.float32):
             found[begin:end] += rows[:, first : first + len(piece)] @ piece
     return found.to(grad.dtype)
 
@@ -171,11 +172,26 @@ def _groups(ends: torch.Tensor) -> Iterator[tuple[int, int, int]]:
         begin = end
 
 
-def _pieces(codes: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first row, rows in fp32): the sums of a product of 16-bit numbers and codes need more than 16 bits."""
+def _pieces(codes: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first row, rows in `dtype`)."""
     step = max(1, _PIECE_ELEMENTS // codes.shape[1])
     for first in range(0, len(codes), step):
-        yield first, codes[first : first + step].float()
+        yield first, codes[first : first + step].to(dtype)
+
+
+def _multiplies(x: torch.Tensor) -> bool:
+    """Whether a product of these activations and codes, which are exact in any dtype, is fast and not too large for the
+    dtype: of fp16 it can be."""
+    if x.dtype == torch.bfloat16:
+        return x.device.type != "cpu" or _cpu_multiplies_bfloat16()
+    return x.dtype == torch.float64
+
+
+@cache
+def _cpu_multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for it; elsewhere it is slower than fp32."""
+    checks = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return any(check is not None and check() for check in checks)
 
 
 @experts_linear.register_fake

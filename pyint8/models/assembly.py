@@ -28,7 +28,7 @@ from pyint8.quantizer import (
 from pyint8.remote.objects import remote_object
 from pyint8.report import Recorder
 from pyint8.streaming.reading import read_tensor
-from pyint8.streaming.requests import Part, TensorRequest, ToDtype, ToInt8
+from pyint8.streaming.requests import Part, TensorRequest, ToDtype, ToInt8, is_plain
 from pyint8.streaming.source import StreamSource
 from pyint8.streaming.stream import TensorStream
 
@@ -76,7 +76,7 @@ class ExpertPart:
         expert: The number of the expert.
         row: The first row.
         transposed: Whether it is stored as [in, rows].
-        scales: Of codes, fp32 [rows].
+        scales: Of codes, fp32 [rows]; None also where the checkpoint has those of all experts in one.
     """
 
     entry: Entry
@@ -88,6 +88,17 @@ class ExpertPart:
     @property
     def rows(self) -> int:
         return self.entry.torch_shape[1 if self.transposed else 0]
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether it is int8 already."""
+        return self.entry.dtype == "I8"
+
+
+def _shape_of(parts: Sequence[ExpertPart]) -> tuple[int, int, int]:
+    """[experts, out, in] of what they make."""
+    out = sum(part.rows for part in parts if part.expert == 0)
+    return 1 + max(part.expert for part in parts), out, parts[0].entry.torch_shape[0 if parts[0].transposed else 1]
 
 
 class Assembly:
@@ -105,7 +116,8 @@ class Assembly:
     def is_left_on_disk(self, name: str, stored: Stored, destination: Destination) -> bool:
         """Whether accelerate can read a parameter from the checkpoint itself, whenever a forward pass needs it."""
         in_safetensors = stored.entry.path.endswith(".safetensors")
-        is_left = destination.on_disk and in_safetensors and not self._takes_codes(name, stored)
+        is_int8 = self._takes_codes(name, stored) or self._quantizer.check_experts_param(name)
+        is_left = destination.on_disk and in_safetensors and not is_int8
         if is_left and remote_object(stored.entry.path) is not None:
             raise PlacementError(
                 f'the device map puts {name} on "disk", where every forward pass would read it from the checkpoint, '
@@ -167,21 +179,18 @@ class Assembly:
 
     def expert_requests(self, name: str, parts: Sequence[ExpertPart], destination: Destination) -> list[TensorRequest]:
         """The requests for the stream of int8 experts, in the order in which `make_experts` takes them."""
-        experts = 1 + max(part.expert for part in parts)
-        out = sum(part.rows for part in parts if part.expert == 0)
-        inner = parts[0].entry.torch_shape[0 if parts[0].transposed else 1]
+        experts, out, inner = _shape_of(parts)
+        in_place = all(is_plain(entry) for part in parts for entry in (part.entry, part.scales) if entry is not None)
         requests: list[TensorRequest] = []
         for part in parts:
             row = part.expert * out + part.row
-            place = Part(name, (experts, out, inner), row * inner)
-            if part.scales is None:
-                becomes: ToInt8 | ToDtype = ToInt8(destination.dtype, part.transposed)
-            else:
-                becomes = ToDtype(torch.int8)
-                scales_place = Part(name + EXPERT_SCALES, (experts, out), row)
+            place = Part(name, (experts, out, inner), row * inner) if in_place else None
+            becomes = ToDtype(torch.int8) if part.has_codes else ToInt8(destination.dtype, part.transposed)
+            if part.scales is not None:
+                scales_place = Part(name + EXPERT_SCALES, (experts, out), row) if in_place else None
                 as_stored = ToDtype(torch.float32)
                 requests.append(TensorRequest(part.scales, destination.device, becomes=as_stored, part=scales_place))
-            in_bands = part.scales is None
+            in_bands = not part.has_codes
             requests.append(TensorRequest(part.entry, destination.device, in_bands, becomes=becomes, part=place))
         return requests
 
@@ -196,15 +205,14 @@ class Assembly:
         self._recorder.count("int8 experts")
         if self._quantizer.reads_bands:
             self._recorder.count_quantizer(ENTRY_POINT if stream.makes(parts[0].entry.name) else OPERATOR)
-        request = self.expert_requests(name, parts, destination)[-1]
-        assert request.part is not None
-        made = Experts(name, request.part.shape, destination.dtype, destination.device, self._quantizer.health)
+        made = Experts(name, _shape_of(parts), destination.dtype, destination.device, self._quantizer.health)
         for part in parts:
             source = StreamSource(stream, part.entry)
-            if part.scales is None:
+            if not part.has_codes:
                 made.put(source, part.expert, part.row, transposed=part.transposed)
             else:
-                made.put_codes(stream.later(part.scales.name), source.later(), part.expert, part.row)
+                scales = None if part.scales is None else stream.later(part.scales.name)
+                made.put_codes(scales, source.later(), part.expert, part.row)
         return made.tensors()
 
     def experts_of(self, name: str, whole: torch.Tensor, destination: Destination) -> dict[str, torch.Tensor]:

@@ -109,10 +109,10 @@ def require_scales(scales: Entry | None, weight: Entry) -> None:
             f"scales (`SCB`) for a weight of dtype {weight.dtype}, which must be int8; save the quantized model again",
             **weight.location,
         )
-    if scales.dtype != "F32" or scales.shape != weight.shape[:1]:
+    if scales.dtype != "F32" or scales.shape != weight.shape[:-1]:
         raise QuantizationStateError(
             f"its scales {scales.name} are {scales.dtype} {list(scales.shape)}; they must be F32 "
-            f"{list(weight.shape[:1])}",
+            f"{list(weight.shape[:-1])}",
             **weight.location,
         )
 

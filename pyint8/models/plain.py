@@ -44,6 +44,8 @@ def fill_module(module: nn.Module, request: LoadRequest, preparation: Preparatio
     checkpoint = preparation.checkpoint
     assert checkpoint is not None
     _refuse_arguments_for_transformers(request)
+    if request.config is not None and request.config.experts:
+        raise OptionError("experts=True is for transformers models, whose experts are of known classes")
     _warn_of_own_saving(module)
     pre_quantized = checkpoint.has_codes
     quantizer = Int8Quantizer(request.config or Int8Config(), pre_quantized=pre_quantized, strict=request.strict)

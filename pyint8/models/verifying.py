@@ -13,6 +13,7 @@ from pyint8.checkpoint import Checkpoint, Entry, EntryInMemory
 from pyint8.config import StreamOptions
 from pyint8.errors import CheckpointError, FileChangedError, Pyint8Error, QuantizationStateError, ReadError
 from pyint8.models import checks
+from pyint8.quantizer import EXPERT_SCALES
 from pyint8.report import Recorder
 from pyint8.streaming.reading import open_stream, read_tensor
 from pyint8.streaming.requests import TensorRequest
@@ -49,14 +50,27 @@ def _require_companions(checkpoint: Checkpoint, name: str, entry: Entry) -> None
         checks.refuse_orphan(entry, f"{module}.weight")
     if leaf == checks.SCALES and weight is not None:
         checks.require_scales(entry, weight)
-        if len(weight.shape) != 2:
+        if len(weight.shape) not in (2, 3):  # of one module, or of experts
             raise QuantizationStateError(f"int8 codes of shape {list(weight.shape)}, not [out, in]", **weight.location)
     if leaf == checks.FORMAT and (entry.dtype, entry.numel) != ("U8", 1):
         raise QuantizationStateError(
             f"its dtype is {entry.dtype} and not U8, or it is no single byte", **entry.location
         )
-    if leaf == "weight" and entry.dtype == "I8" and f"{module}.{checks.SCALES}" not in checkpoint:
+    is_alone = leaf == "weight" and f"{module}.{checks.SCALES}" not in checkpoint
+    if entry.dtype == "I8" and is_alone and not _has_scales_of_all(checkpoint, name):
         checks.require_scales(None, entry)
+    if name.endswith(EXPERT_SCALES) and name.removesuffix(EXPERT_SCALES) in checkpoint:
+        checks.require_scales(entry, checkpoint[name.removesuffix(EXPERT_SCALES)])
+    if entry.dtype == "I8" and len(entry.shape) == 3 and leaf != "weight" and name + EXPERT_SCALES not in checkpoint:
+        checks.require_scales(None, entry)
+
+
+def _has_scales_of_all(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether this is a weight of an expert whose scales lie with all others', as `save_pretrained` leaves them."""
+    experts, found, _ = name.rpartition(".experts.")
+    return bool(found) and any(
+        other.startswith(f"{experts}{found}") and other.endswith(EXPERT_SCALES) for other in checkpoint
+    )
 
 
 class StoredBytes:

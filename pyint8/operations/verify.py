@@ -266,7 +266,9 @@ def _request(path: str, source: str, options: StreamOptions, arguments: Mapping[
         device_map={"": "cpu"},
         dtype=check_dtype(described[1].get("dtype") or described[1].get("torch_dtype") or "auto"),
         config=Int8Config(
-            threshold=stored.get("llm_int8_threshold", 6.0), skip_modules=stored.get("llm_int8_skip_modules")
+            threshold=stored.get("llm_int8_threshold", 6.0),
+            skip_modules=stored.get("llm_int8_skip_modules"),
+            experts="experts_implementation" in described[1],
         ),
         strict=False,
         options=options,

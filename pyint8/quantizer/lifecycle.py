@@ -48,6 +48,7 @@ class Int8Quantizer:
     """
 
     def __init__(self, config: Int8Config, *, pre_quantized: bool = False, strict: bool = True) -> None:
+        requirements.refuse_contradictions(config)
         self.config = config
         self.pre_quantized = pre_quantized
         self.strict = strict
@@ -310,4 +311,4 @@ class Int8Quantizer:
 
     def _check_placement(self, device_map: DeviceMap) -> None:
         if not self.config.fp32_cpu_offload:
-            requirements.refuse_off_device(self.converted, device_map)
+            requirements.refuse_off_device([*self.converted, *self.experts], device_map)

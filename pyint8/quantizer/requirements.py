@@ -9,6 +9,7 @@ from typing import Any
 
 from packaging.version import Version
 
+from pyint8.config import Int8Config
 from pyint8.errors import DependencyVersionError, MissingDependencyError, OptionError, PlacementError
 from pyint8.placement.device_map import OFF_DEVICE, DeviceMap, device_name, device_of
 
@@ -53,6 +54,12 @@ def refuse_other_frameworks(arguments: dict[str, Any]) -> None:
                 f"{name}=True: int8 models are not made from {framework} weights; convert them to PyTorch first "
                 "(load them with transformers, then save_pretrained)"
             )
+
+
+def refuse_contradictions(config: Int8Config) -> None:
+    """Raises OptionError for options that cannot hold together."""
+    if config.has_fp16_weight and config.experts:
+        raise OptionError("has_fp16_weight keeps weights in 16 bit, and experts makes some int8: give one of them")
 
 
 def refuse_off_device(converted: Iterable[str], device_map: DeviceMap) -> None:

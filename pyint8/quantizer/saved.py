@@ -37,7 +37,7 @@ def require_codes(model: nn.Module) -> None:
         ModelNotSupportedError: It has no int8 module, or one whose weight was not quantized.
     """
     found = int8_modules(model)
-    if not found:
+    if not found and not expert_scales(model):
         raise ModelNotSupportedError(
             f"nothing in this {type(model).__name__} is int8, so there is no int8 checkpoint to save; use its own "
             "save_pretrained, or safetensors.torch.save_model"

@@ -173,31 +173,33 @@ class Experts:
         """Quantizes rows of an expert from `row` on, [rows, in], or [in, rows] if transposed."""
         self._put(*quantized(source, transposed=transposed, **self._how), expert, row)
 
-    def put_codes(self, scales: torch.Tensor, codes: torch.Tensor, expert: int, row: int) -> None:
+    def put_codes(self, scales: torch.Tensor | None, codes: torch.Tensor, expert: int, row: int) -> None:
         """Takes rows that are int8 already: scales fp32 [rows], codes [rows, in]; or all, which landed in place."""
         device, health = self._how["device"], self._how["health"]
-        if scales.ndim == 1 or self._scales is None:
+        if scales is not None and (scales.ndim == 1 or self._scales is None):
             health.watch_scales(self._name, scales.flatten())
-        self._put(codes.to(device), scales.to(device), expert, row)
+        self._put(codes.to(device), None if scales is None else scales.to(device), expert, row)
 
-    def _put(self, codes: torch.Tensor, scales: torch.Tensor, expert: int, row: int) -> None:
+    def _put(self, codes: torch.Tensor, scales: torch.Tensor | None, expert: int, row: int) -> None:
         if codes.ndim == 3:  # it landed in its place
             self._codes, self._scales = codes, scales
             return
-        if self._codes is None or self._scales is None:
+        if self._codes is None:
             self._codes = torch.empty(self._shape, dtype=torch.int8, device=codes.device)
-            self._scales = torch.empty(self._shape[:2], dtype=torch.float32, device=codes.device)
         self._codes[expert, row : row + len(codes)] = codes
+        if scales is None:
+            return
+        if self._scales is None:
+            self._scales = torch.empty(self._shape[:2], dtype=torch.float32, device=codes.device)
         self._scales[expert, row : row + len(codes)] = scales
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Codes int8 [experts, out, in], a parameter, and scales fp32 [experts, out], by their names in the model."""
+        """Codes int8 [experts, out, in], a parameter, and scales, if any were put, fp32 [experts, out]."""
         assert self._codes is not None
-        assert self._scales is not None
-        return {
-            self._name: torch.nn.Parameter(self._codes, requires_grad=False),
-            self._name + SCALES: self._scales,
-        }
+        made: dict[str, torch.Tensor] = {self._name: torch.nn.Parameter(self._codes, requires_grad=False)}
+        if self._scales is not None:
+            made[self._name + SCALES] = self._scales
+        return made
 
 
 def _half_rows(

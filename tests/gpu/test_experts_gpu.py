@@ -180,6 +180,24 @@ def test_codes_are_bitsandbytes_own(checkpoints: CheckpointStore, name: str) -> 
                 assert torch.equal(getattr(module, weight + EXPERT_SCALES)[expert], scales)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_converted_and_reloaded(checkpoints: CheckpointStore, tmp_path: Any, name: str) -> None:
+    """A few tensors at a time, which are waited for; gpt-oss has the experts of a layer in one tensor."""
+    source, config = checkpoints.folder(ZOO[name], "bf16"), pyint8.Int8Config(experts=True)
+    model = pyint8.load(source, 0, config=config, dtype=torch.bfloat16)
+    pyint8.save(model, tmp_path / "saved")
+    pyint8.convert(source, tmp_path / "converted", device=0, config=config, dtype=torch.bfloat16, progress=False)
+    file = "model.safetensors"
+    assert (tmp_path / "converted" / file).read_bytes() == (tmp_path / "saved" / file).read_bytes()
+    expected = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.zero_()
+    pyint8.reload(model, tmp_path / "converted", progress=False)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+
+
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_it_generates_and_saves(checkpoints: CheckpointStore, tmp_path: Any, name: str) -> None:
     config = pyint8.Int8Config(experts=True)

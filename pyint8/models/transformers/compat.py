@@ -67,6 +67,7 @@ __all__ = [
     "may_be_missing",
     "remove_tied_weights_from_state_dict",
     "rename_source_key",
+    "reset_experts_implementation",
     "reverted",
     "revertible",
     "set_used_conversions",
@@ -178,3 +179,9 @@ def reverted(
         return revert_weight_conversion(model, state)  # type: ignore[no-any-return]
     finally:
         model._weight_conversions = used
+
+
+def reset_experts_implementation(model: Any, name: str) -> None:
+    """Gives a model that was to use the implementation of experts `name` that of a model that names none."""
+    if model.config._experts_implementation == name:
+        model.config._experts_implementation = model.get_correct_experts_implementation(None)

@@ -25,6 +25,7 @@ from pyint8.models.transformers.compat import (
     QuantizationConfigMixin,
     infer_auto_device_map,
     kept_in_fp32,
+    reset_experts_implementation,
     set_used_conversions,
     should_convert_module,
     tied_weights,
@@ -101,12 +102,12 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         genuine = genuine_config(quantization_config)
         super().__init__(genuine, **kwargs)
-        self._was_pre_quantized: bool = kwargs.get("pre_quantized", True)
+        self._was_pre_quantized = pre_quantized = bool(kwargs.get("pre_quantized", True))
         # The session of the pyint8.load that is running, or a new one for a from_pretrained of other code.
         is_strict = isinstance(quantization_config, Int8Config) and quantization_config.strict
         self.session = LoadSession.active() or LoadSession.for_drop_in(strict=is_strict)
         self.int8 = Int8Quantizer(
-            replace(int8_config_of(genuine), experts=quantizes_experts(quantization_config)),
+            replace(int8_config_of(genuine), experts=not pre_quantized and quantizes_experts(quantization_config)),
             pre_quantized=self._was_pre_quantized,
             strict=self.session.request.strict,
         )
@@ -173,6 +174,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         self.session.open_files(checkpoint_files)
         if self._was_pre_quantized and has_expert_codes(self.session.checkpoint):
             self.int8.config = replace(self.int8.config, experts=True)
+        reset_experts_implementation(model, _EXPERTS)
         self._name_genuine_config(model)
         super().preprocess_model(model, dtype=dtype, checkpoint_files=checkpoint_files, **kwargs)
         self.session.model_is_built()

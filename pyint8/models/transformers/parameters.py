@@ -19,7 +19,7 @@ from pyint8.models.transformers.device_worker import DeviceWorker
 from pyint8.models.transformers.fusion import expert_parts, find_parts
 from pyint8.models.transformers.plan import LoadPlan, Target
 from pyint8.placement.device_map import landing_device
-from pyint8.quantizer import Int8Quantizer, find_entry_point
+from pyint8.quantizer import EXPERT_SCALES, Int8Quantizer, find_entry_point
 from pyint8.report import Recorder
 from pyint8.streaming.lane import reserve_memory
 from pyint8.streaming.preparation import Preparation
@@ -131,11 +131,15 @@ class ParameterMaker:
 
     def wait(self, name: str) -> None:
         """Waits for the values of a target's parameters."""
-        self._stream_of(name).wait(self._plan.targets[name].source_names())
+        self._stream_of(name).wait(self._entry_names(name))
 
     def release(self, name: str) -> None:
         """Makes room for other parameters, where that is bounded: a target's were waited for, and are used up."""
-        self._stream_of(name).release(self._plan.targets[name].source_names())
+        self._stream_of(name).release(self._entry_names(name))
+
+    def _entry_names(self, name: str) -> list[str]:
+        """Of the entries that the stream was asked for: elements of a stack have names of their own."""
+        return list(dict.fromkeys(request.entry.name for request in self._requests(self._plan.targets[name])))
 
     def make(self, name: str, loading_info: Any) -> dict[str, torch.Tensor]:
         """The parameters of one target, by name; targets are taken in the order of the plan.
@@ -181,7 +185,10 @@ class ParameterMaker:
             return self._converted(target, stream, loading_info)
         stored, destination = target.stored(self._checkpoint), self._destinations[name]
         assert stored is not None
-        return {name: self._assembly.make(name, stored, destination, stream)}
+        made = self._assembly.make(name, stored, destination, stream)
+        if self._quantizer.check_experts_param(name.removesuffix(EXPERT_SCALES)) and name.endswith(EXPERT_SCALES):
+            self._quantizer.health.watch_scales(name, made.flatten())
+        return {name: made}
 
     @cached_property
     def _buffers(self) -> set[str]:

@@ -13,6 +13,7 @@ from pyint8.models import checks
 from pyint8.models.assembly import Stored
 from pyint8.models.reconcile import ABSENT, TIED, check_absent, check_stored, reconcile_modules
 from pyint8.models.transformers.compat import may_be_missing, tied_weights
+from pyint8.models.transformers.expert_codes import check_experts
 from pyint8.models.transformers.plan import LoadPlan, Target
 from pyint8.quantizer import Int8Quantizer
 
@@ -89,6 +90,7 @@ def reconcile(
     check_absent(checkpoint, quantizer, body, absent, parameters)
     if len(quantizer.converted) < len(replaced):
         parameters = model.state_dict()
+    check_experts(plan, parameters, checkpoint, quantizer)
     for name, target in plan.targets.items():
         _check_target(name, target, tuple(parameters[name].shape), checkpoint, quantizer, allow_mismatched_shapes)
     return parameters

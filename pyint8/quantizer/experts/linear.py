@@ -137,7 +137,7 @@ def weighted_sum(
     weighted = outer[places] * weights.reshape(-1, 1)
     if is_here is not None:
         weighted = weighted.masked_fill(~is_here.reshape(-1, 1), 0.0)
-    return weighted.view(*weights.shape, -1).sum(dim=1)
+    return weighted.view(*weights.shape, outer.shape[-1]).sum(dim=1)
 
 
 @experts_linear.register_kernel("cuda")

@@ -137,7 +137,7 @@ def tiny(kind: type[nn.Module]) -> Any:
 
 def routed(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(tokens)
-    index = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(tokens)])
+    index = torch.rand(tokens, 4, generator=generator).argsort(dim=1)[:, :2]
     weights = torch.rand(tokens, 2, generator=generator)
     return torch.randn(tokens, 32, generator=generator), index, weights
 
@@ -156,7 +156,7 @@ def test_every_class_computes_what_its_weights_say(kind: type[nn.Module]) -> Non
     ours, theirs = int8_of(tiny(kind))
     assert isinstance(ours, kind)
     assert isinstance(ours, Int8Experts)
-    for tokens in (1, 9):
+    for tokens in (0, 1, 9):
         assert torch.allclose(ours(*routed(tokens)), theirs(*routed(tokens)), rtol=1e-3, atol=1e-4)
 
 

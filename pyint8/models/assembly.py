@@ -209,10 +209,10 @@ class Assembly:
         for part in parts:
             source = StreamSource(stream, part.entry)
             if not part.has_codes:
-                made.put(source, part.expert, part.row, transposed=part.transposed)
+                made.put(source, part.expert, part.row, transposed=part.transposed, name=part.entry.name)
             else:
                 scales = None if part.scales is None else stream.later(part.scales.name)
-                made.put_codes(scales, source.later(), part.expert, part.row)
+                made.put_codes(scales, source.later(), part.expert, part.row, name=part.entry.name)
         return made.tensors()
 
     def experts_of(self, name: str, whole: torch.Tensor, destination: Destination) -> dict[str, torch.Tensor]:

@@ -169,15 +169,18 @@ class Experts:
         self._codes: torch.Tensor | None = None
         self._scales: torch.Tensor | None = None
 
-    def put(self, source: WeightSource, expert: int, row: int, *, transposed: bool) -> None:
-        """Quantizes rows of an expert from `row` on, [rows, in], or [in, rows] if transposed."""
-        self._put(*quantized(source, transposed=transposed, **self._how), expert, row)
+    def put(self, source: WeightSource, expert: int, row: int, *, transposed: bool, name: str | None = None) -> None:
+        """Quantizes rows of an expert from `row` on, [rows, in], or [in, rows] if transposed; `name` is for errors."""
+        how = self._how if name is None else {**self._how, "name": name}
+        self._put(*quantized(source, transposed=transposed, **how), expert, row)
 
-    def put_codes(self, scales: torch.Tensor | None, codes: torch.Tensor, expert: int, row: int) -> None:
+    def put_codes(
+        self, scales: torch.Tensor | None, codes: torch.Tensor, expert: int, row: int, *, name: str | None = None
+    ) -> None:
         """Takes rows that are int8 already: scales fp32 [rows], codes [rows, in]; or all, which landed in place."""
         device, health = self._how["device"], self._how["health"]
         if scales is not None and (scales.ndim == 1 or self._scales is None):
-            health.watch_scales(self._name, scales.flatten())
+            health.watch_scales(name or self._name, scales.flatten())
         self._put(codes.to(device), None if scales is None else scales.to(device), expert, row)
 
     def _put(self, codes: torch.Tensor, scales: torch.Tensor | None, expert: int, row: int) -> None:

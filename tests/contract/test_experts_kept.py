@@ -204,6 +204,24 @@ def test_scales_must_be_finite(checkpoints: CheckpointStore, tmp_path: Path, nam
         pyint8.load(tmp_path, "cpu")
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor", "element"), [("mixtral", "experts.3.w3.weight", None), ("gpt_oss", "experts.down_proj", 2)]
+)
+def test_a_bad_value_is_found_where_it_is(
+    checkpoints: CheckpointStore, tmp_path: Path, name: str, tensor: str, element: int | None
+) -> None:
+    folder = shutil.copytree(checkpoints.folder(ZOO[name], "bf16"), tmp_path / "source")
+    tensors = load_file(folder / "model.safetensors")
+    key = next(key for key in tensors if key.endswith(tensor))
+    (tensors[key] if element is None else tensors[key][element])[5, 7] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NonFiniteWeightError) as caught:
+        pyint8.load(folder, "cpu", config=pyint8.Int8Config(experts=True))
+    assert caught.value.tensor == (key if element is None else f"{key}[{element}]")
+    assert caught.value.path == str(folder / "model.safetensors")
+    assert f"row {5 if element is None else 7}" in str(caught.value)  # gpt-oss stores [in, out]
+
+
 def test_missing_experts_are_refused(checkpoints: CheckpointStore, tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoints.folder(ZOO["mixtral"], "bf16"), tmp_path / "source")
     tensors = load_file(folder / "model.safetensors")

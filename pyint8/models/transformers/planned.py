@@ -196,4 +196,7 @@ class PlannedLoad:
         """The location of a parameter's (or a checkpoint's) tensor, for errors: "tensor", "path" and "offset"."""
         target = self.plan.made_by.get(name)
         source = target.sources[0][0] if target is not None and target.sources else name
+        stack = source.partition("[")[0]  # of an element of it
+        if source not in self.checkpoint and stack in self.checkpoint:
+            return {**self.checkpoint[stack].location, "tensor": source}
         return self.checkpoint[source].location if source in self.checkpoint else {"tensor": name}

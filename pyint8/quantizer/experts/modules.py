@@ -41,8 +41,8 @@ class Int8Experts(nn.Module):
         if is_parametrized(self):
             raise ModelNotSupportedError(
                 f"something changes the weights of {type(self).__name__} in every forward pass, which are int8 codes; "
-                "PEFT's target_parameters cannot name them: load the model with Int8Config(experts=False), or "
-                "train other modules (target_modules)"
+                'PEFT\'s target_parameters, which "all-linear" implies for some models, cannot name them: load the '
+                "model with Int8Config(experts=False), or name other modules (target_modules)"
             )
         return int8_experts_forward(self, hidden_states, top_k_index, top_k_weights)
 

@@ -260,7 +260,7 @@ class StreamOptions:
         return cls(**values)
 
 
-def quantizes_experts(theirs: Any, environment: Mapping[str, str] = os.environ) -> bool:
+def wants_experts(theirs: Any, environment: Mapping[str, str] = os.environ) -> bool:
     """Whether experts become int8: `Int8Config.experts`, or for another library's configuration `PYINT8_EXPERTS`.
 
     Raises:

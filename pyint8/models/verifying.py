@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -29,8 +29,9 @@ def misfits(checkpoint: Checkpoint) -> Iterator[Pyint8Error]:
     """What the headers show: indexes that contradict shards, codes without scales, scales of another shape."""
     for disagreement in checkpoint.disagreements:
         yield disagreement.error()
+    scaled = {name.rpartition(".")[0] for name in checkpoint if name.endswith(EXPERT_SCALES)}
     for name, entry in checkpoint.items():
-        error = _error_of(_require_companions, checkpoint, name, entry)
+        error = _error_of(_require_companions, checkpoint, name, entry, scaled)
         if error is not None:
             yield error
 
@@ -43,7 +44,8 @@ def _error_of(require: Callable[..., None], *args: Any) -> Pyint8Error | None:
     return None
 
 
-def _require_companions(checkpoint: Checkpoint, name: str, entry: Entry) -> None:
+def _require_companions(checkpoint: Checkpoint, name: str, entry: Entry, scaled: Collection[str]) -> None:
+    """Refuses a tensor without what belongs to it; `scaled` are modules that have the scales of all their experts."""
     module, _, leaf = name.rpartition(".")
     weight = checkpoint.entries.get(f"{module}.weight")
     if leaf in (checks.SCALES, checks.FORMAT) and weight is None:
@@ -57,20 +59,13 @@ def _require_companions(checkpoint: Checkpoint, name: str, entry: Entry) -> None
             f"its dtype is {entry.dtype} and not U8, or it is no single byte", **entry.location
         )
     is_alone = leaf == "weight" and f"{module}.{checks.SCALES}" not in checkpoint
-    if entry.dtype == "I8" and is_alone and not _has_scales_of_all(checkpoint, name):
+    of_all = "".join(name.rpartition(".experts.")[:2]).rstrip(".")  # as `save_pretrained` leaves them
+    if entry.dtype == "I8" and is_alone and of_all not in scaled:
         checks.require_scales(None, entry)
     if name.endswith(EXPERT_SCALES) and name.removesuffix(EXPERT_SCALES) in checkpoint:
         checks.require_scales(entry, checkpoint[name.removesuffix(EXPERT_SCALES)])
     if entry.dtype == "I8" and len(entry.shape) == 3 and leaf != "weight" and name + EXPERT_SCALES not in checkpoint:
         checks.require_scales(None, entry)
-
-
-def _has_scales_of_all(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether this is a weight of an expert whose scales lie with all others', as `save_pretrained` leaves them."""
-    experts, found, _ = name.rpartition(".experts.")
-    return bool(found) and any(
-        other.startswith(f"{experts}{found}") and other.endswith(EXPERT_SCALES) for other in checkpoint
-    )
 
 
 class StoredBytes:

@@ -1,8 +1,8 @@
 """The int8 lifecycle: the only importer of bitsandbytes."""
 
 from pyint8.quantizer.entry_point import ENTRY_POINT, OPERATOR, find_entry_point
-from pyint8.quantizer.experts.forward import SCALES as EXPERT_SCALES
-from pyint8.quantizer.experts.modules import can_have_int8_experts, has_int8_experts, why_not_experts
+from pyint8.quantizer.experts.modules import has_int8_experts, why_not_experts
+from pyint8.quantizer.experts.names import SCALES as EXPERT_SCALES
 from pyint8.quantizer.health import BadWeight, WeightHealth, first_overflow
 from pyint8.quantizer.lifecycle import Int8Quantizer
 from pyint8.quantizer.modules import is_linear, modules_to_keep, tied_names
@@ -28,7 +28,6 @@ __all__ = [
     "TensorSource",
     "WeightHealth",
     "WeightSource",
-    "can_have_int8_experts",
     "codes_and_scales",
     "entry_for",
     "expert_scales",

@@ -65,7 +65,7 @@ else:
     with deferred_compile():
         import bitsandbytes
 
-__all__ = ["bitsandbytes", "deferred_compile", "require_device"]
+__all__ = ["bitsandbytes", "current_device", "deferred_compile", "require_device"]
 
 
 def current_device() -> int | str:

@@ -17,7 +17,8 @@ from pyint8.config import Int8Config
 from pyint8.placement.device_map import DeviceMap, off_device
 from pyint8.quantizer import requirements, weights
 from pyint8.quantizer.backend import current_device, require_device
-from pyint8.quantizer.experts.modules import WEIGHTS, Int8Experts, convert_experts
+from pyint8.quantizer.experts.modules import Int8Experts, convert_experts
+from pyint8.quantizer.experts.names import WEIGHTS
 from pyint8.quantizer.health import WeightHealth
 from pyint8.quantizer.modules import choose_modules, is_conv1d, original_class, replace_with_int8, why_read
 from pyint8.quantizer.skip_list import Matches, check_entries, entry_for, name_matches, warn_of_dead_entries

@@ -9,8 +9,8 @@ from torch import nn
 
 from pyint8.errors import ModelNotSupportedError
 from pyint8.quantizer.backend import bitsandbytes
-from pyint8.quantizer.experts.forward import SCALES
-from pyint8.quantizer.experts.modules import WEIGHTS, Int8Experts
+from pyint8.quantizer.experts.modules import Int8Experts
+from pyint8.quantizer.experts.names import SCALES, WEIGHTS
 
 
 def int8_modules(model: nn.Module) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 
 from pyint8.errors import QuantizationStateError
 from pyint8.quantizer.backend import bitsandbytes
-from pyint8.quantizer.experts.forward import SCALES
+from pyint8.quantizer.experts.names import SCALES
 from pyint8.quantizer.health import WeightHealth
 
 # How much is quantized at once on the CPU, where bitsandbytes' operator passes over the rows six times: as much as fits

@@ -20,7 +20,8 @@ from pyint8.errors import (
     ModelNotSupportedError,
 )
 from pyint8.quantizer import EXPERT_SCALES
-from pyint8.quantizer.experts.modules import WEIGHTS, Int8Experts, why_not_experts
+from pyint8.quantizer.experts.modules import Int8Experts, why_not_experts
+from pyint8.quantizer.experts.names import WEIGHTS
 
 KWARGS: dict[str, Any] = {"device_map": {"": "cpu"}, "dtype": torch.bfloat16}
 LEAST_COMPARED = 50

@@ -14,7 +14,8 @@ from zoo import ZOO, CheckpointStore
 import pyint8
 from pyint8.quantizer import EXPERT_SCALES
 from pyint8.quantizer.experts import linear as plain
-from pyint8.quantizer.experts.modules import WEIGHTS, Int8Experts, make_int8
+from pyint8.quantizer.experts.modules import Int8Experts, make_int8
+from pyint8.quantizer.experts.names import WEIGHTS
 
 kernels: Any = pytest.importorskip("pyint8.quantizer.experts.kernels", exc_type=ImportError)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -15,7 +15,7 @@ import torch
 from transformers import BitsAndBytesConfig
 from transformers.quantizers import register_quantization_config, register_quantizer
 
-from pyint8.config import METHOD, Int8Config, bitsandbytes_field, int8_config_of, quantizes_experts
+from pyint8.config import METHOD, Int8Config, bitsandbytes_field, int8_config_of, wants_experts
 from pyint8.errors import ModelNotSupportedError
 from pyint8.models.checks import has_expert_codes
 from pyint8.models.transformers.buffers import warn_of_unfilled_buffers
@@ -107,7 +107,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         is_strict = isinstance(quantization_config, Int8Config) and quantization_config.strict
         self.session = LoadSession.active() or LoadSession.for_drop_in(strict=is_strict)
         self.int8 = Int8Quantizer(
-            replace(int8_config_of(genuine), experts=not pre_quantized and quantizes_experts(quantization_config)),
+            replace(int8_config_of(genuine), experts=not pre_quantized and wants_experts(quantization_config)),
             pre_quantized=self._was_pre_quantized,
             strict=self.session.request.strict,
         )

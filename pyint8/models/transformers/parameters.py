@@ -186,7 +186,7 @@ class ParameterMaker:
         stored, destination = target.stored(self._checkpoint), self._destinations[name]
         assert stored is not None
         made = self._assembly.make(name, stored, destination, stream)
-        if self._quantizer.check_experts_param(name.removesuffix(EXPERT_SCALES)) and name.endswith(EXPERT_SCALES):
+        if name.endswith(EXPERT_SCALES) and self._quantizer.check_experts_param(name.removesuffix(EXPERT_SCALES)):
             self._quantizer.health.watch_scales(name, made.flatten())
         return {name: made}
 

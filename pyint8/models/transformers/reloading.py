@@ -18,7 +18,7 @@ from pyint8.models.request import LoadRequest, check_dtype
 from pyint8.models.transformers.compat import tied_weights
 from pyint8.models.transformers.loading import is_int8_already, plan_pretrained
 from pyint8.models.transformers.planned import PlannedLoad
-from pyint8.quantizer import can_have_int8_experts, entry_for, has_int8_experts, is_int8, is_linear
+from pyint8.quantizer import entry_for, has_int8_experts, is_int8, is_linear, why_not_experts
 from pyint8.report import Recorder
 from pyint8.streaming.preparation import Preparation
 
@@ -62,7 +62,7 @@ def _config(model: Any, places: Mapping[str, Place]) -> Int8Config:
     others = [name for name, module in modules.items() if is_linear(module) and not is_int8(module)]
     experts = any(has_int8_experts(module) for module in modules.values())
     if experts:
-        others += [name for name, module in modules.items() if can_have_int8_experts(module)]
+        others += [name for name, module in modules.items() if why_not_experts(module) is None]
     return Int8Config(skip_modules=[entry_for(name, codes) for name in others], experts=experts)
 
 

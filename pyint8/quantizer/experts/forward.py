@@ -12,10 +12,7 @@ from typing import Any
 import torch
 
 from pyint8.quantizer.experts.linear import experts_forward, experts_linear, sort_pairs, weighted_sum
-
-SCALES = "_SCB"
-"""What the name of a weight's scales ends in, beside that of the weight: bitsandbytes' name for them."""
-
+from pyint8.quantizer.experts.names import SCALES
 
 _SILU = ("SiLU", "SiLUActivation")  # of torch, and of transformers
 # Of the function that transformers gives a class without a gate of its own.

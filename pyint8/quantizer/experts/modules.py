@@ -16,10 +16,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from pyint8.errors import ModelNotSupportedError
-from pyint8.quantizer.experts.forward import SCALES, int8_experts_forward
-
-WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
-"""Names of the weights of experts, of which a module has two."""
+from pyint8.quantizer.experts.names import SCALES, WEIGHTS
 
 _TRAITS = ("has_gate", "has_bias", "is_transposed", "num_experts", "config")
 
@@ -34,6 +31,7 @@ class Int8Experts(nn.Module):
 
     is_transposed = False
     was_transposed = False
+    _compute: Callable[..., torch.Tensor]
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -44,7 +42,7 @@ class Int8Experts(nn.Module):
                 'PEFT\'s target_parameters, which "all-linear" implies for some models, cannot name them: load the '
                 "model with Int8Config(experts=False), or name other modules (target_modules)"
             )
-        return int8_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+        return self._compute(self, hidden_states, top_k_index, top_k_weights)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """As a module's own; but scales stay fp32, whatever the model is cast to."""
@@ -64,8 +62,11 @@ class Int8Experts(nn.Module):
 @cache
 def int8_class(original: type) -> type[Int8Experts]:
     """The class of modules of `original` whose experts are int8."""
-    name = f"Int8{original.__name__}"
-    return type(name, (Int8Experts, original), {"__module__": original.__module__, "__doc__": Int8Experts.__doc__})
+    from pyint8.quantizer.experts.forward import int8_experts_forward  # registers operators, which takes 15 ms
+
+    fields = {"__module__": original.__module__, "__doc__": Int8Experts.__doc__}
+    fields["_compute"] = staticmethod(int8_experts_forward)  # type: ignore[assignment]
+    return type(f"Int8{original.__name__}", (Int8Experts, original), fields)
 
 
 def _blank(original: type) -> Int8Experts:
@@ -84,11 +85,6 @@ def why_not_experts(module: nn.Module) -> str | None:
     if weights != [first, "down_proj"]:
         return f"{type(module).__name__} has other weights than {first} and down_proj"
     return None
-
-
-def can_have_int8_experts(module: nn.Module) -> bool:
-    """Whether it is a module of experts in 16 or 32 bit that `make_int8` takes."""
-    return why_not_experts(module) is None
 
 
 def has_int8_experts(module: nn.Module) -> bool:

@@ -14,9 +14,10 @@ import torch
 import transformers.models
 from torch import nn
 
-from pyint8.quantizer.experts.forward import SCALES, is_usual
+from pyint8.quantizer.experts.forward import is_usual
 from pyint8.quantizer.experts.linear import experts_linear
-from pyint8.quantizer.experts.modules import WEIGHTS, Int8Experts, make_int8, why_not_experts
+from pyint8.quantizer.experts.modules import Int8Experts, make_int8, why_not_experts
+from pyint8.quantizer.experts.names import SCALES, WEIGHTS
 
 
 def random_experts(experts: int, out: int, inner: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

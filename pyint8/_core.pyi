@@ -200,6 +200,28 @@ Int8Tuple = tuple[bool, bool, int, int]
 ValuesTuple = tuple[str, int]
 RequestTuple = tuple[tuple[bool, int, int, int], str, int, int, Int8Tuple | ValuesTuple, int]
 
+class Share:
+    """What one of several ranks reads of bytes that all of them get.
+
+    Args:
+        rank: Its number.
+        ranks: How many there are.
+        least_bytes: All read whole what is smaller.
+
+    Raises:
+        OptionError: There is no such rank.
+    """
+
+    def __init__(self, rank: int, ranks: int, least_bytes: int) -> None: ...
+    def part_of(self, nbytes: int) -> int:
+        """The bytes that each rank reads of so many, in the order of ranks; 0: all read them whole.
+
+        What is behind the last rank's is read by all.
+        """
+
+    def spans_of(self, nbytes: int) -> list[tuple[int, int]]:
+        """(begin, end) of what this rank reads of so many bytes."""
+
 class Consumer:
     """Makes int8 weights, and casts, on one GPU of an engine's, by a thread and a stream of its own.
 
@@ -211,6 +233,7 @@ class Consumer:
         transposed: Address of memory of the GPU for the fp16 form of one transposed weight at a time.
         transposed_bytes: Its size, that of the largest such weight.
         quantizer: Address of bitsandbytes' `cint8_vector_quant`.
+        share: What it reads itself of a band, the rest of which `gathered` brings; whole bands, if it is left out.
 
     Raises:
         DeviceError: The driver refuses, or there are no kernels for the GPU.
@@ -227,6 +250,7 @@ class Consumer:
         transposed: int,
         transposed_bytes: int,
         quantizer: int,
+        share: Share = ...,
     ) -> None: ...
     def submit(self, requests: list[RequestTuple], stream: int) -> int:
         """Takes requests, to be served in order.
@@ -266,6 +290,29 @@ class Consumer:
 
     def done(self) -> int:
         """How many requests, from the first one on, could be waited for without blocking."""
+
+    def sizes_ahead(self, skipped: int, most: int) -> list[int]:
+        """Bytes of the bands that are still to be gathered, in order, but for the first `skipped`; `most` at most."""
+
+    def await_parts(self, count: int, stream: int, milliseconds: int) -> list[tuple[int, int, int]] | None:
+        """Waits for what this process reads of the next `count` bands to be gathered, each once.
+
+        Returns:
+            (address, bytes, each rank's part of these) of each; what this process reads is there after what `stream`
+            does. None if it takes longer.
+
+        Raises:
+            CancelledError: The engine or the consumer was closed.
+            Pyint8Error: What stopped it (see `wait`).
+        """
+
+    def gathered(self, count: int, stream: int) -> None:
+        """The next `count` bands are whole after what `stream` does.
+
+        Raises:
+            OptionError: There are not so many.
+            CancelledError: The engine was closed.
+        """
 
     def close(self) -> None:
         """Joins the thread and waits until no kernel uses any memory it was given; close the engine first.

@@ -146,6 +146,28 @@ Ticket submit_requests(Consumer& consumer, const std::vector<RequestTuple>& tupl
   return consumer.submit(requests, stream);
 }
 
+// (address, bytes, each rank's part of them), in order; nothing if the time ran out.
+using SharedTuple = std::tuple<Address, std::size_t, std::size_t>;
+
+std::optional<std::vector<SharedTuple>> await_parts(Consumer& consumer, std::size_t count,
+                                                    StreamHandle stream, std::uint32_t milliseconds) {
+  auto found = consumer.await_parts(count, stream, std::chrono::milliseconds(0));  // as in look_until_found
+  if (!found) {
+    const py::gil_scoped_release released;
+    found = consumer.await_parts(count, stream, std::chrono::milliseconds(milliseconds));
+  }
+  if (!found) return std::nullopt;
+  std::vector<SharedTuple> tuples;
+  for (const auto& [memory, nbytes, part] : *found) tuples.emplace_back(memory, nbytes, part);
+  return tuples;
+}
+
+std::vector<std::pair<std::size_t, std::size_t>> spans_of(const Share& share, std::size_t nbytes) {
+  std::vector<std::pair<std::size_t, std::size_t>> pairs;
+  for (const auto [begin, end] : share.spans_of(nbytes)) pairs.emplace_back(begin, end);
+  return pairs;
+}
+
 Ticket wait_for_request(Consumer& consumer, Ticket ticket, StreamHandle stream) {
   return *look_until_found(
       [&](std::chrono::milliseconds time) { return consumer.wait(ticket, stream, time); });
@@ -175,11 +197,12 @@ using EngineHolder = std::unique_ptr<Engine, WithoutGil>;
 using ConsumerHolder = std::unique_ptr<Consumer, WithoutGil>;
 
 ConsumerHolder make_consumer(Engine& engine, std::uint32_t lane, Address scratch, std::size_t scratch_bytes,
-                             Address transposed, std::size_t transposed_bytes, Address quantizer) {
+                             Address transposed, std::size_t transposed_bytes, Address quantizer,
+                             const Share& share) {
   const py::gil_scoped_release released;
   return ConsumerHolder(new Consumer(
       engine, lane,
-      {scratch, scratch_bytes, transposed, transposed_bytes, reinterpret_cast<Quantizer>(quantizer)}));
+      {scratch, scratch_bytes, transposed, transposed_bytes, reinterpret_cast<Quantizer>(quantizer), share}));
 }
 
 std::uint32_t add_cuda_device(Engine& engine, int ordinal, const std::string& library) {
@@ -287,12 +310,25 @@ PYBIND11_MODULE(_core, module) {
       .def("stats", &stats)
       .def("spans", &spans);
 
+  py::class_<Share>(module, "Share")
+      .def(py::init([](std::uint32_t rank, std::uint32_t ranks, std::size_t least_bytes) {
+             const Share share{rank, ranks, least_bytes};
+             validate(share);
+             return share;
+           }),
+           "rank"_a, "ranks"_a, "least_bytes"_a)
+      .def("part_of", &Share::part_of, "nbytes"_a)
+      .def("spans_of", &spans_of, "nbytes"_a);
+
   py::class_<Consumer, ConsumerHolder>(module, "Consumer")
       .def(py::init(&make_consumer), "engine"_a, "lane"_a, py::kw_only(), "scratch"_a, "scratch_bytes"_a,
-           "transposed"_a, "transposed_bytes"_a, "quantizer"_a, py::keep_alive<1, 2>())
+           "transposed"_a, "transposed_bytes"_a, "quantizer"_a, "share"_a = Share{}, py::keep_alive<1, 2>())
       .def("submit", &submit_requests, "requests"_a, "stream"_a)
       .def("wait", &wait_for_request, "ticket"_a, "stream"_a)
       .def("done", &Consumer::done)
+      .def("sizes_ahead", &Consumer::sizes_ahead, "skipped"_a, "most"_a)
+      .def("await_parts", &await_parts, "count"_a, "stream"_a, "milliseconds"_a)
+      .def("gathered", &Consumer::gathered, "count"_a, "stream"_a)
       .def("close", &Consumer::close, py::call_guard<py::gil_scoped_release>());
 
   module.attr("UNCHECKED") = kUnchecked;

@@ -129,9 +129,9 @@ class Transport:
         return self.make_consumer(lane, scratch, half, quantizer)
 
     def make_consumer(
-        self, lane: Lane, scratch: torch.Tensor, half: torch.Tensor, quantizer: int
+        self, lane: Lane, scratch: torch.Tensor, half: torch.Tensor, quantizer: int, share: _core.Share | None = None
     ) -> _core.Consumer | SharedConsumer:
-        """As `open_consumer`, with the memory that it uses."""
+        """As `open_consumer`, with the memory that it uses, and what this process reads itself: None for all."""
         consumer = _core.Consumer(
             self.engine,
             lane.index,
@@ -140,6 +140,7 @@ class Transport:
             transposed=half.data_ptr(),
             transposed_bytes=half.nbytes,
             quantizer=quantizer,
+            share=share or _core.Share(rank=0, ranks=1, least_bytes=0),
         )
         self._consumers.append(consumer)
         return consumer

@@ -42,7 +42,7 @@ class LocalGroup:
     def __init__(self, wire: Wire, rank: int, settle: Callable[[], None] = lambda: None) -> None:
         self._wire = wire
         self._settle = settle
-        self.size, self.rank, self.stream, self.room_stream = wire.size, rank, 0, 0
+        self.size, self.rank, self.stream = wire.size, rank, 0
         self.device: torch.device | None = torch.device("cpu")
 
     def check_device(self, device: torch.device) -> None:

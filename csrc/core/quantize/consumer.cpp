@@ -1,5 +1,6 @@
 #include "quantize/consumer.hpp"
 
+#include <algorithm>
 #include <string>
 #include <system_error>
 
@@ -17,6 +18,7 @@ constexpr std::chrono::milliseconds kInterval{50};
 }
 
 std::size_t band_bytes(const ConsumerOptions& options) {
+  validate(options.share);
   const std::size_t bytes = options.scratch_bytes / kParts / kScratchAlignment * kScratchAlignment;
   if (bytes == 0) {
     refuse("scratch of " + std::to_string(options.scratch_bytes) + " bytes cannot be cut into bands");
@@ -55,12 +57,11 @@ Ticket Consumer::submit(std::span<const Request> requests, StreamHandle stream) 
   engine_.require_own_process();
   std::vector<Task> tasks;
   tasks.reserve(requests.size());
-  const Room room{band_bytes_, options_.transposed_bytes};
+  const Room room{band_bytes_, options_.transposed_bytes, options_.share.ranks > 1};
   for (const Request& request : requests) tasks.push_back({request, bands_of(request, room)});
 
   const std::lock_guard lock(mutex_);
-  if (closed_) throw Error(ErrorCode::kCancelled, "the stream was closed");
-  if (error_ != nullptr) std::rethrow_exception(error_);
+  throw_if_over();
   device_.record_on(stream, *reached_);
   device_.stream_waits_for(stream_->handle(), *reached_);
   const Ticket first = tasks_.size();
@@ -78,30 +79,54 @@ Ticket Consumer::submit(std::span<const Request> requests, StreamHandle stream) 
 // Asks for all that has room, in order; once a whole band has, so that small tensors are asked for together.
 void Consumer::ask() {
   if (passing_bytes_ + band_bytes_ > scratch_.size()) return;
-  std::vector<Asked> fresh;
-  std::vector<Read> reads;
-  std::vector<std::size_t> of_reads;  // their places in `fresh`
+  Asking asking;
   while (next_task_ < tasks_.size()) {
     const Task& task = tasks_[next_task_];
-    const Band& band = task.bands[next_band_];
-    std::optional<Asked> asked = place(task, band);
+    std::optional<Asked> asked = place(task, task.bands[next_band_]);
     if (!asked) break;
-    if (const auto* range = std::get_if<Range>(&task.request.from)) {
-      reads.push_back(
-          {{range->file, range->offset + band.start, band.nbytes, range->checksum}, asked->memory});
-      of_reads.push_back(fresh.size());
-    }
-    fresh.push_back(*asked);
+    add_reads(asking, *asked);
     if (++next_band_ == task.bands.size()) {
       ++next_task_;
       next_band_ = 0;
     }
   }
-  if (!reads.empty()) {
-    const Ticket first = engine_.submit(lane_, reads, stream_->handle(), false);
-    for (std::size_t i = 0; i < of_reads.size(); ++i) fresh[of_reads[i]].ticket = first + i;
+  submit(asking);
+}
+
+// Of a band that is to be gathered, this rank's part; else of the whole, unless it has landed.
+void Consumer::add_reads(Asking& asking, const Asked& asked) {
+  const Band& band = *asked.band;
+  const std::size_t part = part_of(*asked.task, band);
+  if (const auto* range = std::get_if<Range>(&asked.task->request.from)) {
+    for (const auto [begin, end] : options_.share.spans_of(band.nbytes)) {
+      const Range own{range->file, range->offset + band.start + begin, end - begin, range->checksum};
+      asking.reads.push_back({own, asked.memory + begin});
+      asking.of_reads.push_back(asking.bands.size());
+    }
   }
-  asked_.insert(asked_.end(), fresh.begin(), fresh.end());
+  asking.of_bands.push_back(part == 0 ? std::nullopt : std::optional(asking.to_gather.size()));
+  if (part > 0) asking.to_gather.push_back({{asked.memory, band.nbytes, part}});
+  asking.bands.push_back(asked);
+}
+
+void Consumer::submit(Asking& asking) {
+  auto& [bands, reads, of_reads, to_gather, of_bands] = asking;
+  if (!to_gather.empty()) {
+    const Ticket first = engine_.promise(lane_, to_gather.size());
+    for (std::size_t i = 0; i < to_gather.size(); ++i) to_gather[i].whole = first + i;
+  }
+  const Ticket first = reads.empty() ? 0 : engine_.submit(lane_, reads, stream_->handle(), false);
+  for (std::size_t i = 0; i < reads.size(); ++i) {
+    const std::optional<std::size_t> place = of_bands[of_reads[i]];
+    if (place) to_gather[*place].own.push_back(first + i);
+    bands[of_reads[i]].ticket = place ? to_gather[*place].whole : first + i;
+  }
+  asked_.insert(asked_.end(), bands.begin(), bands.end());
+  to_gather_.insert(to_gather_.end(), to_gather.begin(), to_gather.end());
+}
+
+std::size_t Consumer::part_of(const Task& task, const Band& band) const {
+  return std::holds_alternative<Range>(task.request.from) ? options_.share.part_of(band.nbytes) : 0;
 }
 
 // Where a band lands, or has landed; nothing while there is no room.
@@ -111,8 +136,8 @@ std::optional<Consumer::Asked> Consumer::place(const Task& task, const Band& ban
     const auto ticket = band.row == 0 ? std::optional(landed->ticket) : std::nullopt;
     return Asked{&task, &band, landed->memory + band.start, ticket, std::nullopt, is_last};
   }
-  if (stays_as_stored(task.request)) {
-    const Address values = std::get<ToValues>(task.request.to).values;
+  if (stays_as_stored(task.request) && part_of(task, band) == 0) {
+    const Address values = std::get<ToValues>(task.request.to).values + band.start;
     return Asked{&task, &band, values, std::nullopt, std::nullopt, is_last};
   }
   const std::optional<Scratch::Region> region = scratch_.acquire(band.nbytes);
@@ -143,6 +168,11 @@ bool Consumer::is_over() const {
   return closed_ || error_ != nullptr;
 }
 
+void Consumer::throw_if_over() const {
+  if (error_ != nullptr) std::rethrow_exception(error_);
+  if (closed_) throw Error(ErrorCode::kCancelled, "the stream was closed");
+}
+
 // Until the band's copies are ordered before this stream; false if it was over meanwhile.
 bool Consumer::await(const Asked& asked) {
   if (!asked.ticket) return true;
@@ -165,7 +195,7 @@ void Consumer::put_work(const Asked& asked) {
 void Consumer::put_work_of(const Asked& asked) {
   const Task& task = *asked.task;
   if (stays_as_stored(task.request)) {
-    const Address values = std::get<ToValues>(task.request.to).values;
+    const Address values = std::get<ToValues>(task.request.to).values + asked.band->start;
     if (asked.memory == values) return;  // it landed in its place
     device_.copy_on_device(values, asked.memory, asked.band->nbytes, stream_->handle());
   } else if (const auto* to = std::get_if<ToValues>(&task.request.to)) {
@@ -267,8 +297,7 @@ std::optional<Ticket> Consumer::wait(Ticket ticket, StreamHandle stream, std::ch
   if (ticket >= tasks_.size()) refuse("there is no ticket " + std::to_string(ticket));
   const bool has_come = changed_.wait_for(lock, timeout, [&] { return done_ > ticket || is_over(); });
   if (!has_come) return std::nullopt;
-  if (error_ != nullptr) std::rethrow_exception(error_);
-  if (closed_) throw Error(ErrorCode::kCancelled, "the stream was closed");
+  throw_if_over();
   device_.record_on(stream_->handle(), *reached_);
   device_.stream_waits_for(stream, *reached_);
   return done_;
@@ -278,6 +307,64 @@ Ticket Consumer::done() {
   engine_.require_own_process();
   const std::lock_guard lock(mutex_);
   return done_;
+}
+
+std::vector<std::size_t> Consumer::sizes_ahead(std::size_t skipped, std::size_t most) {
+  engine_.require_own_process();
+  const std::lock_guard lock(mutex_);
+  std::vector<std::size_t> sizes;
+  const auto add = [&](std::size_t nbytes) {
+    if (skipped > 0) {
+      --skipped;
+    } else {
+      sizes.push_back(nbytes);
+    }
+  };
+  for (std::size_t i = 0; i < to_gather_.size() && sizes.size() < most; ++i) add(to_gather_[i].band.nbytes);
+  std::size_t band = next_band_;
+  for (std::size_t task = next_task_; task < tasks_.size(); ++task, band = 0) {
+    for (; band < tasks_[task].bands.size(); ++band) {
+      if (sizes.size() >= most) return sizes;
+      if (part_of(tasks_[task], tasks_[task].bands[band]) > 0) add(tasks_[task].bands[band].nbytes);
+    }
+  }
+  return sizes;
+}
+
+std::optional<std::vector<Shared>> Consumer::await_parts(std::size_t count, StreamHandle stream,
+                                                         std::chrono::milliseconds timeout) {
+  engine_.require_own_process();
+  const auto until = std::chrono::steady_clock::now() + timeout;
+  std::vector<Shared> bands;
+  std::vector<Ticket> own;
+  {
+    std::unique_lock lock(mutex_);
+    if (!changed_.wait_until(lock, until, [&] { return to_gather_.size() >= count || is_over(); })) {
+      return std::nullopt;
+    }
+    throw_if_over();
+    for (std::size_t i = 0; i < count; ++i) {
+      bands.push_back(to_gather_[i].band);
+      own.insert(own.end(), to_gather_[i].own.begin(), to_gather_[i].own.end());
+    }
+  }
+  for (const Ticket ticket : own) {
+    const auto left =
+        std::chrono::duration_cast<std::chrono::milliseconds>(until - std::chrono::steady_clock::now());
+    if (!engine_.is_on_its_way(ticket, std::max(left, std::chrono::milliseconds(0)))) return std::nullopt;
+  }
+  for (const Ticket ticket : own) engine_.wait(ticket, stream, kInterval);
+  return bands;
+}
+
+void Consumer::gathered(std::size_t count, StreamHandle stream) {
+  engine_.require_own_process();
+  const std::lock_guard lock(mutex_);
+  if (count > to_gather_.size()) refuse("there are not so many bands to be gathered");
+  for (; count > 0; --count) {
+    engine_.keep_promise(to_gather_.front().whole, 1, stream);
+    to_gather_.pop_front();
+  }
 }
 
 void Consumer::close() {

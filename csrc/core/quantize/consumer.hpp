@@ -14,6 +14,12 @@
 // place. Requests are served in order. A transposed weight arrives in bands of input rows, which are columns
 // of what is quantized: its fp16 form is held whole, in memory that the caller gives.
 //
+// Where several ranks read together (see share.hpp), of a band that is large enough this one's part alone is
+// asked for. Then the caller's thread gathers: it learns which bands come next, waits for its parts of them,
+// exchanges these with the other ranks by whatever it has, and says so; the consumer's stream waits for that
+// as for a copy. Requests being the same on all ranks, so is the order of these bands. What is gathered
+// passes through scratch, if it stays as stored, too.
+//
 // Knows the driver through Device alone; neither torch nor cudart. Where bitsandbytes has no such entry point
 // (the CPU, another backend), its Python operator does this instead.
 #pragma once
@@ -32,6 +38,7 @@
 #include "device/device.hpp"
 #include "quantize/request.hpp"
 #include "quantize/scratch.hpp"
+#include "quantize/share.hpp"
 #include "transfer/engine.hpp"
 
 namespace pyint8 {
@@ -45,13 +52,21 @@ struct ConsumerOptions {
   Address transposed;
   std::size_t transposed_bytes;
   Quantizer quantizer;
+  Share share{};
+};
+
+// A band of which this rank has read its part.
+struct Shared {
+  Address memory;  // of the whole, in scratch
+  std::size_t nbytes;
+  std::size_t part;  // of each rank
 };
 
 class Consumer {
  public:
   // `engine` outlives this, but may be closed before. Throws kDriver where the driver refuses, or there are
-  // no kernels, kInvalidArgument where scratch cannot be cut, and kIo where no thread can be started. In a
-  // child that was forked since, this is as little use as the engine is.
+  // no kernels, kInvalidArgument where scratch cannot be cut or there is no such rank, and kIo where no
+  // thread can be started. In a child that was forked since, this is as little use as the engine is.
   Consumer(Engine& engine, std::uint32_t lane, const ConsumerOptions& options);
   // Closes.
   ~Consumer();
@@ -71,6 +86,18 @@ class Consumer {
   // Requests, from the first one on, whose work is on the consumer's stream, all of it.
   Ticket done();
 
+  // The sizes of bands that are still to be gathered, in order, but for the first `skipped`; `most` at most.
+  std::vector<std::size_t> sizes_ahead(std::size_t skipped, std::size_t most);
+
+  // Waits up to `timeout` until this rank's parts of the next `count` of them are on their way, then makes
+  // `stream` wait for these; nothing if the time ran out. Each is waited for once. Throws as `wait`.
+  std::optional<std::vector<Shared>> await_parts(std::size_t count, StreamHandle stream,
+                                                 std::chrono::milliseconds timeout);
+
+  // The next `count` of them are whole once all that is on `stream` so far is done. Throws kInvalidArgument
+  // if there are not so many.
+  void gathered(std::size_t count, StreamHandle stream);
+
   // Drops what has not begun, joins the thread and waits until no kernel uses any memory it was given.
   // Copies may still be under way: close the engine first. Idempotent; waits throw kCancelled from then on.
   void close();
@@ -88,8 +115,25 @@ class Consumer {
     std::optional<Scratch::Region> region;  // none for what does not pass through scratch
     bool is_last;                           // of its task
   };
+  struct ToGather {
+    Shared band;
+    std::vector<Ticket> own{};  // the engine's, of what this rank reads
+    Ticket whole = 0;           // a promise of the engine's
+  };
+  // What is asked for at once.
+  struct Asking {
+    std::vector<Asked> bands{};
+    std::vector<Read> reads{};
+    std::vector<std::size_t> of_reads{};  // their places in `bands`
+    std::vector<ToGather> to_gather{};
+    std::vector<std::optional<std::size_t>> of_bands{};  // their places in `to_gather`
+  };
 
   void ask();
+  void add_reads(Asking& asking, const Asked& asked);
+  void submit(Asking& asking);
+  std::size_t part_of(const Task& task, const Band& band) const;
+  void throw_if_over() const;
   std::optional<Asked> place(const Task& task, const Band& band);
   void serve();
   bool await(const Asked& asked);
@@ -118,9 +162,10 @@ class Consumer {
   std::size_t next_task_ = 0;  // whose next band is to be asked for
   std::size_t next_band_ = 0;
   Scratch scratch_;
-  std::size_t passing_bytes_ = 0;  // in scratch, or on their way there
-  std::deque<Asked> asked_;        // in order
-  Ticket done_ = 0;                // tasks whose work is on the stream, all of it
+  std::size_t passing_bytes_ = 0;   // in scratch, or on their way there
+  std::deque<Asked> asked_;         // in order
+  std::deque<ToGather> to_gather_;  // of these
+  Ticket done_ = 0;                 // tasks whose work is on the stream, all of it
   std::exception_ptr error_;
   bool closed_ = false;
 

@@ -54,7 +54,12 @@ void check_values(const ToValues& to, const Request& request) {
 }
 
 std::vector<Band> cut(const Request& request, std::size_t nbytes, const Room& room) {
-  if (stays_as_stored(request)) return {{0, request.rows, 0, nbytes}};  // straight to its place
+  if (stays_as_stored(request)) {
+    if (room.all_pass && std::holds_alternative<Range>(request.from)) {
+      return cut_into_bands(nbytes, 1, room.band);
+    }
+    return {{0, request.rows, 0, nbytes}};  // straight to its place
+  }
   const std::size_t row = bytes_of_row(request);
   if (row > room.band) {
     refuse("a row of " + std::to_string(row) + " bytes does not fit in a band of " +

@@ -54,12 +54,13 @@ bool is_transposed(const Request& request);
 struct Room {
   std::size_t band;        // of scratch: one row at least must fit
   std::size_t transposed;  // for the fp16 form of one transposed weight
+  bool all_pass = false;   // through scratch: what stays as stored, too
 };
 
-// The bands of a request's rows; one for what stays as stored. Throws kInvalidArgument for a row that does
-// not fit in a band, for a transposed weight that its memory cannot hold, for an empty one, for sizes that do
-// not agree with the bytes, for more rows or columns than the quantizer's int counts, and for casts that
-// there are not and marks that cannot be given.
+// The bands of a request's rows; of what stays as stored one, or bands of bytes if all pass. Throws
+// kInvalidArgument for a row that does not fit in a band, for a transposed weight that its memory cannot
+// hold, for an empty one, for sizes that do not agree with the bytes, for more rows or columns than the
+// quantizer's int counts, and for casts that there are not and marks that cannot be given.
 std::vector<Band> bands_of(const Request& request, const Room& room);
 
 }  // namespace pyint8

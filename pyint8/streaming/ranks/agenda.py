@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 
 import torch
 
@@ -20,13 +19,13 @@ MOST_PIECES = 32
 
 
 class Agenda:
-    """Pieces and meetings that were put in, and what a source will add.
+    """Pieces and meetings that were put in, and what a source has.
 
     Args:
         ranks: How many there are.
 
     Attributes:
-        source: Adds pieces as room becomes free; None if there is none, or it is over.
+        source: Has what is gathered behind all pieces; None if there is none, or it is over.
         batch_bytes: Of pieces that are gathered at once, but for the last of them.
         agreed: Sizes of the next pieces that all ranks will gather, in batches.
         has_dropped: Whether the pieces in it will not come.
@@ -73,25 +72,28 @@ class Agenda:
             self._items = deque(item for item in self._items if isinstance(item, Meeting))
             self.has_dropped = False
         agreed = sum(map(len, self.agreed))
-        sizes = [] if self.has_dropped else list(islice(self._sizes_ahead(), agreed, agreed + MOST_PIECES))
+        sizes = [] if self.has_dropped else self._sizes_ahead(agreed, MOST_PIECES)
         return sizes if sizes or agreed or isinstance(self.head, Piece) else None
 
-    def _sizes_ahead(self) -> Iterator[int]:
-        """Of the pieces up to the next meeting, but for those that all read whole."""
+    def _sizes_ahead(self, skipped: int, most: int) -> list[int]:
+        """Of what is gathered before the next meeting, but for the first `skipped`; `most` at most."""
+        own: list[int] = []
         for item in self._items:
             if isinstance(item, Meeting):
-                return
+                return own[skipped : skipped + most]
             if item.part:
-                yield item.nbytes
-        if self.source is not None:
-            yield from self.source.sizes_ahead()
+                own.append(item.nbytes)
+        found = own[skipped : skipped + most]
+        if self.source is not None and len(found) < most:
+            found += self.source.sizes_ahead(max(0, skipped - len(own)), most - len(found))
+        return found
 
     def agree(self, sizes: Sequence[int], batch_bytes: int) -> None:
         """All ranks will gather pieces of these sizes next."""
         self.agreed.extend(in_batches(sizes, batch_bytes))
 
     def take(self, left: deque[int]) -> Iterator[Piece]:
-        """The next pieces as far as they are there, until none is left of those to be gathered, and what is between."""
+        """The next pieces, until none is left of those to be gathered, and what is between; a source has the others."""
         while isinstance(head := self.head, Piece) and (left or not head.part):
             self._items.popleft()
             if head.part:

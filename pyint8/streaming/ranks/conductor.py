@@ -16,7 +16,7 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,8 @@ from pyint8.streaming.ranks.meetings import Meeting, Source
 from pyint8.streaming.ranks.pieces import Piece
 
 if TYPE_CHECKING:
+    import torch
+
     from pyint8.streaming.extension import _core
 
 # What a rank says instead of a number of pieces.
@@ -63,7 +65,7 @@ class Conductor:
         self._thread: threading.Thread | None = None
 
     def attach(self, engine: _core.Engine | None, source: Source | None = None) -> None:
-        """From now on pieces are of this engine, and more of them come from `source`. None: it is closed."""
+        """From now on pieces are of this engine, and behind them comes what `source` has. None: it is closed."""
         with self._changed:
             self._engine = engine
             self._agenda.attach(source, is_open=engine is not None)
@@ -86,11 +88,16 @@ class Conductor:
         """
         with self._changed:
             self._changed.wait_for(lambda: predicate() or self._is_over or self._doubt is not None)
-            if predicate():
-                return
-            if self.verdict is not None:
-                raise self.verdict
-            raise CancelledError("the ranks are done") if self._doubt is None else self._doubt[0]
+            if not predicate():
+                self.check()
+                raise CancelledError("the ranks are done")
+
+    def check(self) -> None:
+        """Raises what ended the gathering: RankError if another rank failed, what it met itself, or nothing."""
+        if self.verdict is not None:
+            raise self.verdict
+        if (doubt := self._doubt) is not None:
+            raise doubt[0]
 
     def notify(self, change: Callable[[], object] = lambda: None) -> None:
         """Changes something that `wait_for`, or the thread, may be waiting for."""
@@ -175,25 +182,13 @@ class Conductor:
 
     def _stepped(self) -> tuple[int, int, list[int]] | None:
         """What there is to say, or None after waiting a little."""
-        self._feed()
         with self._changed:
             if (sizes := self._agenda.proposal()) is not None:
                 return len(sizes), 0, sizes
             if isinstance(head := self._agenda.head, Meeting) and self._doubt is None:
                 return _AT_A_MEETING, len(head.message), []
-            source = self._agenda.source if head is None and self._agenda.source_has_more else None
-        if source is not None:
-            self._guarded(source.await_room)
-            return None
-        with self._changed:
             self._changed.wait_for(self._is_wanted, _INTERVAL_MS / 1000)
         return None
-
-    def _feed(self) -> None:
-        with self._changed:
-            source = self._agenda.source if self._agenda.source_has_more else None
-        if source is not None:
-            self._guarded(source.feed)
 
     def _guarded(self, step: Callable[..., object], *arguments: Any) -> bool:
         """Takes a step towards more bytes; False if it failed."""
@@ -219,45 +214,51 @@ class Conductor:
         self.notify(note)
 
     def _gather(self) -> None:
-        """Everything that was agreed on, as it comes; what has room meanwhile is asked for."""
+        """Everything that was agreed on, as it comes."""
         self._bring([])
         while agreed := self._agenda.agreed:
             self._bring(agreed[0])
             self.notify(agreed.popleft)
-            self._feed()
 
     def _bring(self, sizes: list[int]) -> None:
-        """The next pieces, so many of them to be gathered, at once; and what is read whole before the last."""
-        pieces = self._next_pieces(sizes)
+        """What comes next, so many of these sizes, at once; and what is read whole before the last."""
+        left = deque(sizes)
+        with self._changed:
+            pieces = list(self._agenda.take(left))
+            source = self._agenda.source
+        bands = self._bands_of(source, len(left))
+        pieces += self._agenda.spare_pieces(list(left)[len(bands) :], self.group.device)
         have_come = [not self._agenda.has_dropped and self._guarded(self._await_own, piece) for piece in pieces]
         for piece, has_come in zip(pieces, have_come, strict=True):
             if not has_come:  # other ranks take no harm of zeros before they are told
                 self.group.part_of(piece.memory, piece.part).zero_()
-        if shared := [(piece.memory, piece.part) for piece in pieces if piece.part]:
+        if shared := [(piece.memory, piece.part) for piece in pieces if piece.part] + bands:
             self.group.gather(shared)
-        engine = self._engine
-        for piece, has_come in zip(pieces, have_come, strict=True):
-            if has_come and engine is not None:
-                with suppress(Pyint8Error):
-                    engine.keep_promise(piece.promised.start, len(piece.promised), self.group.stream)
+        if source is not None and bands:
+            self._guarded(source.gathered, len(bands), self.group.stream)
+        self._keep_promises(piece for piece, has_come in zip(pieces, have_come, strict=True) if has_come)
         self.notify()
 
-    def _next_pieces(self, sizes: list[int]) -> list[Piece]:
-        """As room becomes free for them; in place of those that will not come, others."""
-        found: list[Piece] = []
-        left = deque(sizes)
-        while True:
-            with self._changed:
-                found += self._agenda.take(left)
-                is_over = self._agenda.has_dropped or self._failure is not None
-                source = self._agenda.source
-            if not left:
+    def _bands_of(self, source: Source | None, count: int) -> list[tuple[torch.Tensor, int]]:
+        """The next bands of a source, of which this rank has read its parts; none, if they will not come."""
+        bands: list[tuple[torch.Tensor, int]] = []
+        if source is not None and count:
+            self._guarded(lambda: bands.extend(self._await_parts(source, count)))
+        return bands
+
+    def _await_parts(self, source: Source, count: int) -> list[tuple[torch.Tensor, int]]:
+        while self._engine is not None and self._failure is None:
+            found = source.await_parts(count, self.group.stream, _INTERVAL_MS)
+            if found is not None:
                 return found
-            if is_over or source is None:
-                self.notify(self._agenda.drop)
-                return found + list(self._agenda.spare_pieces(left, self.group.device))
-            if self._guarded(source.feed) and self._agenda.head is None:
-                self._guarded(source.await_room)
+        raise CancelledError("the engine was closed")
+
+    def _keep_promises(self, pieces: Iterable[Piece]) -> None:
+        if (engine := self._engine) is None:
+            return
+        for piece in pieces:
+            with suppress(Pyint8Error):
+                engine.keep_promise(piece.promised.start, len(piece.promised), self.group.stream)
 
     def _await_own(self, piece: Piece) -> None:
         """Until this rank's part of a piece is on its way to the device; what is gathered then comes after it."""
@@ -300,14 +301,14 @@ class Conductor:
         return False
 
     def _end(self, verdict: RankError | None) -> None:
-        """No more rounds. The engine is closed after a verdict, so that waits for it end."""
+        """No more rounds. The engine is closed if that was no good end, so that waits for it end."""
         with self._changed:
             self.verdict = self.verdict or verdict
             self._is_over = True
-            engine = self._engine
+            engine = self._engine if verdict is not None or self._doubt is not None else None
             self._agenda.clear()
             self._changed.notify_all()
-        if verdict is not None and engine is not None:
+        if engine is not None:
             with suppress(Pyint8Error):
                 engine.close()
 

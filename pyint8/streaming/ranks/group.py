@@ -81,7 +81,6 @@ class Group:
         rank: The number of this one among them.
         device: Whose memory is gathered; None until it is known. To be set before the first collective.
         stream: What is gathered is there after what this stream of the device does (an integer, as the engine has it).
-        room_stream: After what this one does, the room of what was used up is free.
     """
 
     def __init__(self, process_group: dist.ProcessGroup) -> None:
@@ -91,7 +90,7 @@ class Group:
         self.size = dist.get_world_size(process_group)
         self.rank = dist.get_rank(process_group)
         self.device: torch.device | None = None
-        self.stream = self.room_stream = 0
+        self.stream = 0
 
     def leave(self) -> None:
         """Lets go of the process group, once its threads have let go of the last tensors that they were given.
@@ -138,8 +137,6 @@ class Group:
                 side = torch.cuda.Stream(self.device)
                 stack.enter_context(torch.cuda.stream(side))
                 self.stream = side.cuda_stream
-                room = torch.cuda.Stream(self.device)
-                self.room_stream = room.cuda_stream
             yield
 
     @cached_property

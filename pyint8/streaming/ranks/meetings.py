@@ -1,9 +1,8 @@
-"""What a conductor has to do beside pieces: to hold meetings, and to ask for more pieces."""
+"""What a conductor has to do beside pieces: to hold meetings, and to gather what a source reads."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -11,27 +10,30 @@ if TYPE_CHECKING:
 
 
 class Source(Protocol):
-    """What asks for the bytes of pieces itself, as room becomes free.
+    """What reads this rank's parts of bands that are to be gathered by itself, as room becomes free.
 
     Attributes:
-        batch_bytes: Of pieces that are gathered at once, but for the last of them: there is always room for so many.
-        scratch: What pieces pass through, uint8.
+        batch_bytes: Of bands that are gathered at once, but for the last of them: there is always room for so many.
+        scratch: What bands pass through, uint8.
     """
 
     batch_bytes: int
     scratch: torch.Tensor
 
     def has_more(self) -> bool:
-        """Whether there are pieces that were not added yet."""
+        """Whether there are bands that were not gathered yet."""
 
-    def sizes_ahead(self) -> Iterator[int]:
-        """Bytes of the pieces that were not added yet, but for those that all ranks read whole."""
+    def sizes_ahead(self, skipped: int, most: int) -> list[int]:
+        """Bytes of those, but for the first `skipped` of them; `most` at most."""
 
-    def feed(self) -> None:
-        """Adds those for which there is room."""
+    def await_parts(self, count: int, stream: int, milliseconds: int) -> list[tuple[torch.Tensor, int]] | None:
+        """The memory of the next `count` of them, uint8, and how many bytes of each every rank reads.
 
-    def await_room(self) -> None:
-        """Waits until there may be more room."""
+        This rank's parts are there after what `stream` does. None if that takes longer.
+        """
+
+    def gathered(self, count: int, stream: int) -> None:
+        """The first `count` are whole after what `stream` does."""
 
 
 class Meeting:

@@ -9,26 +9,29 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pyint8.streaming.extension import _core
+
 if TYPE_CHECKING:
     from pyint8.streaming.transport import ReadRequest
 
 # All ranks read smaller pieces whole: to gather them would take longer, and between a rank's parts of neighbours
 # would be gaps that the engine reads through (csrc/core/transfer/engine.cpp).
 _LEAST_BYTES = 256 << 10
-# Of the ranks' parts: what NCCL loads at once.
-_ALIGNMENT = 16
+
+
+def share_of(rank: int, ranks: int) -> _core.Share:
+    """What a rank reads of pieces: the extension has the rule, for its own bands as for these."""
+    return _core.Share(rank, ranks, _LEAST_BYTES)
 
 
 def part_of(nbytes: int, ranks: int) -> int:
     """The bytes of a piece that each rank reads; what is behind all parts is read by all. 0: they read it whole."""
-    return 0 if nbytes < _LEAST_BYTES else nbytes // (ranks * _ALIGNMENT) * _ALIGNMENT
+    return share_of(0, ranks).part_of(nbytes)
 
 
 def own_ranges(nbytes: int, rank: int, ranks: int) -> list[tuple[int, int]]:
     """(begin, end) of what a rank reads of a piece."""
-    part = part_of(nbytes, ranks)
-    ranges = [(rank * part, (rank + 1) * part), (ranks * part, nbytes)]
-    return [(begin, end) for begin, end in ranges if begin < end]
+    return share_of(rank, ranks).spans_of(nbytes)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pyint8.streaming.ranks.conductor import Conductor
 from pyint8.streaming.ranks.consumer import SharedConsumer
 from pyint8.streaming.ranks.fingerprint import differences, fingerprint
 from pyint8.streaming.ranks.meetings import Meeting
-from pyint8.streaming.ranks.pieces import Piece, own_reads, part_of, together
+from pyint8.streaming.ranks.pieces import Piece, own_reads, part_of, share_of, together
 from pyint8.streaming.transport import ReadRequest, Transport
 
 if TYPE_CHECKING:
@@ -72,10 +72,13 @@ class SharedTransport(Transport):
         """None: no rank reads all bytes of a tensor."""
         return _core.UNCHECKED
 
-    def make_consumer(self, lane: Lane, scratch: torch.Tensor, half: torch.Tensor, quantizer: int) -> SharedConsumer:
-        consumer = super().make_consumer(lane, scratch, half, quantizer)
+    def make_consumer(
+        self, lane: Lane, scratch: torch.Tensor, half: torch.Tensor, quantizer: int, share: _core.Share | None = None
+    ) -> SharedConsumer:
+        group = self._conductor.group
+        consumer = super().make_consumer(lane, scratch, half, quantizer, share or share_of(group.rank, group.size))
         assert isinstance(consumer, _core.Consumer)
-        shared = SharedConsumer(consumer, self._conductor, self.engine, lane, scratch)
+        shared = SharedConsumer(consumer, self._conductor, scratch)
         self._conductor.attach(self.engine, shared)
         return shared
 

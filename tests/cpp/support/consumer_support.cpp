@@ -223,7 +223,7 @@ std::vector<Bytes> Tensors::destinations() const {
 }
 
 Gpus::Gpus(Tensors& tensors, Callers& with, std::size_t scratch_bytes, const EngineOptions& options,
-           Quantizer quantizer)
+           Quantizer quantizer, const Share& share)
     : callers(with), engine(options) {
   std::size_t elements = 0;
   for (const Tensor& tensor : tensors) {
@@ -234,8 +234,8 @@ Gpus::Gpus(Tensors& tensors, Callers& with, std::size_t scratch_bytes, const Eng
     const auto scratch = reinterpret_cast<Address>(memory_.emplace_back(scratch_bytes).data());
     const auto transposed = reinterpret_cast<Address>(memory_.emplace_back(elements * 2).data());
     engine.add_device(std::make_unique<CudaDevice>(fake_driver(), static_cast<int>(lane)));
-    consumers.emplace_back(engine, lane,
-                           ConsumerOptions{scratch, scratch_bytes, transposed, elements * 2, quantizer});
+    consumers.emplace_back(
+        engine, lane, ConsumerOptions{scratch, scratch_bytes, transposed, elements * 2, quantizer, share});
   }
 }
 

@@ -104,7 +104,7 @@ class Callers : public std::deque<Caller> {
 class Gpus {
  public:
   Gpus(Tensors& tensors, Callers& with, std::size_t scratch_bytes, const EngineOptions& options,
-       Quantizer quantizer = cint8_vector_quant);
+       Quantizer quantizer = cint8_vector_quant, const Share& share = {});
 
   Ticket submit(std::uint32_t lane, std::span<Tensor* const> tensors);
   Ticket submit(std::uint32_t lane, Tensor& tensor);

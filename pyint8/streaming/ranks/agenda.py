@@ -14,8 +14,9 @@ from pyint8.streaming.ranks.meetings import Meeting, Source
 from pyint8.streaming.ranks.pieces import Piece, in_batches, part_of
 from pyint8.streaming.scratch import ALIGNMENT
 
-# That are agreed on in one round: they are gathered before a failure is told.
+# That are agreed on in one round: they are gathered before a failure is told, or a meeting is held that need not wait.
 MOST_PIECES = 32
+_MOST_BYTES = 512 << 20  # but for the last of them
 
 
 class Agenda:
@@ -28,6 +29,7 @@ class Agenda:
         source: Has what is gathered behind all pieces; None if there is none, or it is over.
         batch_bytes: Of pieces that are gathered at once, but for the last of them.
         agreed: Sizes of the next pieces that all ranks will gather, in batches.
+        urgent: A meeting that is held as soon as all ranks have come to it, whatever is to be gathered before.
         has_dropped: Whether the pieces in it will not come.
     """
 
@@ -38,6 +40,7 @@ class Agenda:
         self.source: Source | None = None
         self.batch_bytes = 0
         self.agreed: deque[list[int]] = deque()
+        self.urgent: Meeting | None = None
         self.has_dropped = False
 
     @property
@@ -73,6 +76,7 @@ class Agenda:
             self.has_dropped = False
         agreed = sum(map(len, self.agreed))
         sizes = [] if self.has_dropped else self._sizes_ahead(agreed, MOST_PIECES)
+        sizes = next(iter(in_batches(sizes, _MOST_BYTES)), [])
         return sizes if sizes or agreed or isinstance(self.head, Piece) else None
 
     def _sizes_ahead(self, skipped: int, most: int) -> list[int]:
@@ -100,10 +104,18 @@ class Agenda:
                 left.popleft()
             yield head
 
-    def take_meeting(self) -> Meeting:
-        meeting = self._items.popleft()
-        assert isinstance(meeting, Meeting)
-        return meeting
+    @property
+    def next_meeting(self) -> Meeting | None:
+        """If nothing is to be gathered before it."""
+        head = self.head
+        return self.urgent if head is None else head if isinstance(head, Meeting) else None
+
+    def remove(self, meeting: Meeting) -> None:
+        """It was held."""
+        if meeting is self.urgent:
+            self.urgent = None
+        else:
+            self._items.popleft()
 
     def drop(self) -> None:
         """Pieces will not come. Those that were agreed on are gathered nevertheless, before they are forgotten."""
@@ -125,4 +137,4 @@ class Agenda:
     def clear(self) -> None:
         self._items.clear()
         self.agreed.clear()
-        self.source = self._spare = None
+        self.source = self._spare = self.urgent = None

@@ -43,6 +43,7 @@ class SharedTransport(Transport):
         self, conductor: Conductor, number: int, options: StreamOptions, opener: LaneOpener = open_lane
     ) -> None:
         super().__init__(options, opener)
+        self._borrows = False
         self._switches = ExitStack()
         self._switches.enter_context(quick_switches())  # for the conductor's thread, beside one that builds the model
         self._conductor = conductor
@@ -94,11 +95,7 @@ class SharedTransport(Transport):
             raise RankError(f"the ranks are about to load different things: {differences(heard)}")
 
     def _meet(self, stage: str, value: Any) -> list[Any]:
-        meeting = Meeting(f"{stage} of load {self._number}", value)
-        self._conductor.put(meeting)
-        self._conductor.wait_for(lambda: meeting.values is not None)
-        assert meeting.values is not None
-        return meeting.values
+        return self._conductor.meet(Meeting(f"{stage} of load {self._number}", value))
 
     def drain(self) -> None:
         self._conductor.wait_for(self._conductor.is_done)

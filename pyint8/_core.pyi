@@ -72,6 +72,25 @@ class Engine:
             DeviceError: The driver is missing or too old, or refuses.
         """
 
+    def add_detours(self, lane: int, ordinal: int, neighbours: list[int], library: str) -> list[tuple[int, str]]:
+        """From now on an equal share of the workers takes the bus of each neighbour to a GPU's memory.
+
+        Once a lane. Each takes as much memory of the neighbour as those workers have slots; `close` gives it back.
+
+        Args:
+            lane: The GPU's.
+            ordinal: Its number.
+            neighbours: Numbers of other GPUs, 7 at most.
+            library: As for `add_cuda_device`.
+
+        Returns:
+            (neighbour, why not) of those that cannot write to the GPU's memory, or do not open.
+
+        Raises:
+            DeviceError: The driver refuses memory: then no neighbour is used.
+            CancelledError: The engine was closed.
+        """
+
     def prepare(self, lane: int) -> None:
         """Pins the ring, which the first submission to a GPU would do otherwise.
 
@@ -185,8 +204,8 @@ class Engine:
         """
 
     def stats(self) -> dict[str, float]:
-        """So far: `bytes_read` (gaps and alignment included), `bytes_delivered`, `pieces`, and summed over the workers
-        `read_seconds` and `slot_seconds` (waiting for the bus to empty a slot)."""
+        """So far: `bytes_read` (gaps and alignment included), `bytes_delivered`, `bytes_detoured` (of these), `pieces`,
+        and summed over the workers `read_seconds` and `slot_seconds` (waiting for the bus to empty a slot)."""
 
     def spans(self) -> list[tuple[str, int, float, float, int]]:
         """What was done when, in no order; all of it once engine and consumers are closed, nothing without `timeline`.

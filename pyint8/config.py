@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pyint8.errors import OptionError
 from pyint8.host.cpus import usable_cpus
 from pyint8.host.processes import processes
+from pyint8.host.variables import parse, require_gpus, require_int
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ _REMOTE_THREADS = 32
 _REMOTE_SLOT = 8 * _MIB
 # For the allocator's rounding and the kernels: docs/performance.md, "Memory beside the scratch".
 _DEVICE_EXTRA = 256 * _MIB
+_MOST_BORROWED = 7  # roads to a GPU beside its own (csrc/core/transfer/ring.hpp)
 _ENVIRONMENT_PREFIX = "PYINT8_"
 _CACHE_BYTES = "PYINT8_CACHE_BYTES"
 _EXPERTS = "PYINT8_EXPERTS"
@@ -172,6 +174,10 @@ class StreamOptions:
             that should not displace other files there. Default False.
         libcuda: The driver library to open, by name or path. Default "libcuda.so.1".
         timeline: Note in `LoadReport.timeline` what is done when, for a picture. Default False.
+        borrow_gpus: Numbers of other GPUs, as torch counts them, over whose buses a load onto one GPU may read too:
+            each takes an equal share of the bytes into at most 128 MiB of its memory, and hands them on over NVLink.
+            One that cannot is left out, with a warning. Seven at most; default none. Loads onto several GPUs, or by
+            ranks, have no use for it, and say so.
         checksums: Compare what is read with the checksums of the checkpoint, where it has some. Default True.
 
     Raises:
@@ -187,18 +193,20 @@ class StreamOptions:
     libcuda: str = "libcuda.so.1"
     timeline: bool = False
     checksums: bool = True
+    borrow_gpus: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _require_int("threads", self.threads, 1, 1024, optional=True)
-        _require_int("slots_per_thread", self.slots_per_thread, 1, 64)
-        _require_int("slot_bytes", self.slot_bytes, 2 * 4096, 1 << 30, optional=True)
+        require_int("threads", self.threads, 1, 1024, optional=True)
+        require_int("slots_per_thread", self.slots_per_thread, 1, 64)
+        require_int("slot_bytes", self.slot_bytes, 2 * 4096, 1 << 30, optional=True)
         if self.slot_bytes is not None and self.slot_bytes % 4096:
             raise OptionError(f"slot_bytes is {self.slot_bytes}; it must be a multiple of 4096")
-        _require_int("device_scratch", self.device_scratch, _MIB, 1 << 40)
-        _require_int("host_scratch", self.host_scratch, _MIB, 1 << 40)
+        require_int("device_scratch", self.device_scratch, _MIB, 1 << 40)
+        require_int("host_scratch", self.host_scratch, _MIB, 1 << 40)
         for name in ("direct_io", "timeline", "checksums"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} is {getattr(self, name)!r}; it must be True or False")
+        require_gpus("borrow_gpus", self.borrow_gpus, _MOST_BORROWED)
         if not isinstance(self.libcuda, str):
             raise OptionError(f"libcuda is {self.libcuda!r}; it must be the name or path of a library")
 
@@ -252,7 +260,7 @@ class StreamOptions:
             text = environment.get(variable)
             if text is None:
                 continue
-            values[field.name] = _parse(variable, text, type(field.default))
+            values[field.name] = parse(variable, text, type(field.default))
             try:
                 cls(**{field.name: values[field.name]})
             except OptionError as error:
@@ -267,7 +275,7 @@ def wants_experts(theirs: Any, environment: Mapping[str, str] = os.environ) -> b
         OptionError: The variable is not 0 or 1.
     """
     own = theirs.experts if isinstance(theirs, Int8Config) else None
-    return bool(_parse(_EXPERTS, environment.get(_EXPERTS, "0"), bool)) if own is None else own
+    return bool(parse(_EXPERTS, environment.get(_EXPERTS, "0"), bool)) if own is None else own
 
 
 def cache_bytes(environment: Mapping[str, str] = os.environ) -> int:
@@ -297,24 +305,3 @@ def _warn_of_unknown(environment: Mapping[str, str], options: Iterable[str]) -> 
             near = difflib.get_close_matches(variable.removeprefix(_ENVIRONMENT_PREFIX), known, n=1)
             advice = f"did you mean {known[near[0]]}?" if near else f"there are {', '.join(known.values())}"
             logger.warning("the environment variable %s means nothing to pyint8; %s", variable, advice)
-
-
-def _require_int(name: str, value: object, low: int, high: int, *, optional: bool = False) -> None:
-    if optional and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise OptionError(f"{name} is {value!r}; it must be an integer from {low} to {high}")
-
-
-def _parse(variable: str, text: str, kind: type) -> object:
-    if kind is str:
-        return text
-    if kind is bool:
-        choices = {"0": False, "false": False, "1": True, "true": True}
-        if text.lower() not in choices:
-            raise OptionError(f"environment variable {variable} is {text!r}; it must be 0 or 1")
-        return choices[text.lower()]
-    try:
-        return int(text)
-    except ValueError:
-        raise OptionError(f"environment variable {variable} is {text!r}; it must be an integer") from None

@@ -8,6 +8,7 @@
 #include <tuple>
 #include <variant>
 
+#include "device/detour_cuda.hpp"
 #include "device/device_cuda.hpp"
 #include "device/device_host.hpp"
 #include "device/kernel_images.hpp"
@@ -210,11 +211,31 @@ std::uint32_t add_cuda_device(Engine& engine, int ordinal, const std::string& li
   return engine.add_device(std::make_unique<CudaDevice>(CudaApi::open(library), ordinal));
 }
 
+// (GPU, why not) of the neighbours over whose buses nothing can go.
+std::vector<std::pair<int, std::string>> add_detours(Engine& engine, std::uint32_t lane, int ordinal,
+                                                     const std::vector<int>& neighbours,
+                                                     const std::string& library) {
+  const py::gil_scoped_release released;
+  const auto api = CudaApi::open(library);
+  std::vector<std::unique_ptr<Detour>> detours;
+  std::vector<std::pair<int, std::string>> refused;
+  for (const int neighbour : neighbours) {
+    try {
+      detours.push_back(std::make_unique<CudaDetour>(api, neighbour, ordinal));
+    } catch (const Error& error) {
+      if (error.code() != ErrorCode::kDriver) throw;
+      refused.emplace_back(neighbour, error.message());
+    }
+  }
+  if (!detours.empty()) engine.add_detours(lane, std::move(detours));
+  return refused;
+}
+
 py::dict stats(const Engine& engine) {
   const Stats stats = engine.stats();
   return py::dict("bytes_read"_a = stats.bytes_read, "bytes_delivered"_a = stats.bytes_delivered,
-                  "pieces"_a = stats.pieces, "read_seconds"_a = stats.read_seconds,
-                  "slot_seconds"_a = stats.slot_seconds);
+                  "bytes_detoured"_a = stats.bytes_detoured, "pieces"_a = stats.pieces,
+                  "read_seconds"_a = stats.read_seconds, "slot_seconds"_a = stats.slot_seconds);
 }
 
 std::uint32_t checksum_of(const py::buffer& bytes, std::uint32_t before) {
@@ -296,6 +317,7 @@ PYBIND11_MODULE(_core, module) {
       .def("add_discarding_device",
            [](Engine& engine) { return engine.add_device(std::make_unique<DiscardingDevice>()); })
       .def("add_cuda_device", &add_cuda_device, "ordinal"_a, "library"_a)
+      .def("add_detours", &add_detours, "lane"_a, "ordinal"_a, "neighbours"_a, "library"_a)
       .def("prepare", &Engine::prepare, "lane"_a, py::call_guard<py::gil_scoped_release>())
       .def("submit", &submit, "lane"_a, "reads"_a, "stream"_a, py::kw_only(), "first"_a,
            "checksums"_a = std::vector<std::uint32_t>())

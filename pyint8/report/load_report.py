@@ -50,7 +50,8 @@ class LoadReport:
         device_peak_bytes: For each CUDA device, the most memory that torch had allocated during the load.
         host_peak_bytes: Growth of this process's peak resident memory during the load, and of its pinned memory.
         from_cache: Whether the int8 form was read from the cache (see `pyint8.load`).
-        engine: What the workers did: bytes_read, bytes_delivered, pieces, read_seconds, slot_seconds (sums).
+        engine: What the workers did: bytes_read, bytes_delivered, bytes_detoured (of those,
+            over the buses of `borrow_gpus`), pieces, read_seconds, slot_seconds (sums).
         loading_info: As transformers' `output_loading_info`: missing, unexpected and mismatched keys.
         timeline: What was done when, with `StreamOptions(timeline=True)`; None without.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from pyint8.host import ending
 from pyint8.remote.objects import remote_object
 from pyint8.report import Span
+from pyint8.streaming.detours import Detours, check_staging
 from pyint8.streaming.extension import _core, open_engine
 from pyint8.streaming.lane import Lane, LaneOpener, open_lane
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from pyint8.config import StreamOptions
     from pyint8.streaming.ranks.consumer import SharedConsumer
     from pyint8.streaming.requests import TensorRequest
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,11 @@ class Transport:
         self._consumers: list[_core.Consumer] = []
         self._in_use: dict[int, torch.Tensor] = {}  # memory that consumers were given, until they are closed
         self._files: dict[tuple[str, FileStamp | None], int] = {}
-        threads = options.worker_threads(gpus)
+        self._borrows = gpus == 1 and bool(options.borrow_gpus)
+        self._detours: list[Detours] = []
+        threads = options.worker_threads(gpus + len(options.borrow_gpus) if self._borrows else gpus)
+        if self._borrows:
+            check_staging(options, threads)
         self._process = os.getpid()
         ending.begin(self)
         self.engine = open_engine(
@@ -80,6 +88,7 @@ class Transport:
         """
         if device not in self._lanes:
             self._lanes[device] = self.open_lane(device)
+            self._borrow_for(self._lanes[device], device)
         return self._lanes[device]
 
     def open_lane(self, device: torch.device) -> Lane:
@@ -87,6 +96,17 @@ class Transport:
         lane = self._opener(self.engine, device, self._options)
         self._opened.append(lane)
         return lane
+
+    def _borrow_for(self, lane: Lane, device: torch.device) -> None:
+        """Opens other GPUs' buses for the only GPU of a load."""
+        options = self._options
+        if not options.borrow_gpus or not lane.on_gpu or self._detours:
+            return
+        if not self._borrows:
+            logger.warning("borrow_gpus is for loads onto one GPU by one process: here it has no effect")
+            return
+        gpu = torch.cuda.current_device() if device.index is None else device.index
+        self._detours.append(Detours(self.engine, lane.index, gpu, options.borrow_gpus, options.libcuda))
 
     def submit(self, lane: Lane, reads: list[ReadRequest], *, first: bool = False) -> int:
         """Submits `reads` in order; returns the ticket of the first, the others' follow one by one.
@@ -193,6 +213,8 @@ class Transport:
             stack.callback(self._consumers.clear)
             for consumer in self._consumers:
                 stack.callback(consumer.close)
+            for detours in self._detours:
+                stack.callback(detours.join)
             stack.callback(self.engine.close)  # the first to go
 
     def __del__(self) -> None:

@@ -16,7 +16,17 @@ import torch
 from pyint8 import StreamOptions, _core
 from pyint8.streaming.lane import Lane, open_lane
 
-COUNTERS = ("contexts", "streams", "events", "modules", "registered_bytes", "pageable_copies", "violations")
+COUNTERS = (
+    "contexts",
+    "streams",
+    "events",
+    "modules",
+    "registered_bytes",
+    "device_bytes",
+    "peer_accesses",
+    "pageable_copies",
+    "violations",
+)
 HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 

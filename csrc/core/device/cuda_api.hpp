@@ -26,15 +26,18 @@ using CuEvent = CuEventTag*;
 using CuModule = CuModuleTag*;
 using CuFunction = CuFunctionTag*;
 
-inline constexpr unsigned kStreamNonBlocking = 1;      // CU_STREAM_NON_BLOCKING
-inline constexpr CuResult kNotReady = 600;             // CUDA_ERROR_NOT_READY
-inline constexpr unsigned kEventDefault = 0;           // CU_EVENT_DEFAULT
-inline constexpr unsigned kEventDisableTiming = 2;     // CU_EVENT_DISABLE_TIMING
-inline constexpr unsigned kHostRegisterPortable = 1;   // CU_MEMHOSTREGISTER_PORTABLE
-inline constexpr int kComputeCapabilityMajor = 75;     // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
-inline constexpr int kComputeCapabilityMinor = 76;     // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
-inline constexpr int kJitErrorLogBuffer = 5;           // CU_JIT_ERROR_LOG_BUFFER
-inline constexpr int kJitErrorLogBufferSizeBytes = 6;  // CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES
+inline constexpr unsigned kStreamNonBlocking = 1;           // CU_STREAM_NON_BLOCKING
+inline constexpr CuResult kNotReady = 600;                  // CUDA_ERROR_NOT_READY
+inline constexpr unsigned kEventDefault = 0;                // CU_EVENT_DEFAULT
+inline constexpr unsigned kEventDisableTiming = 2;          // CU_EVENT_DISABLE_TIMING
+inline constexpr unsigned kHostRegisterPortable = 1;        // CU_MEMHOSTREGISTER_PORTABLE
+inline constexpr int kComputeCapabilityMajor = 75;          // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+inline constexpr int kComputeCapabilityMinor = 76;          // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
+inline constexpr CuResult kPeerAccessAlreadyEnabled = 704;  // CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED
+inline constexpr int kPointerAccessFlags = 16;              // CU_POINTER_ATTRIBUTE_ACCESS_FLAGS
+inline constexpr int kReadWrite = 3;                        // CU_POINTER_ATTRIBUTE_ACCESS_FLAG_READWRITE
+inline constexpr int kJitErrorLogBuffer = 5;                // CU_JIT_ERROR_LOG_BUFFER
+inline constexpr int kJitErrorLogBufferSizeBytes = 6;       // CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES
 
 // Every entry point used: member name, exported symbol, parameters.
 #define PYINT8_CUDA_ENTRY_POINTS(X)                                                                         \
@@ -45,6 +48,12 @@ inline constexpr int kJitErrorLogBufferSizeBytes = 6;  // CU_JIT_ERROR_LOG_BUFFE
   X(device_get_attribute, "cuDeviceGetAttribute", (int* value, int attribute, CuDevice device))             \
   X(primary_context_retain, "cuDevicePrimaryCtxRetain", (CuContext * context, CuDevice device))             \
   X(primary_context_release, "cuDevicePrimaryCtxRelease_v2", (CuDevice device))                             \
+  X(device_can_access_peer, "cuDeviceCanAccessPeer", (int* can, CuDevice device, CuDevice peer))            \
+  X(context_enable_peer_access, "cuCtxEnablePeerAccess", (CuContext peer, unsigned flags))                  \
+  X(context_disable_peer_access, "cuCtxDisablePeerAccess", (CuContext peer))                                \
+  X(pointer_get_attribute, "cuPointerGetAttribute", (void* value, int attribute, CuDevicePtr pointer))      \
+  X(memory_allocate, "cuMemAlloc_v2", (CuDevicePtr * memory, std::size_t nbytes))                           \
+  X(memory_free, "cuMemFree_v2", (CuDevicePtr memory))                                                      \
   X(context_push, "cuCtxPushCurrent_v2", (CuContext context))                                               \
   X(context_pop, "cuCtxPopCurrent_v2", (CuContext * context))                                               \
   X(stream_create, "cuStreamCreate", (CuStream * stream, unsigned flags))                                   \

@@ -62,30 +62,44 @@ inline void call(Quantizer quantizer, const QuantizeJob& job, StreamHandle strea
             reinterpret_cast<void*>(job.scales), kThreshold, job.rows, job.columns, stream);
 }
 
-class Device {
+// A way of bytes from the host to a device's memory, with a copy stream of its own.
+class Road {
  public:
-  virtual ~Device() = default;
+  virtual ~Road() = default;
 
-  // Whether a worker reads straight into destinations, without a slot in between.
-  virtual bool reads_in_place() const = 0;
-
-  virtual std::unique_ptr<HostMemory> allocate_host(std::size_t nbytes) = 0;
   virtual std::unique_ptr<Event> make_event() = 0;
-  // One that also knows when it passed; null where the device cannot.
-  virtual std::unique_ptr<Event> make_timed_event() { return nullptr; }
-
-  // Copies on the device's own copy stream; `from` must stay until an event recorded after has passed.
+  // Copies on the copy stream; `from` must stay until an event recorded after has passed.
   virtual void copy(Address to, const std::byte* from, std::size_t nbytes) = 0;
   // Marks everything that was put on the copy stream so far.
   virtual void record(Event& event) = 0;
   // Copies issued from now on start after `event`.
   virtual void copies_wait_for(const Event& event) = 0;
+  // Blocks until every copy issued so far has landed.
+  virtual void synchronize() = 0;
+};
+
+// One that leads over another device's bus, through a little memory there, and from there on.
+class Detour : public Road {
+ public:
+  // Takes that memory, for what lies in these pinned bytes of the host when it is copied.
+  virtual void stage(const std::byte* slots, std::size_t nbytes) = 0;
+  // Whether it leads to this place of the memory.
+  virtual bool reaches(Address to) const = 0;
+};
+
+class Device : public Road {
+ public:
+  // Whether a worker reads straight into destinations, without a slot in between.
+  virtual bool reads_in_place() const = 0;
+
+  virtual std::unique_ptr<HostMemory> allocate_host(std::size_t nbytes) = 0;
+  // One that also knows when it passed; null where the device cannot.
+  virtual std::unique_ptr<Event> make_timed_event() { return nullptr; }
+
   // Marks everything the caller put on `stream` so far.
   virtual void record_on(StreamHandle stream, Event& event) = 0;
   // What the caller puts on `stream` from now on starts after `event`.
   virtual void stream_waits_for(StreamHandle stream, const Event& event) = 0;
-  // Blocks until every copy issued so far has landed.
-  virtual void synchronize() = 0;
 
   virtual std::unique_ptr<Stream> make_stream() = 0;
 

@@ -187,17 +187,53 @@ CudaContext::Scope::~Scope() {
   api_.context_pop(&popped);
 }
 
-CudaDevice::CudaDevice(std::shared_ptr<const CudaApi> api, int ordinal)
-    : context_(std::make_shared<CudaContext>(std::move(api), ordinal)) {
+CudaCopies::CudaCopies(std::shared_ptr<CudaContext> context) : context_(std::move(context)) {
   const CudaContext::Scope scope(*context_);
-  context_->api().check(context_->api().stream_create(&copy_stream_, kStreamNonBlocking), "cuStreamCreate");
+  context_->api().check(context_->api().stream_create(&stream_, kStreamNonBlocking), "cuStreamCreate");
 }
+
+CudaCopies::~CudaCopies() {
+  const CudaContext::Scope scope(*context_, std::nothrow);
+  context_->api().stream_destroy(stream_);
+}
+
+std::unique_ptr<Event> CudaCopies::make_event() const {
+  return std::make_unique<CudaEvent>(context_);
+}
+
+void CudaCopies::copy(Address to, const std::byte* from, std::size_t nbytes) const {
+  const CudaContext::Scope scope(*context_);
+  const CudaApi& api = context_->api();
+  api.check(api.memcpy_to_device_async(to, from, nbytes, stream_), "cuMemcpyHtoDAsync");
+}
+
+void CudaCopies::record(Event& event) const {
+  const CudaContext::Scope scope(*context_);
+  context_->api().check(context_->api().event_record(handle_of(event), stream_), "cuEventRecord");
+}
+
+void CudaCopies::wait_for(const Event& event) const {
+  const CudaContext::Scope scope(*context_);
+  context_->api().check(context_->api().stream_wait_event(stream_, handle_of(event), 0), "cuStreamWaitEvent");
+}
+
+void CudaCopies::synchronize() const {
+  const CudaContext::Scope scope(*context_);
+  context_->api().check(context_->api().stream_synchronize(stream_), "cuStreamSynchronize");
+}
+
+bool CudaCopies::end() const noexcept {
+  const CudaContext::Scope scope(*context_, std::nothrow);
+  return context_->api().stream_synchronize(stream_) == 0;
+}
+
+CudaDevice::CudaDevice(std::shared_ptr<const CudaApi> api, int ordinal)
+    : context_(std::make_shared<CudaContext>(std::move(api), ordinal)), copies_(context_) {}
 
 CudaDevice::~CudaDevice() {
   // Twice: where asking itself failed, copies and kernels may still be under way.
   const bool has_ended = wait_for_all() || wait_for_all();
   const CudaContext::Scope scope(*context_, std::nothrow);
-  context_->api().stream_destroy(copy_stream_);
   // Kernels that may still run need their code: leak it rather than unload it.
   if (module_ != nullptr && has_ended) context_->api().module_unload(module_);
 }
@@ -208,7 +244,7 @@ bool CudaDevice::wait_for_all() noexcept {
   const auto has_passed = [&](const auto& last) {
     return api.event_synchronize(handle_of(*last.second)) == 0;
   };
-  return api.stream_synchronize(copy_stream_) == 0 && std::all_of(last_.begin(), last_.end(), has_passed);
+  return copies_.end() && std::all_of(last_.begin(), last_.end(), has_passed);
 }
 
 std::unique_ptr<HostMemory> CudaDevice::allocate_host(std::size_t nbytes) {
@@ -216,7 +252,7 @@ std::unique_ptr<HostMemory> CudaDevice::allocate_host(std::size_t nbytes) {
 }
 
 std::unique_ptr<Event> CudaDevice::make_event() {
-  return std::make_unique<CudaEvent>(context_);
+  return copies_.make_event();
 }
 
 std::unique_ptr<Event> CudaDevice::make_timed_event() {
@@ -224,17 +260,15 @@ std::unique_ptr<Event> CudaDevice::make_timed_event() {
 }
 
 void CudaDevice::copy(Address to, const std::byte* from, std::size_t nbytes) {
-  const CudaContext::Scope scope(*context_);
-  const CudaApi& api = context_->api();
-  api.check(api.memcpy_to_device_async(to, from, nbytes, copy_stream_), "cuMemcpyHtoDAsync");
+  copies_.copy(to, from, nbytes);
 }
 
 void CudaDevice::record(Event& event) {
-  record_on(reinterpret_cast<StreamHandle>(copy_stream_), event);
+  copies_.record(event);
 }
 
 void CudaDevice::copies_wait_for(const Event& event) {
-  stream_waits_for(reinterpret_cast<StreamHandle>(copy_stream_), event);
+  copies_.wait_for(event);
 }
 
 void CudaDevice::record_on(StreamHandle stream, Event& event) {
@@ -250,8 +284,7 @@ void CudaDevice::stream_waits_for(StreamHandle stream, const Event& event) {
 }
 
 void CudaDevice::synchronize() {
-  const CudaContext::Scope scope(*context_);
-  context_->api().check(context_->api().stream_synchronize(copy_stream_), "cuStreamSynchronize");
+  copies_.synchronize();
 }
 
 // The machine code for this device, or else PTX, which the driver compiles.

@@ -21,6 +21,8 @@ class CudaContext {
   CudaContext& operator=(const CudaContext&) = delete;
 
   const CudaApi& api() const { return *api_; }
+  CuDevice device() const { return device_; }
+  CuContext handle() const { return context_; }
   // 80 for 8.0.
   int compute_capability() const;
 
@@ -43,6 +45,29 @@ class CudaContext {
   std::shared_ptr<const CudaApi> api_;
   CuDevice device_ = 0;
   CuContext context_ = nullptr;
+};
+
+// What a context's own copy stream does.
+class CudaCopies {
+ public:
+  explicit CudaCopies(std::shared_ptr<CudaContext> context);
+  // Does not wait: see `end`.
+  ~CudaCopies();
+  CudaCopies(const CudaCopies&) = delete;
+  CudaCopies& operator=(const CudaCopies&) = delete;
+
+  CuStream stream() const { return stream_; }
+  std::unique_ptr<Event> make_event() const;
+  void copy(Address to, const std::byte* from, std::size_t nbytes) const;
+  void record(Event& event) const;
+  void wait_for(const Event& event) const;
+  void synchronize() const;
+  // Waits for all copies; false if it is not known whether they have ended.
+  bool end() const noexcept;
+
+ private:
+  std::shared_ptr<CudaContext> context_;
+  CuStream stream_ = nullptr;
 };
 
 class CudaDevice final : public Device {
@@ -77,7 +102,7 @@ class CudaDevice final : public Device {
   Event& last_on(StreamHandle stream);
 
   std::shared_ptr<CudaContext> context_;
-  CuStream copy_stream_ = nullptr;
+  CudaCopies copies_;
   std::mutex module_mutex_;  // guards the two below
   CuModule module_ = nullptr;
   std::map<StreamHandle, std::unique_ptr<Event>> last_;  // kernel of each stream: the module outlives it

@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "error.hpp"
@@ -89,7 +90,8 @@ std::uint32_t Engine::add_device(std::unique_ptr<Device> device) {
   require_own_process();
   Device& added = *device;
   std::unique_lock lock(mutex_);
-  spare_events_.resize(devices_.size() + 1);  // first, so that no device is without
+  spare_events_.resize(devices_.size() + 1);  // these first, so that no device is without
+  while (detours_.size() < devices_.size() + 1) detours_.emplace_back();
   devices_.push_back(std::move(device));
   const auto lane = static_cast<std::uint32_t>(devices_.size() - 1);
   lock.unlock();
@@ -124,9 +126,47 @@ void Engine::prepare(std::uint32_t lane) {
   if (!to.reads_in_place()) make_rings(to);
 }
 
-std::unique_ptr<Event> Engine::take_event(std::uint32_t lane) {
-  auto& spare = spare_events_[lane];
-  if (spare.empty()) return devices_[lane]->make_event();
+void Engine::add_detours(std::uint32_t lane, std::vector<std::unique_ptr<Detour>> detours) {
+  prepare(lane);
+  if (detours.empty() || detours.size() >= kMostRoads) {
+    throw Error(ErrorCode::kInvalidArgument, std::to_string(detours.size()) + " detours; there may be 1 to " +
+                                                 std::to_string(kMostRoads - 1));
+  }
+  // Worker `w` takes road `w * roads / workers`: those of one road have slots one behind the other.
+  const std::size_t workers = workers_.size(), roads = detours.size() + 1;
+  const auto first_worker = [&](std::size_t number) { return (number * workers + roads - 1) / roads; };
+  std::unique_lock lock(mutex_);
+  if (closed_) throw cancelled();
+  for (std::size_t number = 1; number < roads; ++number) {
+    const std::size_t begin = first_worker(number) * options_.ring_bytes();
+    const std::size_t end = first_worker(number + 1) * options_.ring_bytes();
+    if (begin < end) detours[number - 1]->stage(slots_->data() + begin, end - begin);
+  }
+  Detours& of_lane = detours_[lane];
+  if (of_lane.are_open) throw Error(ErrorCode::kInvalidArgument, "the lane has detours already");
+  of_lane.all = std::move(detours);
+  of_lane.are_open = true;
+}
+
+Engine::Way Engine::way_for(const Job& job, std::size_t worker) const {
+  const Way own{job.device, 0};
+  if (!job.detours->are_open) return own;
+  const auto& detours = job.detours->all;
+  const std::size_t number = worker * (detours.size() + 1) / workers_.size();
+  if (number == 0) return own;
+  Detour* const detour = detours[number - 1].get();
+  const bool leads = std::ranges::all_of(job.to, [&](Address to) { return detour->reaches(to); });
+  return leads ? Way{detour, number} : own;
+}
+
+Road& Engine::road(std::uint32_t lane, std::size_t number) {
+  if (number == 0) return *devices_[lane];
+  return *detours_[lane].all[number - 1];
+}
+
+std::unique_ptr<Event> Engine::take_event(std::uint32_t lane, std::size_t number) {
+  auto& spare = spare_events_[lane][number];
+  if (spare.empty()) return road(lane, number).make_event();
   auto event = std::move(spare.back());
   spare.pop_back();
   return event;
@@ -165,7 +205,9 @@ std::vector<Engine::Job> Engine::make_jobs(std::uint32_t lane, std::span<const R
   std::vector<Job> jobs;
   jobs.reserve(pieces.size());
   for (Piece& piece : pieces) {
-    Job job{lane, devices_[lane].get(), files_[piece.file].get(), std::move(piece), {}, {}, {}, start};
+    Job job{
+        lane, devices_[lane].get(), &detours_[lane], files_[piece.file].get(), std::move(piece), {}, {}, {},
+        start};
     for (const Segment& segment : job.piece.segments) {
       Pending& pending = pending_[base + segment.range];
       ++pending.pieces_left;
@@ -193,13 +235,14 @@ void Engine::await_slot(std::size_t worker) {
 }
 
 void Engine::run(const Job& job, std::size_t worker) {
+  std::size_t road = 0;
   if (job.device->reads_in_place()) {
     if (!read_in_place(job, worker)) return;
   } else {
-    read_through_slot(job, worker);
+    road = read_through_slot(job, worker);
   }
   pieces_.fetch_add(1, std::memory_order_relaxed);
-  complete(job);
+  complete(job, road);
 }
 
 bool Engine::read_in_place(const Job& job, std::size_t worker) {
@@ -214,15 +257,18 @@ bool Engine::read_in_place(const Job& job, std::size_t worker) {
   return true;
 }
 
-void Engine::read_through_slot(const Job& job, std::size_t worker) {
+// The number of the road that it took.
+std::size_t Engine::read_through_slot(const Job& job, std::size_t worker) {
   Ring::Slot& slot = rings_[worker].lease();
   timed_read(*job.source, slot.data(), job.piece.needed, job.piece.capacity, job.piece.offset, worker);
   for (std::size_t i = 0; i < job.to.size(); ++i) {
     check(job, i, slot.data() + job.piece.segments[i].piece_offset);
   }
-  await(*job.start, *job.device);
-  copy_out(job, slot);
+  const Way way = way_for(job, worker);
+  await(*job.start, way);
+  copy_out(job, slot, way);
   rings_[worker].give_back(slot);
+  return way.number;
 }
 
 void Engine::check(const Job& job, std::size_t segment, const std::byte* bytes) {
@@ -231,21 +277,25 @@ void Engine::check(const Job& job, std::size_t segment, const std::byte* bytes) 
   job.checksums[segment]->add(job.piece.offset + part.piece_offset, {bytes, part.nbytes});
 }
 
-void Engine::copy_out(const Job& job, Ring::Slot& slot) {
-  if (timeline_ != nullptr) timeline_->begin_copy(job.lane);
+// A detour's copies are in no picture: they share the bus of another device.
+void Engine::copy_out(const Job& job, Ring::Slot& slot, const Way& way) {
+  Timeline* const timeline = way.number == 0 ? timeline_.get() : nullptr;
+  if (timeline != nullptr) timeline->begin_copy(job.lane);
   for (std::size_t i = 0; i < job.to.size(); ++i) {
     const Segment& segment = job.piece.segments[i];
-    job.device->copy(job.to[i], slot.data() + segment.piece_offset, segment.nbytes);
+    way.road->copy(job.to[i], slot.data() + segment.piece_offset, segment.nbytes);
+    if (way.number > 0) bytes_detoured_.fetch_add(segment.nbytes, std::memory_order_relaxed);
   }
-  job.device->record(slot.event_on(*job.device, job.lane));
-  if (timeline_ != nullptr) timeline_->end_copy(job.lane, job.piece.needed);
+  way.road->record(slot.event_on(*way.road, job.lane, way.number));
+  if (timeline != nullptr) timeline->end_copy(job.lane, job.piece.needed);
 }
 
-void Engine::await(Start& start, Device& to) {
+void Engine::await(Start& start, const Way& way) {
   const std::lock_guard lock(start.mutex);
-  if (start.awaited) return;
-  to.copies_wait_for(*start.ready);
-  start.awaited = true;
+  const std::uint32_t bit = 1U << way.number;
+  if ((start.awaited & bit) != 0) return;
+  way.road->copies_wait_for(*start.ready);
+  start.awaited |= bit;
 }
 
 void Engine::timed_read(const Source& source, std::byte* out, std::size_t needed, std::size_t capacity,
@@ -260,20 +310,35 @@ void Engine::timed_read(const Source& source, std::byte* out, std::size_t needed
   }
 }
 
-void Engine::complete(const Job& job) {
+void Engine::complete(const Job& job, std::size_t road) {
   std::vector<Pending*> finished;
   for (std::size_t i = 0; i < job.tickets.size(); ++i) {
     bytes_delivered_.fetch_add(job.piece.segments[i].nbytes, std::memory_order_relaxed);
+    job.tickets[i]->roads |= 1U << road;  // before the count, which whoever is last sees
     if (--job.tickets[i]->pieces_left == 0) finished.push_back(job.tickets[i]);
   }
   if (finished.empty()) return;
-  // The worker that issues a ticket's last copy records its event: all the others are on the stream already.
-  for (const Pending* pending : finished) job.device->record(*pending->landed);
+  for (Pending* pending : finished) record_landed(job, *pending);
   {
     const std::lock_guard lock(mutex_);
     for (Pending* pending : finished) pending->on_its_way = true;
   }
   progress_.notify_all();
+}
+
+// The worker that issues a ticket's last copy records its events, one on each road that was taken: all the
+// other copies are there already.
+void Engine::record_landed(const Job& job, Pending& pending) {
+  for (std::size_t number = 0; number < kMostRoads; ++number) {
+    if ((pending.roads & 1U << number) == 0) continue;
+    if (number > 0) {
+      const std::lock_guard lock(mutex_);
+      pending.landed[number] = take_event(job.lane, number);
+    }
+    Road* taken = job.device;
+    if (number > 0) taken = job.detours->all[number - 1].get();
+    taken->record(*pending.landed[number]);
+  }
 }
 
 Engine::Pending* Engine::await_issue(Ticket ticket, std::chrono::milliseconds timeout,
@@ -296,11 +361,14 @@ bool Engine::wait(Ticket ticket, StreamHandle stream, std::chrono::milliseconds 
   std::unique_lock lock(mutex_);
   Pending* pending = await_issue(ticket, timeout, lock);
   if (pending == nullptr) return false;
-  if (pending->landed == nullptr) {
+  if (pending->landed[0] == nullptr) {
     throw Error(ErrorCode::kInvalidArgument, "ticket " + std::to_string(ticket) + " was waited for before");
   }
-  devices_[pending->lane]->stream_waits_for(stream, *pending->landed);
-  spare_events_[pending->lane].push_back(std::move(pending->landed));
+  for (std::size_t number = 0; number < kMostRoads; ++number) {
+    if (pending->landed[number] == nullptr) continue;
+    devices_[pending->lane]->stream_waits_for(stream, *pending->landed[number]);
+    spare_events_[pending->lane][number].push_back(std::move(pending->landed[number]));
+  }
   return true;
 }
 
@@ -332,7 +400,7 @@ void Engine::keep_promise(Ticket first, std::size_t count, StreamHandle stream) 
       if (pending.on_its_way || pending.pieces_left != 0) {
         throw Error(ErrorCode::kInvalidArgument, "ticket " + std::to_string(ticket) + " is not a promise");
       }
-      devices_[pending.lane]->record_on(stream, *pending.landed);
+      devices_[pending.lane]->record_on(stream, *pending.landed[0]);
       pending.on_its_way = true;
     }
   }
@@ -363,16 +431,23 @@ std::exception_ptr Engine::await_copies() {
   const std::size_t count = devices_.size();
   lock.unlock();
   std::exception_ptr error;
-  for (std::uint32_t lane = 0; lane < count; ++lane) {
+  const auto await = [&](Road& road) {
     // Twice: where asking itself failed, copies may still read the slots that go next.
     for (int attempt = 0; attempt < 2; ++attempt) {
       try {
-        device(lane).synchronize();
-        break;
+        return road.synchronize();
       } catch (const Error&) {
         if (error == nullptr) error = std::current_exception();
       }
     }
+  };
+  for (std::uint32_t lane = 0; lane < count; ++lane) {
+    lock.lock();
+    Device& to = *devices_[lane];
+    const Detours& detours = detours_[lane];
+    lock.unlock();
+    await(to);
+    for (const auto& detour : detours.all) await(*detour);
   }
   return error;
 }
@@ -397,13 +472,18 @@ void Engine::close() {
   const std::lock_guard lock(mutex_);
   rings_.clear();
   slots_.reset();
-  for (auto& events : spare_events_) events.clear();
-  for (Pending& pending : pending_) pending.landed.reset();
+  for (auto& of_lane : spare_events_) of_lane = {};
+  for (Pending& pending : pending_) pending.landed = {};
+  for (Detours& of_lane : detours_) of_lane.all.clear();
   if (error != nullptr) std::rethrow_exception(error);
 }
 
 Stats Engine::stats() const {
-  return {bytes_read_, bytes_delivered_, pieces_, static_cast<double>(read_nanoseconds_) * 1e-9,
+  return {bytes_read_,
+          bytes_delivered_,
+          bytes_detoured_,
+          pieces_,
+          static_cast<double>(read_nanoseconds_) * 1e-9,
           static_cast<double>(slot_nanoseconds_) * 1e-9};
 }
 

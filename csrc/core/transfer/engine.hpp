@@ -7,6 +7,7 @@
 
 #include <sys/types.h>
 
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -41,6 +42,7 @@ using Ticket = std::uint64_t;
 struct Stats {
   std::uint64_t bytes_read;       // from files, gaps and alignment included
   std::uint64_t bytes_delivered;  // to destinations
+  std::uint64_t bytes_detoured;   // of those, over other devices' buses
   std::uint64_t pieces;
   double read_seconds;  // sum over workers: in pread
   double slot_seconds;  // sum over workers: waiting for the bus to empty a slot
@@ -69,6 +71,11 @@ class Engine {
 
   // Pins the ring, which the first submission to a device other than the host would do.
   void prepare(std::uint32_t lane);
+
+  // Lets an equal share of the workers take each of these ways to a lane's memory, where it leads to, from
+  // now on; once a lane. Slots are pinned, if they are not yet. Throws kInvalidArgument for more than
+  // `kMostRoads` in all, and what `Detour::stage` does; then there are none.
+  void add_detours(std::uint32_t lane, std::vector<std::unique_ptr<Detour>> detours);
 
   // Submits `reads` into memory of lane `lane`, in that order; returns the first one's ticket. Destinations
   // are written only after what the caller has put on `stream` so far. `first`: ahead of all that waits.
@@ -113,20 +120,28 @@ class Engine {
 
  private:
   struct Pending {  // one ticket
-    Pending(std::uint32_t on, std::unique_ptr<Event> event) : lane(on), landed(std::move(event)) {}
+    Pending(std::uint32_t on, std::unique_ptr<Event> event) : lane(on) { landed[0] = std::move(event); }
     std::uint32_t lane;
     std::atomic<std::size_t> pieces_left{0};
-    bool on_its_way = false;  // all its copies are issued and `landed` is recorded
-    std::unique_ptr<Event> landed;
+    std::atomic<std::uint32_t> roads{0};  // that pieces took, a bit each
+    bool on_its_way = false;              // all its copies are issued and `landed` is recorded
+    // By road; none but the first for roads that no piece took.
+    std::array<std::unique_ptr<Event>, kMostRoads> landed;
   };
   struct Start {  // of the copies of one submission: their destinations may be written after it
     std::unique_ptr<Event> ready;
     std::mutex mutex;
-    bool awaited = false;  // by the copy stream: the copies behind the first need not wait again
+    std::uint32_t awaited = 0;  // by the copy streams of these roads: their next copies need not wait again
+  };
+  // What leads to a lane's memory beside its device's own bus.
+  struct Detours {
+    std::vector<std::unique_ptr<Detour>> all;  // of no change once they are open
+    std::atomic<bool> are_open{false};
   };
   struct Job {
     std::uint32_t lane;
     Device* device;
+    const Detours* detours;
     const Source* source;
     Piece piece;
     std::vector<Address> to;           // one for each segment
@@ -134,22 +149,29 @@ class Engine {
     std::vector<Checksum*> checksums;  // the same; null for none
     std::shared_ptr<Start> start;
   };
+  struct Way {
+    Road* road;
+    std::size_t number;  // among a lane's
+  };
 
   void make_rings(Device& device);  // with the lock held
   std::vector<Job> make_jobs(std::uint32_t lane, std::span<const Read> reads,
                              const std::shared_ptr<Start>& start);
   void await_slot(std::size_t worker);
   void run(const Job& job, std::size_t worker);
-  static void await(Start& start, Device& to);
+  Way way_for(const Job& job, std::size_t worker) const;
+  static void await(Start& start, const Way& way);
   // False if the workers were stopped meanwhile.
   bool read_in_place(const Job& job, std::size_t worker);
-  void read_through_slot(const Job& job, std::size_t worker);
+  std::size_t read_through_slot(const Job& job, std::size_t worker);
   static void check(const Job& job, std::size_t segment, const std::byte* bytes);
-  void copy_out(const Job& job, Ring::Slot& slot);
+  void copy_out(const Job& job, Ring::Slot& slot, const Way& way);
   void timed_read(const Source& source, std::byte* out, std::size_t needed, std::size_t capacity,
                   std::uint64_t offset, std::size_t worker);
-  void complete(const Job& job);
-  std::unique_ptr<Event> take_event(std::uint32_t lane);
+  void complete(const Job& job, std::size_t road);
+  void record_landed(const Job& job, Pending& pending);
+  std::unique_ptr<Event> take_event(std::uint32_t lane, std::size_t road = 0);  // with the lock held
+  Road& road(std::uint32_t lane, std::size_t number);                           // the same
   // With the lock held: until `ticket` is on its way; null if the time ran out.
   Pending* await_issue(Ticket ticket, std::chrono::milliseconds timeout, std::unique_lock<std::mutex>& lock);
   std::exception_ptr await_copies();
@@ -163,8 +185,9 @@ class Engine {
   std::vector<std::shared_ptr<const Source>> files_;  // after what they are of
   std::deque<Checksum> checksums_;                    // never moves its elements
   std::deque<std::unique_ptr<Device>> devices_;
+  std::deque<Detours> detours_;  // by lane
   std::deque<Pending> pending_;
-  std::vector<std::vector<std::unique_ptr<Event>>> spare_events_;  // by lane
+  std::vector<std::array<std::vector<std::unique_ptr<Event>>, kMostRoads>> spare_events_;  // by lane and road
   std::unique_ptr<HostMemory> slots_;
   std::deque<Ring> rings_;  // of the workers, each of which uses its own without the lock
   std::atomic<bool> has_rings_{false};
@@ -173,6 +196,7 @@ class Engine {
 
   std::atomic<std::uint64_t> bytes_read_{0};
   std::atomic<std::uint64_t> bytes_delivered_{0};
+  std::atomic<std::uint64_t> bytes_detoured_{0};
   std::atomic<std::uint64_t> pieces_{0};
   std::atomic<std::uint64_t> read_nanoseconds_{0};
   std::atomic<std::uint64_t> slot_nanoseconds_{0};

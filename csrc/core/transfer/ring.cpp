@@ -20,11 +20,11 @@ Ring::Ring(std::byte* memory, std::size_t slot_bytes, std::size_t slots) : slots
   }
 }
 
-Event& Ring::Slot::event_on(Device& device, std::size_t lane) {
-  if (events_.size() <= lane) events_.resize(lane + 1);
-  if (events_[lane] == nullptr) events_[lane] = device.make_event();
-  lane_ = lane;
-  return *(in_flight_ = events_[lane].get());
+Event& Ring::Slot::event_on(Road& road, std::size_t lane, std::size_t number) {
+  way_ = lane * kMostRoads + number;
+  if (events_.size() <= way_) events_.resize(way_ + 1);
+  if (events_[way_] == nullptr) events_[way_] = road.make_event();
+  return *(in_flight_ = events_[way_].get());
 }
 
 // Events are polled: one that a thread can sleep for interrupts the CPU when it passes, and holds up the
@@ -33,15 +33,15 @@ std::optional<std::size_t> Ring::wait_for_empty() {
   Slot* slot = find_empty();
   for (; slot == nullptr; slot = find_empty()) std::this_thread::sleep_for(kPollInterval);
   if (std::exchange(slot->in_flight_, nullptr) == nullptr) return std::nullopt;
-  return slot->lane_;
+  return slot->way_ / kMostRoads;
 }
 
-// A lane's copies pass in order, so only its oldest is asked for; between lanes, any may be the first.
+// Copies on one road pass in order, so only the oldest is asked for; between roads, any may be the first.
 Ring::Slot* Ring::find_empty() {
   for (auto at = free_.begin(); at != free_.end(); ++at) {
     Slot& slot = **at;
     if (slot.in_flight_ == nullptr) return &slot;
-    const auto is_older = [&](const Slot* other) { return other->lane_ == slot.lane_; };
+    const auto is_older = [&](const Slot* other) { return other->way_ == slot.way_; };
     if (std::none_of(free_.begin(), at, is_older) && slot.in_flight_->passed()) return &slot;
   }
   return nullptr;

@@ -15,6 +15,9 @@
 
 namespace pyint8 {
 
+// Ways to a lane's memory: its device's own bus, number 0, and detours.
+inline constexpr std::size_t kMostRoads = 8;
+
 class Ring {
  public:
   // `memory` holds the slots one behind the other, and outlives this.
@@ -23,15 +26,15 @@ class Ring {
   class Slot {
    public:
     std::byte* data() const { return data_; }
-    // The event to record once the copies out of this slot are issued on `device`, which is lane `lane`.
-    Event& event_on(Device& device, std::size_t lane);
+    // The event to record once the copies out of this slot are issued on `road`, a lane's with this number.
+    Event& event_on(Road& road, std::size_t lane, std::size_t number = 0);
 
    private:
     friend class Ring;
     std::byte* data_ = nullptr;
     Event* in_flight_ = nullptr;                  // of the last copies, until they are known to have ended
-    std::size_t lane_ = 0;                        // the lane of those copies
-    std::vector<std::unique_ptr<Event>> events_;  // by lane
+    std::size_t way_ = 0;                         // of those copies: lane and road in one number
+    std::vector<std::unique_ptr<Event>> events_;  // by that number
   };
 
   // Waits until the bus has emptied one of the slots that were given back. The lane whose copies emptied it,

@@ -64,6 +64,8 @@ Accounts::~Accounts() {
   CHECK(end.events == 0);
   CHECK(end.modules == 0);
   CHECK(end.registered_bytes == 0);
+  CHECK(end.device_bytes == 0);
+  CHECK(end.peer_accesses == 0);
   CHECK(end.pageable_copies == 0);
   CHECK(end.violations == 0);
   CHECK(pinned_bytes_in_use() == 0);

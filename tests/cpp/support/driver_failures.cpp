@@ -24,6 +24,12 @@ constexpr const char* kEntryPoints[] = {"cuInit",
                                         "cuMemcpyDtoDAsync_v2",
                                         "cuMemHostRegister_v2",
                                         "cuMemHostUnregister",
+                                        "cuDeviceCanAccessPeer",
+                                        "cuCtxEnablePeerAccess",
+                                        "cuCtxDisablePeerAccess",
+                                        "cuPointerGetAttribute",
+                                        "cuMemAlloc_v2",
+                                        "cuMemFree_v2",
                                         "cuModuleLoadDataEx",
                                         "cuModuleUnload",
                                         "cuModuleGetFunction",
@@ -74,6 +80,8 @@ void same(const FakeCudaCounters& before, const FakeCudaCounters& after) {
   CHECK(after.events == before.events);
   CHECK(after.modules == before.modules);
   CHECK(after.registered_bytes == before.registered_bytes);
+  CHECK(after.device_bytes == before.device_bytes);
+  CHECK(after.peer_accesses == before.peer_accesses);
   CHECK(after.violations == 0);
   CHECK(pinned_bytes_in_use() == 0);
 }

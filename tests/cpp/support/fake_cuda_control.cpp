@@ -15,6 +15,10 @@ void fake_cuda_counters(FakeCudaCounters* counters) {
   for (const auto& [base, registration] : driver().registered) {
     counters->registered_bytes += static_cast<std::int64_t>(registration->nbytes);
   }
+  for (const auto& [base, allocation] : driver().memory) {
+    counters->device_bytes += static_cast<std::int64_t>(allocation.first);
+  }
+  counters->peer_accesses = static_cast<std::int64_t>(driver().peers.size());
   counters->pageable_copies = driver().pageable_copies;
   counters->violations = driver().violations;
 }
@@ -26,6 +30,11 @@ void fake_cuda_fail_after(const char* entry_point, int nth_call, int result) {
   } else {
     driver().failures[entry_point] = {nth_call, result};
   }
+}
+
+void fake_cuda_hide(const void* begin, std::uint64_t nbytes) {
+  const std::lock_guard lock(driver().mutex);
+  driver().hidden = {reinterpret_cast<CuDevicePtr>(begin), nbytes};
 }
 
 std::int64_t fake_cuda_calls(const char* entry_point) {
@@ -40,6 +49,7 @@ void fake_cuda_reset() {
   driver().failures.clear();
   driver().calls.clear();
   driver().registered.clear();
+  driver().hidden = {};
   driver().order.clear();
   driver().pageable_copies = 0;
   driver().violations = 0;

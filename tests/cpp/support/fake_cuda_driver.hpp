@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -38,6 +39,7 @@ enum : CuResult {
   kLaunchFailed = 719,
   kAlreadyRegistered = 712,
   kNotRegistered = 713,
+  kPeerAccessNotEnabled = 705,
 };
 
 struct Context {
@@ -91,6 +93,9 @@ struct Driver {
   std::uintptr_t modules_made = 0;
   std::map<CuModule, Module> modules;
   std::map<const std::byte*, std::shared_ptr<Registration>> registered;
+  std::map<const std::byte*, std::pair<std::size_t, const Context*>> memory;  // that programs allocated here
+  std::set<std::pair<const Context*, const Context*>> peers;  // of the first to the second's memory
+  std::pair<CuDevicePtr, std::uint64_t> hidden;               // memory that no other device has access to
   std::int64_t pageable_copies = 0;
   std::int64_t violations = 0;
   Order order;
@@ -115,6 +120,8 @@ struct Driver {
     violations += std::erase_if(streams, [](const auto& entry) { return entry.second == nullptr; });
     violations += std::erase_if(events, [&](const auto& entry) { return entry.second->context == context; });
     violations += std::erase_if(modules, [&](const auto& entry) { return entry.second.context == context; });
+    violations += std::erase_if(memory, [&](const auto& entry) { return entry.second.second == context; });
+    violations += std::erase_if(peers, [&](const auto& pair) { return pair.first == context; });
   }
 };
 

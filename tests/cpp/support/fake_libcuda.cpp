@@ -1,6 +1,7 @@
 // A CUDA driver without a GPU: the entry points of csrc/core/device/cuda_api.hpp over host memory (a device
 // pointer is a host address), asynchronous as the real one is and stricter about misuse. It also fails on
 // request.
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -227,16 +228,53 @@ CuResult cuMemcpyDtoDAsync_v2(CuDevicePtr to, CuDevicePtr from, std::size_t nbyt
   return kSuccess;
 }
 
-// Device memory is the host's; for programs that have no allocator of their own.
+CuResult cuDeviceCanAccessPeer(int* can, CuDevice device, CuDevice peer) {
+  BEGIN("cuDeviceCanAccessPeer");
+  constexpr CuDevice kHermit = 3;
+  *can = device != peer && device != kHermit && peer != kHermit ? 1 : 0;
+  return kSuccess;
+}
+
+CuResult cuCtxEnablePeerAccess(CuContext peer, unsigned flags) {
+  BEGIN_IN_CONTEXT("cuCtxEnablePeerAccess");
+  const auto* to = reinterpret_cast<const Context*>(peer);
+  RETURN_IF(flags != 0, kInvalidValue);
+  RETURN_IF(to == nullptr || to->retains == 0 || to == call.context, kInvalidContext);
+  return driver().peers.emplace(call.context, to).second ? CuResult{kSuccess} : kPeerAccessAlreadyEnabled;
+}
+
+CuResult cuCtxDisablePeerAccess(CuContext peer) {
+  const Call call("cuCtxDisablePeerAccess");
+  RETURN_IF(call.context == nullptr, kInvalidContext);
+  const auto* to = reinterpret_cast<const Context*>(peer);
+  return driver().peers.erase({call.context, to}) == 0 ? CuResult{kPeerAccessNotEnabled} : call.result;
+}
+
+// Memory is the host's, so whose it is cannot be told: a context with access to one has it to all.
+CuResult cuPointerGetAttribute(void* value, int attribute, CuDevicePtr pointer) {
+  BEGIN_IN_CONTEXT("cuPointerGetAttribute");
+  RETURN_IF(attribute != kPointerAccessFlags, kInvalidValue);
+  const bool has_access =
+      std::ranges::any_of(driver().peers, [&](const auto& access) { return access.first == call.context; });
+  const auto [begin, nbytes] = driver().hidden;
+  *static_cast<int*>(value) = has_access && (pointer < begin || pointer >= begin + nbytes) ? kReadWrite : 0;
+  return kSuccess;
+}
+
+// Device memory is the host's.
 CuResult cuMemAlloc_v2(CuDevicePtr* memory, std::size_t nbytes) {
   BEGIN_IN_CONTEXT("cuMemAlloc_v2");
-  *memory = reinterpret_cast<CuDevicePtr>(std::malloc(nbytes));
-  return *memory == 0 ? 2 : kSuccess;
+  auto* bytes = static_cast<std::byte*>(std::malloc(nbytes));
+  RETURN_IF(bytes == nullptr, CuResult{2});
+  driver().memory[bytes] = {nbytes, call.context};
+  *memory = reinterpret_cast<CuDevicePtr>(bytes);
+  return kSuccess;
 }
 
 CuResult cuMemFree_v2(CuDevicePtr memory) {
   const Call call("cuMemFree_v2");
   RETURN_IF(call.context == nullptr, kInvalidContext);
+  RETURN_IF(driver().memory.erase(reinterpret_cast<const std::byte*>(memory)) == 0, kInvalidValue);
   std::free(reinterpret_cast<void*>(memory));
   return call.result;
 }

@@ -1,0 +1,144 @@
+// Bytes that reach a GPU over its neighbours' buses: they come as over its own, and nothing of theirs is
+// kept.
+#include <algorithm>
+#include <deque>
+
+#include "cuda_support.hpp"
+#include "device/detour_cuda.hpp"
+#include "driver_failures.hpp"
+#include "engine_support.hpp"
+
+namespace pyint8::testing {
+namespace {
+
+constexpr std::size_t kSlot = 8192;
+constexpr EngineOptions kOptions = {.threads = 4, .slots_per_thread = 2, .slot_bytes = kSlot};
+constexpr int kHermit = 3;  // of the fake's devices
+
+std::vector<std::unique_ptr<Detour>> detours_by(const std::vector<int>& neighbours) {
+  std::vector<std::unique_ptr<Detour>> detours;
+  for (const int neighbour : neighbours) {
+    detours.push_back(std::make_unique<CudaDetour>(fake_driver(), neighbour, 0));
+  }
+  return detours;
+}
+
+std::int64_t on_detours() {
+  return fake_cuda_calls("cuMemcpyDtoDAsync_v2");
+}
+
+// GPU 0, whose caller reads a checkpoint.
+class OneGpu final : public Load {
+ public:
+  explicit OneGpu(const EngineOptions& options = kOptions, std::vector<int> neighbours = {1})
+      : options_(options), neighbours_(std::move(neighbours)), checkpoint_({100001, 7777}), caller_(0) {
+    for (int batch = 0; batch < 6; ++batch) reads_.emplace_back(checkpoint_, random_, 9, 3 * kSlot);
+  }
+
+  // Opens the detours before a batch of this number.
+  void run_with_detours_from(int number) {
+    Engine engine(options_);
+    checkpoint_.open(engine);
+    engine.add_device(std::make_unique<CudaDevice>(fake_driver(), 0));
+    std::vector<Ticket> tickets;
+    for (int batch = 0; batch < 6; ++batch) {
+      if (batch == number) engine.add_detours(0, detours_by(neighbours_));
+      const Ticket first = engine.submit(0, reads_[batch].all(), caller_.stream(), batch == 3);
+      for (std::size_t i = 0; i < reads_[batch].all().size(); ++i) tickets.push_back(first + i);
+    }
+    std::shuffle(tickets.begin(), tickets.end(), random_);
+    for (const Ticket ticket : tickets) wait_for(engine, ticket, caller_.stream());
+    engine.close();
+  }
+  void run() override { run_with_detours_from(0); }
+  void synchronize() override { caller_.synchronize(); }
+  bool arrived() const override {
+    return std::ranges::all_of(reads_, [](const Reads& reads) { return reads.arrived(); });
+  }
+  const std::deque<Reads>& reads() const { return reads_; }
+
+ private:
+  const EngineOptions options_;
+  const std::vector<int> neighbours_;
+  Random random_{11};
+  Checkpoint checkpoint_;
+  std::deque<Reads> reads_;
+  Caller caller_;
+};
+
+}  // namespace
+
+TEST_CASE("every read is byte-exact, whichever road its pieces take") {
+  for (const auto& neighbours : {std::vector{1}, std::vector{2, 1}}) {
+    for (const std::size_t threads : {1, 2, 3, 5}) {
+      for (const std::size_t slots : {1, 3}) {
+        for (const int from : {0, 4}) {
+          CAPTURE(neighbours.size());
+          CAPTURE(threads);
+          CAPTURE(slots);
+          CAPTURE(from);
+          const Accounts accounts;
+          OneGpu load({.threads = threads, .slots_per_thread = slots, .slot_bytes = kSlot}, neighbours);
+          load.run_with_detours_from(from);
+          load.synchronize();
+          CHECK(load.arrived());
+          if (threads > neighbours.size() && from == 0) CHECK(on_detours() > 0);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("where a detour does not lead, bytes take the device's own bus") {
+  const Accounts accounts;
+  OneGpu load;
+  fake_cuda_hide(nullptr, ~std::uint64_t{0});
+  load.run();
+  load.synchronize();
+  CHECK(load.arrived());
+  CHECK(on_detours() == 0);
+}
+
+TEST_CASE("a GPU whose memory cannot be written to from there has no such neighbour") {
+  const Accounts accounts;
+  for (const auto& [neighbour, to] : {std::pair{kHermit, 0}, {0, kHermit}, {1, 1}}) {
+    CHECK_THROWS_WITH_AS(CudaDetour(fake_driver(), neighbour, to),
+                         doctest::Contains("cannot write to the memory of GPU"), Error);
+  }
+  CHECK_THROWS_AS(CudaDetour(fake_driver(), 77, 0), Error);
+}
+
+TEST_CASE("access that somebody else had enabled is left to him") {
+  const Accounts accounts;
+  Caller one(0), other(1);
+  CudaContext context(fake_driver(), 1), to(fake_driver(), 0);
+  {
+    const CudaContext::Scope scope(context);
+    REQUIRE(context.api().context_enable_peer_access(to.handle(), 0) == 0);
+  }
+  OneGpu().run();
+  CHECK(counters().peer_accesses == 1);
+  const CudaContext::Scope scope(context);
+  CHECK(context.api().context_disable_peer_access(to.handle()) == 0);
+}
+
+TEST_CASE("staging memory is no more than the slots of those who take the detour") {
+  const Accounts accounts;
+  Engine engine({.threads = 5, .slots_per_thread = 2, .slot_bytes = kSlot});
+  Caller caller(0);
+  engine.add_device(std::make_unique<CudaDevice>(fake_driver(), 0));
+  engine.add_detours(0, detours_by({1}));
+  CHECK(counters().device_bytes == 2 * 2 * kSlot);  // of two workers
+  CHECK_THROWS_WITH_AS(engine.add_detours(0, detours_by({2})), doctest::Contains("already"), Error);
+  CHECK_THROWS_AS(engine.add_detours(0, {}), Error);
+  engine.close();
+  CHECK(counters().device_bytes == 0);
+  CHECK(counters().peer_accesses == 0);
+  CHECK_THROWS_AS(engine.add_detours(0, detours_by({2})), Error);
+}
+
+TEST_CASE("with detours, too, a driver that fails at any call gives an error, and nothing is left") {
+  CHECK(fail_each_call([] { return std::make_unique<OneGpu>(); }) > 50);
+}
+
+}  // namespace pyint8::testing

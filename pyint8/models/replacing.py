@@ -56,8 +56,8 @@ class Replacement:
     def run(self, names: Iterable[str], maker: Maker) -> None:
         """Replaces what a maker makes for the targets of these names, in order; within `reported`."""
         for name in names:
-            self._made[name] = made = maker.make(name, None)
-            self._nbytes += sum(value.nbytes for value in made.values())
+            self._made[name] = maker.make(name, None)
+            self._nbytes += sum(value.nbytes for value in self._made[name].values())
             if self._nbytes >= _CHECKED_BYTES:
                 self._write(maker)
         self._write(maker)
@@ -67,17 +67,17 @@ class Replacement:
             maker.wait(name)
         self._check()
         for name in list(self._made):
-            for made, value in self._made.pop(name).items():
-                self._put(made, value)
-            maker.release(name)
+            self._put(name)
+            maker.release(name)  # nothing holds the values any more: more may be made where they were
         self._nbytes = 0
 
-    def _put(self, name: str, value: torch.Tensor) -> None:
-        for place in self._places[name]:
-            self._torn = place.name
-            place.put(value)
-            self._done.append(place.name)
-            self._torn = None
+    def _put(self, target: str) -> None:
+        for name, value in self._made.pop(target).items():
+            for place in self._places[name]:
+                self._torn = place.name
+                place.put(value)
+                self._done.append(place.name)
+                self._torn = None
 
     @contextmanager
     def reported(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pyint8.checkpoint.find import base_of_adapter, check_path
 from pyint8.config import StreamOptions
 from pyint8.errors import OptionError
+from pyint8.host import garbage
 from pyint8.host.imports import importing
 from pyint8.models.keywords import refuse_misplaced
 from pyint8.models.transformers.releases import require_transformers
@@ -87,6 +88,7 @@ def reload(
         _check_path(path, hub_kwargs, is_plain=is_plain)
         begin = begun(path, hub_kwargs, options, progress=progress)
         preparation, recorder = stack.enter_context(begin)
+        stack.enter_context(garbage.paused())
         stack.enter_context(measured_memory(recorder.report))
         request = _request(path, strict, options, hub_kwargs)
         _reload(inside, request, preparation, recorder, is_plain=is_plain)

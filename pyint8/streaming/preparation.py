@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pyint8.streaming.prefetch import PageCachePrefetch
 
 if TYPE_CHECKING:
+    import torch
+
     from pyint8.checkpoint import Checkpoint
     from pyint8.config import StreamOptions
     from pyint8.placement.budget import MemoryBudget
@@ -56,6 +59,14 @@ class Preparation:
             self._head_start = start_head_start(
                 self.checkpoint, device_map, budget.per_device, self.options, self.ranks
             )
+
+    def open_engine(self, devices: Iterable[torch.device]) -> None:
+        """Opens the engine and pins its memory, for tensors that will go to these devices, and asks for none."""
+        from pyint8.streaming.head_start import FirstTensors, HeadStart
+
+        gpus = sorted({device for device in devices if device.type == "cuda"}, key=str)
+        if gpus and self._head_start is None:
+            self._head_start = HeadStart([FirstTensors(gpu) for gpu in gpus], self.options, gpus=len(gpus))
 
     @property
     def reserves_memory(self) -> bool:

@@ -88,17 +88,20 @@ class ParameterMaker:
         self._assembly = Assembly(quantizer, recorder)
         self._experts: dict[str, list[ExpertPart]] = {}
         self._groups = self._grouped()
-        wanted = {device: [r for t in group for r in self._requests(t)] for device, group in self._groups.items()}
-        recorder.expect(sum(request.entry.nbytes for requests in wanted.values() for request in requests))
+        requests = {name: self._requests(target) for name, target in plan.targets.items()}
+        # Of the entries that the stream is asked for: elements of a stack have names of their own.
+        self._entry_names = {name: list(dict.fromkeys(r.entry.name for r in each)) for name, each in requests.items()}
+        wanted = {device: [r for t in group for r in requests[t.name]] for device, group in self._groups.items()}
+        recorder.expect(sum(request.entry.nbytes for each in wanted.values() for request in each))
         self._transport, early = preparation.take_transport(len(self._groups))
         if not preparation.reserves_memory and most_bytes is None:
             _reserve_memory(itertools.chain.from_iterable(wanted.values()))
         self._streams: dict[torch.device, TensorStream] = {}
         try:
-            for device, requests in wanted.items():
+            for device, asked in wanted.items():
                 mine = early if len(wanted) == 1 else {name: t for name, t in early.items() if t.lane.device == device}
                 self._streams[device] = TensorStream(
-                    requests,
+                    asked,
                     self._transport,
                     recorder=recorder,
                     early=mine,
@@ -131,15 +134,11 @@ class ParameterMaker:
 
     def wait(self, name: str) -> None:
         """Waits for the values of a target's parameters."""
-        self._stream_of(name).wait(self._entry_names(name))
+        self._stream_of(name).wait(self._entry_names[name])
 
     def release(self, name: str) -> None:
         """Makes room for other parameters, where that is bounded: a target's were waited for, and are used up."""
-        self._stream_of(name).release(self._entry_names(name))
-
-    def _entry_names(self, name: str) -> list[str]:
-        """Of the entries that the stream was asked for: elements of a stack have names of their own."""
-        return list(dict.fromkeys(request.entry.name for request in self._requests(self._plan.targets[name])))
+        self._stream_of(name).release(self._entry_names[name])
 
     def make(self, name: str, loading_info: Any) -> dict[str, torch.Tensor]:
         """The parameters of one target, by name; targets are taken in the order of the plan.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
@@ -16,7 +17,7 @@ from pyint8.models.transformers.compat import WeightTransform, converts_on_cpu, 
 from pyint8.models.transformers.parameters import ParameterMaker, find_destinations, find_dtypes
 from pyint8.models.transformers.plan import plan_load
 from pyint8.models.transformers.reconcile import check_index, reconcile
-from pyint8.quantizer import EXPERT_SCALES, Int8Quantizer, stand_in
+from pyint8.quantizer import EXPERT_SCALES, Int8Quantizer, WeightHealth, stand_in
 from pyint8.report import Recorder
 from pyint8.streaming.preparation import Preparation
 from pyint8.streaming.reading import are_alike, is_same
@@ -61,6 +62,13 @@ class PlannedLoad:
         self.dtypes = find_dtypes(model, parameters, dtype, quantizer)
         self._started_at = 0.0
         self._to_make = set(self.plan.targets)
+
+    def of(self, checkpoint: Checkpoint) -> PlannedLoad:
+        """The same load of another checkpoint, whose tensors have the same names, shapes and dtypes."""
+        other = copy.copy(self)
+        other.checkpoint, other._quantizer = checkpoint, copy.copy(self._quantizer)
+        other._quantizer.health = WeightHealth()  # that knows nothing of values seen so far
+        return other
 
     @property
     def has_started(self) -> bool:

@@ -16,8 +16,8 @@ from pyint8.models.live import Place, live_modules, places_of
 from pyint8.models.replacing import MOST_BYTES, Replacement, by_turns, require_alike, require_all
 from pyint8.models.request import LoadRequest, check_dtype
 from pyint8.models.transformers.compat import tied_weights
+from pyint8.models.transformers.kept_plans import ReloadPlan, facts_of, keep_plan, kept_plan
 from pyint8.models.transformers.loading import is_int8_already, plan_pretrained
-from pyint8.models.transformers.planned import PlannedLoad
 from pyint8.quantizer import entry_for, has_int8_experts, is_int8, is_linear, why_not_experts
 from pyint8.report import Recorder
 from pyint8.streaming.preparation import Preparation
@@ -36,16 +36,39 @@ def reload_pretrained(model: Any, request: LoadRequest, preparation: Preparation
         PartlyReplacedError: It stopped halfway.
         Pyint8Error: The checkpoint cannot be that of the model; nothing was replaced.
     """
+    with recorder.phase("build"):
+        reload = _checked(model, request, preparation, recorder)
+    with recorder.phase("stream"):
+        reload.run(preparation)
+
+
+def _checked(model: Any, request: LoadRequest, preparation: Preparation, recorder: Recorder) -> _Reload:
+    """What can begin; planned only where the last reload of the model did not plan the same."""
     places = places_of(model)
+    preparation.open_engine(place.device for place in places.values())
     planning = replace(request, device_map={"": "cpu"}, dtype=_dtype(model), config=_config(model, places))
+    facts = facts_of(model, planning, preparation.checkpoint, places)
+    kept = kept_plan(model, facts)
+    if kept is not None and preparation.checkpoint is not None:
+        reload = _Reload(kept.plan.of(preparation.checkpoint), places, recorder)
+        kept.tell(recorder.report)
+        reload.leave_out_what_is_alike()
+        return reload
+    reload = _Reload(_planned(model, planning, preparation, recorder), places, recorder)
+    reload.check(strict=request.strict)
+    reload.leave_out_what_is_alike()
+    are_known = reload.plan.load.checkpoint is preparation.checkpoint
+    keep_plan(model, facts if are_known else None, reload.plan, recorder.report)
+    return reload
+
+
+def _planned(model: Any, planning: LoadRequest, preparation: Preparation, recorder: Recorder) -> ReloadPlan:
     if is_int8_already(type(model), planning):
         planning = replace(planning, config=None)
     with torch.random.fork_rng(devices=[]):  # weights that a checkpoint lacks are drawn at random
         stand_in, load = plan_pretrained(planning, preparation, recorder, model_class=type(model))
-    reload = _Reload(stand_in, load, places, recorder)
-    reload.check(strict=request.strict)
-    with recorder.phase("stream"):
-        reload.run(preparation)
+    stand_ins = [load.stand_ins(target) for target in load.plan.targets]
+    return ReloadPlan(stand_in, load, {name: value for made in stand_ins for name, value in made.items()})
 
 
 def _dtype(model: Any) -> torch.dtype:
@@ -70,19 +93,20 @@ class _Reload:
     """What a checkpoint has for a model, and where the model has it.
 
     Args:
-        model: On meta, with stand-ins for what the checkpoint has.
-        load: Its load.
+        plan: What the checkpoint has.
         places: Of the model that is loaded.
         recorder: Told of bytes as they land.
+
+    Attributes:
+        plan: As given.
     """
 
-    def __init__(self, model: Any, load: PlannedLoad, places: Mapping[str, Place], recorder: Recorder) -> None:
-        self._model = model
-        self._load = load
+    def __init__(self, plan: ReloadPlan, places: Mapping[str, Place], recorder: Recorder) -> None:
+        self.plan = plan
+        self._load = plan.load
+        self._made = plan.made
         self._places = places
         self._recorder = recorder
-        stand_ins = [load.stand_ins(target) for target in load.plan.targets]
-        self._made = {name: value for made in stand_ins for name, value in made.items()}
         self._left_out: dict[str, str] = {}
 
     def check(self, *, strict: bool) -> None:
@@ -90,6 +114,9 @@ class _Reload:
         for name, value in self._made.items():
             self._check(name, value)
         require_all(self._lost(), self._load.checkpoint.files[0], strict=strict)
+
+    def leave_out_what_is_alike(self) -> None:
+        """Of what goes to the same memory one is enough; refuses what has other values, which may be read for that."""
         made_by = self._load.plan.made_by
         single = [name for name in self._made if name in made_by and len(made_by[name].makes()) == 1]
         self._left_out = require_alike(single, self._places, self._load.are_alike)
@@ -121,13 +148,13 @@ class _Reload:
         """What would keep its values, and should not."""
         reached = {place.address for places in self._targets().values() for place in places}
         missing = set(self._recorder.report.loading_info["missing_keys"])
-        known = set(self._model.state_dict())
+        known = set(self.plan.stand_in.state_dict())
         kept = {name for name, place in self._places.items() if place.address not in reached}
         return {name for name in kept if name in missing or name not in known}
 
     def _targets(self) -> dict[str, Sequence[Place]]:
         """Where the values go: also to what is tied to them, but has memory of its own."""
-        ties = tied_weights(self._model)
+        ties = tied_weights(self.plan.stand_in)
         targets = {name: [self._places[name]] for name in self._made if name not in self._left_out}
         for name, place in self._places.items():
             source = name

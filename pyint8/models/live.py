@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,8 +100,11 @@ def require_int8(model: nn.Module) -> None:
         )
 
 
-def places_of(model: nn.Module) -> dict[str, Place]:
+def places_of(modules: Mapping[str, nn.Module]) -> dict[str, Place]:
     """What the state dict of a model names, without its adapters, and where it lies.
+
+    Args:
+        modules: The model's `live_modules`.
 
     Raises:
         ModelNotSupportedError: An int8 module whose weight is not quantized, an adapter that is merged, or a tensor
@@ -111,7 +114,7 @@ def places_of(model: nn.Module) -> dict[str, Place]:
     """
     return {
         place.name: place
-        for name, module in live_modules(model)
+        for name, module in modules.items()
         for place in _places_in(f"{name}." if name else "", module)
     }
 

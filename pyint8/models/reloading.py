@@ -58,7 +58,7 @@ class _Reload:
         ordinary = (name for name in modules if name not in self._quantizer.converted)
         self._quantizer.skipped = dict.fromkeys(ordinary, "it is not int8 in the module")
         self._quantizer.validate_environment()
-        self._places = places_of(module)
+        self._places = places_of(modules)
         self._wanted = {name: self._stored(name) for name in checkpoint if name in self._places}
 
     def _stored(self, name: str) -> Stored:

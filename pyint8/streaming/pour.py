@@ -184,11 +184,18 @@ class Pour:
         nbytes = self._made_bytes
         begun: set[str] = set()
         while end < min(until, len(self._requests)):
-            nbytes += self._allocated_bytes(self._requests[end], begun)
-            if nbytes + self._early_bytes > self._budget and end > self._ready:
+            needed = self._allocated_bytes(self._requests[end], begun)
+            nbytes += needed
+            is_too_much = needed > 0 and nbytes + self._early_bytes > self._budget
+            if is_too_much and (end > self._ready or self._holds_all):
                 break
             end += 1
         self._submit(end)
+
+    @property
+    def _holds_all(self) -> bool:
+        """Whether what is made takes all that there is, as one large tensor may: another waits until it is released."""
+        return self._is_bounded and self._made_bytes > self._budget
 
     def _allocated_bytes(self, request: TensorRequest, begun: set[str]) -> int:
         """What a request takes memory for, if not for a part of a tensor that is there, or named in `begun`."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from pyint8.config import Int8Config
 from pyint8.errors import CheckpointError, QuantizationStateError, ShapeMismatchError
@@ -44,9 +45,10 @@ def reload_pretrained(model: Any, request: LoadRequest, preparation: Preparation
 
 def _checked(model: Any, request: LoadRequest, preparation: Preparation, recorder: Recorder) -> _Reload:
     """What can begin; planned only where the last reload of the model did not plan the same."""
-    places = places_of(model)
-    preparation.open_engine(place.device for place in places.values())
-    planning = replace(request, device_map={"": "cpu"}, dtype=_dtype(model), config=_config(model, places))
+    preparation.open_engine(parameter.device for parameter in model.parameters())
+    modules = dict(live_modules(model))
+    places = places_of(modules)
+    planning = replace(request, device_map={"": "cpu"}, dtype=_dtype(model), config=_config(modules, places))
     facts = facts_of(model, planning, preparation.checkpoint, places)
     kept = kept_plan(model, facts)
     if kept is not None and preparation.checkpoint is not None:
@@ -78,10 +80,9 @@ def _dtype(model: Any) -> torch.dtype:
     return found
 
 
-def _config(model: Any, places: Mapping[str, Place]) -> Int8Config:
+def _config(modules: Mapping[str, nn.Module], places: Mapping[str, Place]) -> Int8Config:
     """What makes those modules int8 that are it in the model."""
     codes = [name.removesuffix(".weight") for name, place in places.items() if place.is_int8]
-    modules = dict(live_modules(model))
     others = [name for name, module in modules.items() if is_linear(module) and not is_int8(module)]
     experts = any(has_int8_experts(module) for module in modules.values())
     if experts:

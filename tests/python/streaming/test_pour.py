@@ -174,6 +174,30 @@ def test_only_so_much_is_made_before_it_is_released(driver: FakeDriver, tmp_path
     stream.close()
 
 
+def test_of_tensors_above_the_bound_one_is_there_at_a_time(driver: FakeDriver, tmp_path: Path) -> None:
+    tensors = {
+        f"{number}": random_weight(200 if number in (0, 1, 5) else 10, 70, DTYPES[1], number) for number in range(8)
+    }
+    entries = checkpoint_of(tmp_path, tensors)
+    requests = [TensorRequest(entry, GPU, becomes=ToDtype(torch.bfloat16)) for entry in entries.values()]
+    transport = Transport(OPTIONS, driver.lane)
+    largest = max(request.final_bytes for request in requests)
+    stream = TensorStream(requests, transport, quantizer=driver.quantizer, most_bytes=largest // 3)
+    for name, tensor in tensors.items():
+        made = stream.made(name)
+        assert made is not None
+        stream.wait([name])
+        driver.synchronize(0)
+        scratch, *held = transport._in_use.values()
+        assert scratch.nbytes == OPTIONS.device_scratch
+        assert sum(memory.nbytes for memory in held) <= largest + largest // 3
+        assert torch.equal(made.tensor, tensor)
+        stream.release([name])
+    stream.finish()
+    transport.close()
+    stream.close()
+
+
 def test_what_it_cannot_make_comes_by_the_other_road(driver: FakeDriver, tmp_path: Path) -> None:
     tensors = {"double": torch.rand(30, 40).double(), "wide": random_weight(2, 30000, torch.float32)}
     tensors["fine"] = random_weight(30, 40, torch.float32)

@@ -176,19 +176,21 @@ class RankError(Pyint8Error, RuntimeError):
 
     Attributes:
         rank: The one that failed first, by its number in the group; None where it is not one alone.
+        kind: The name of the class of its error.
     """
 
-    def __init__(self, problem: str, *, rank: int | None = None, **place: Any) -> None:
+    def __init__(self, problem: str, *, rank: int | None = None, kind: str | None = None, **place: Any) -> None:
         super().__init__(problem, **place)
         self.rank = rank
+        self.kind = kind
 
     def __reduce__(self) -> Any:
-        return _rebuild_of_rank, (self.problem, self.path, self.tensor, self.offset, self.rank)
+        return _rebuild_of_rank, (self.problem, self.path, self.tensor, self.offset, self.rank, self.kind)
 
 
 def _rebuild_of_rank(*state: Any) -> RankError:
-    problem, path, tensor, offset, rank = state
-    return RankError(problem, path=path, tensor=tensor, offset=offset, rank=rank)
+    problem, path, tensor, offset, rank, kind = state
+    return RankError(problem, path=path, tensor=tensor, offset=offset, rank=rank, kind=kind)
 
 
 class PartlyReplacedError(Pyint8Error, RuntimeError):

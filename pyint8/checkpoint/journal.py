@@ -21,6 +21,7 @@ class Journal:
     Args:
         path: A file, there already or not.
         identity: Of the work. What another work left there does not count.
+        noted: What is there at the start, in place of what the file has.
 
     Attributes:
         done: The names that were there at the start.
@@ -30,11 +31,11 @@ class Journal:
         WriteError: The operating system refused.
     """
 
-    def __init__(self, path: str, identity: str) -> None:
+    def __init__(self, path: str, identity: str, noted: Mapping[str, int | None] | None = None) -> None:
         self._path = path
         with write_errors(path):
-            lines = _whole_lines(path) if self.is_of(path, identity) else []
-            noted = {name: checksum for line in lines[1:] for name, checksum in line.items()}
+            if noted is None:
+                noted = self.read(path) if self.is_of(path, identity) else {}
             self.done = frozenset(noted)
             self.checksums = {name: checksum for name, checksum in noted.items() if checksum is not None}
             self._file = create(path)
@@ -50,6 +51,11 @@ class Journal:
     def is_of(path: str, identity: str) -> bool:
         """Whether there is a journal of this work."""
         return _whole_lines(path)[:1] == [identity]
+
+    @staticmethod
+    def read(path: str) -> dict[str, int | None]:
+        """The names in a journal, and their checksums."""
+        return {name: checksum for line in _whole_lines(path)[1:] for name, checksum in line.items()}
 
     def add(self, noted: Mapping[str, int | None]) -> None:
         """Notes names whose bytes are on the disk, and their checksums; returns once they are noted there, too.

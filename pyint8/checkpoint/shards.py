@@ -28,6 +28,18 @@ class Shards:
     file_of: Mapping[str, str]
     total_bytes: int
 
+    def names_of_others(self, rank: int, ranks: int) -> frozenset[str]:
+        """The tensors in other ranks' files, which are shared out whole and in order."""
+        others: set[str] = set()
+        before = 0
+        for plans in self.files.values():
+            nbytes = sum(plan.nbytes for plan in plans)
+            owner = int((before + nbytes / 2) * ranks / max(1, self.total_bytes))
+            before += nbytes
+            if min(owner, ranks - 1) != rank:
+                others.update(plan.name for plan in plans)
+        return frozenset(others)
+
     def index(self, metadata: Mapping[str, object]) -> bytes | None:
         """The index as transformers writes it; None for a single file."""
         if len(self.files) == 1:

@@ -7,8 +7,10 @@ import argparse
 from pyint8.cli import arguments as args
 from pyint8.cli.text import field
 from pyint8.cli.verb import Output, Verb
+from pyint8.operations.common import launched_group
 from pyint8.operations.convert import convert
 from pyint8.operations.push import push_folder, require_repository
+from pyint8.report import LoadReport
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,19 +27,27 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace, out: Output) -> int:
-    if arguments.push_to_hub is not None:  # before hours of work
-        require_repository(arguments.push_to_hub, private=arguments.private)
-    report = convert(
-        arguments.source,
-        arguments.folder,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        config=args.config(arguments),
-        max_shard_size=arguments.max_shard_size,
-        checksums=arguments.checksums,
-        progress=args.progress(arguments),
-        **args.hub(arguments),
-    )
+    with launched_group() as (group, rank):
+        if arguments.push_to_hub is not None and rank == 0:  # before hours of work
+            require_repository(arguments.push_to_hub, private=arguments.private)
+        report = convert(
+            arguments.source,
+            arguments.folder,
+            device=arguments.device,
+            dtype=arguments.dtype,
+            config=args.config(arguments),
+            max_shard_size=arguments.max_shard_size,
+            checksums=arguments.checksums,
+            progress=args.progress(arguments),
+            process_group=group,
+            **args.hub(arguments),
+        )
+    if rank == 0:  # of several one speaks
+        _tell(arguments, report, out)
+    return 0
+
+
+def _tell(arguments: argparse.Namespace, report: LoadReport, out: Output) -> None:
     out.line(str(report))
     out.line(field("written", arguments.folder))
     pushed = None
@@ -45,7 +55,6 @@ def _run(arguments: argparse.Namespace, out: Output) -> int:
         pushed = push_folder(arguments.folder, arguments.push_to_hub)
         out.line(field("pushed", pushed))
     out.value({"folder": arguments.folder, "pushed": pushed, "report": report.to_dict()})
-    return 0
 
 
 VERB = Verb(
@@ -54,6 +63,7 @@ VERB = Verb(
     (
         "pyint8 convert path/to/Llama-70B llama-70b-int8",
         "pyint8 convert meta-llama/Llama-3.1-8B llama-8b-int8 --push-to-hub me/Llama-3.1-8B-int8 --private",
+        "torchrun --nproc-per-node 4 -m pyint8 convert path/to/Llama-70B llama-70b-int8",
         "pyint8 convert path/to/Llama-8B int8 --device cpu --skip lm_head --skip model.layers.0.mlp",
     ),
     _add_arguments,

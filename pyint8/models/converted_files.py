@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -30,26 +31,37 @@ class ConvertedFiles:
         journal: Of what is there already.
         num_parameters: Of the model, for the index.
         checksums: Whether to write those of all tensors.
+        others: Names of tensors in files that another process writes.
     """
 
     def __init__(
-        self, folder: str, shards: Shards, journal: Journal, num_parameters: int, *, checksums: bool = False
+        self,
+        folder: str,
+        shards: Shards,
+        journal: Journal,
+        num_parameters: int,
+        *,
+        checksums: bool = False,
+        others: frozenset[str] = frozenset(),
     ) -> None:
         self._num_parameters = num_parameters
+        self._others = others
         self._checksums = Checksums(journal.checksums) if checksums else None
         with ExitStack() as stack:
-            self._writer = stack.enter_context(ShardsWriter(folder, shards, journal.done))
+            self._writer = stack.enter_context(ShardsWriter(folder, shards, journal.done | others))
             self._notes = _Notes(journal, self._writer, self._checksums)
             stack.callback(self._notes.close)
             self._behind = stack.enter_context(WriteBehind(WRITERS, MOST_BYTES))
             self._stack = stack.pop_all()
 
     def put(self, name: str, value: torch.Tensor) -> None:
-        """Writes a tensor, later; waits while there is no room.
+        """Writes a tensor, unless it is another process's, later; waits while there is no room.
 
         Raises:
             WriteError: Of an earlier one.
         """
+        if name in self._others:
+            return
         write = partial(write_tensor, self._writer, self._checksums, name)
         self._notes.add(name, value.nbytes, self._behind.put(value, write))
 
@@ -63,16 +75,28 @@ class ConvertedFiles:
         self._notes.note()
 
     def finish(self) -> None:
-        """Waits until all is written, and writes the index.
+        """Waits until all is written.
 
         Raises:
             WriteError: The operating system refused.
         """
         self._behind.finish()
         self._writer.finish()
+
+    @property
+    def checksums(self) -> dict[str, int]:
+        """Those of what is written here, by name; empty if none are wanted."""
+        return {} if self._checksums is None else dict(self._checksums.of)
+
+    def write_index(self, checksums: Mapping[str, int]) -> None:
+        """Writes the index, and the checksums of all tensors, if there shall be such.
+
+        Raises:
+            OSError: The operating system refused.
+        """
         self._writer.write_index({"total_parameters": self._num_parameters})
         if self._checksums is not None:
-            self._writer.write_checksums(self._checksums.of)
+            self._writer.write_checksums(checksums)
 
     def __enter__(self) -> ConvertedFiles:
         return self

@@ -175,7 +175,7 @@ class Cache:
             _fills.discard(threading.current_thread())
 
     def _make(self, folder: CacheFolder) -> None:
-        from pyint8.operations.convert import plan_conversion, write_converted
+        from pyint8.operations.conversions import plan_conversion, write_converted
 
         wanted = self._wanted
         with (
@@ -204,7 +204,7 @@ class Cache:
 
     def _request(self, source: str, device: torch.device) -> LoadRequest:
         """Strict in any case: the form is for all loads, and some of them may be."""
-        from pyint8.operations.convert import conversion_request
+        from pyint8.operations.conversions import conversion_request
 
         wanted = self._wanted
         request = conversion_request(source, device, wanted.dtype, wanted.config, wanted.options, wanted.arguments)

@@ -14,6 +14,7 @@ from pyint8.errors import OptionError
 from pyint8.host import ending, garbage
 from pyint8.host.imports import imported
 from pyint8.host.memory import peak_resident_bytes
+from pyint8.host.processes import processes
 from pyint8.remote.urls import is_url, refuse_url
 from pyint8.report import LoadReport, Recorder
 
@@ -161,6 +162,41 @@ def joined_ranks(stack: ExitStack, process_group: Any, device_map: Any, cache: A
             "cache and process_group do not go together: convert once, with pyint8.convert, and load that"
         )
     return ranks
+
+
+def ranks_apart(stack: ExitStack, process_group: Any) -> Ranks | None:
+    """The ranks that share work out, until the stack ends; whatever fails from now on is told to all of them."""
+    if process_group is None:
+        return None
+    from pyint8.streaming.ranks.ranks import join_ranks  # with torch
+
+    ranks = join_ranks(process_group)
+    return ranks and stack.enter_context(ranks)
+
+
+@contextmanager
+def launched_group() -> Iterator[tuple[Any, int]]:
+    """The process group of all processes that torchrun started with this one, None for one alone, and its rank.
+
+    Raises:
+        OptionError: There are several, and they do not know how to reach each other.
+    """
+    if processes().total == 1:
+        yield None, 0
+        return
+    from pyint8.streaming.ranks.world import launched_group  # with torch
+
+    with launched_group() as found:
+        yield found
+
+
+def device_of_rank(device: Any) -> torch.device:
+    """As `devices_of`, for one process of many on a host: None and "cuda" are the GPU of its LOCAL_RANK."""
+    import torch
+
+    if device is None or str(device) == "cuda":
+        return torch.device("cuda", processes().local_rank) if torch.cuda.is_available() else devices_of(device)[0]
+    return devices_of(device)[0]
 
 
 def devices_of(device: Any) -> list[torch.device]:

@@ -267,9 +267,9 @@ class Conductor:
     def _tell_failures(self, lengths: list[int]) -> bool:
         heard = self.group.messages(self._told, lengths)
         if not self._told:
-            rank = next(rank for rank, length in enumerate(lengths) if length)
-            problem = f"rank {rank} of {self.group.size} failed: {heard[rank].decode(errors='replace')}"
-            self._end(RankError(problem, rank=rank))
+            rank, said = next((rank, each.decode(errors="replace")) for rank, each in enumerate(heard) if each)
+            kind, problem = said.partition(":")[0], f"rank {rank} of {self.group.size} failed: {said}"
+            self._end(RankError(problem, rank=rank, kind=kind))
         return False
 
     def _diverge(self, how: str) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pyint8.errors import CancelledError, OptionError, RankError
 from pyint8.placement.device_map import check_device_map
 from pyint8.streaming.lane import LaneOpener, open_lane
+from pyint8.streaming.ranks.apart import Apart, hold
 from pyint8.streaming.ranks.conductor import Conductor
 from pyint8.streaming.ranks.group import Group, check_group, one_device
 from pyint8.streaming.ranks.meetings import Meeting
@@ -56,6 +57,27 @@ class Ranks:
         self._loads += 1
         return SharedTransport(self._conductor, self._loads, options, opener)
 
+    @property
+    def rank(self) -> int:
+        """The number of this one, from 0."""
+        return self._group.rank
+
+    @property
+    def size(self) -> int:
+        return self._group.size
+
+    def meet(self, stage: str, value: Any) -> list[Any]:
+        """The values (of JSON's kinds) of all ranks, in order, once they have come to the same stage.
+
+        Raises:
+            RankError: Another rank failed, or is at another stage.
+        """
+        return hold(self._conductor, Meeting(stage, value))
+
+    def apart(self) -> Apart:
+        """Around what each rank does by itself."""
+        return Apart(self._conductor)
+
     @staticmethod
     def of_block() -> Ranks | None:
         """Those that `together` was given, in this context."""
@@ -86,10 +108,8 @@ class Ranks:
             raise conductor.verdict from (None if isinstance(error, CancelledError) else error)
 
     def _leave_together(self) -> None:
-        meeting = Meeting("the end", None, is_last=True)
         try:
-            self._conductor.put(meeting)
-            self._conductor.wait_for(lambda: meeting.values is not None)
+            hold(self._conductor, Meeting("the end", None, is_last=True))
         except RankError:
             raise
         except BaseException as error:  # Ctrl-C, while the others are waited for

@@ -192,13 +192,13 @@ class Transport:
         return self.engine.stats()
 
     def spans(self) -> Callable[[], list[Span]]:
-        """What workers, buses and GPUs did when, to be called for; complete if this is closed."""
+        """What workers, buses and GPUs did when, to be called for once this is closed: there are thousands of them."""
         devices = {lane.index: str(lane.device) for lane in self._opened}
         lanes = {"copying": "bus to {}", "quantizing": "{}"}
-        raw = self.engine.spans()
+        engine = self.engine
         return lambda: [
             Span(lanes[what].format(devices[who]) if what in lanes else f"worker {who}", what, begin, end, nbytes)
-            for what, who, begin, end, nbytes in raw
+            for what, who, begin, end, nbytes in engine.spans()
         ]
 
     def close(self) -> None:

@@ -68,6 +68,8 @@ class Road {
   virtual ~Road() = default;
 
   virtual std::unique_ptr<Event> make_event() = 0;
+  // One that also knows when it passed; null where there is none.
+  virtual std::unique_ptr<Event> make_timed_event() { return nullptr; }
   // Copies on the copy stream; `from` must stay until an event recorded after has passed.
   virtual void copy(Address to, const std::byte* from, std::size_t nbytes) = 0;
   // Marks everything that was put on the copy stream so far.
@@ -93,9 +95,6 @@ class Device : public Road {
   virtual bool reads_in_place() const = 0;
 
   virtual std::unique_ptr<HostMemory> allocate_host(std::size_t nbytes) = 0;
-  // One that also knows when it passed; null where the device cannot.
-  virtual std::unique_ptr<Event> make_timed_event() { return nullptr; }
-
   // Marks everything the caller put on `stream` so far.
   virtual void record_on(StreamHandle stream, Event& event) = 0;
   // What the caller puts on `stream` from now on starts after `event`.

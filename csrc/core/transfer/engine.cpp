@@ -112,7 +112,7 @@ void Engine::make_rings(Device& device) {
   std::deque<Ring> rings;
   for (std::size_t worker = 0; worker < workers_.size(); ++worker) {
     rings.emplace_back(slots->data() + worker * options_.ring_bytes(), options_.slot_bytes,
-                       options_.slots_per_thread);
+                       options_.slots_per_thread, timeline_ != nullptr);
   }
   slots_ = std::move(slots);
   rings_.swap(rings);
@@ -231,7 +231,9 @@ void Engine::await_slot(std::size_t worker) {
   if (timeline_ != nullptr && end - begin > kNoticeable) {
     timeline_->add({Doing::kWaiting, static_cast<std::uint32_t>(worker), begin, end, 0});
   }
-  if (emptied) workers_.done(*emptied);
+  if (!emptied) return;
+  if (timeline_ != nullptr) note_copy(rings_[worker].emptied());
+  workers_.done(*emptied);
 }
 
 void Engine::run(const Job& job, std::size_t worker) {
@@ -279,15 +281,14 @@ void Engine::check(const Job& job, std::size_t segment, const std::byte* bytes) 
 
 // A detour's copies are in no picture: they share the bus of another device.
 void Engine::copy_out(const Job& job, Ring::Slot& slot, const Way& way) {
-  Timeline* const timeline = way.number == 0 ? timeline_.get() : nullptr;
-  if (timeline != nullptr) timeline->begin_copy(job.lane);
+  const double issued = timeline_ == nullptr ? 0 : Timeline::now();
   for (std::size_t i = 0; i < job.to.size(); ++i) {
     const Segment& segment = job.piece.segments[i];
     way.road->copy(job.to[i], slot.data() + segment.piece_offset, segment.nbytes);
     if (way.number > 0) bytes_detoured_.fetch_add(segment.nbytes, std::memory_order_relaxed);
   }
   way.road->record(slot.event_on(*way.road, job.lane, way.number));
-  if (timeline != nullptr) timeline->end_copy(job.lane, job.piece.needed);
+  slot.note(issued, job.piece.needed);
 }
 
 void Engine::await(Start& start, const Way& way) {
@@ -452,6 +453,18 @@ std::exception_ptr Engine::await_copies() {
   return error;
 }
 
+void Engine::note_copy(const Ring::Copied& copied) {
+  if (copied.road > 0) return;
+  timeline_->add_copy(static_cast<std::uint32_t>(copied.lane), *copied.end, copied.issued, copied.nbytes);
+}
+
+void Engine::settle_timeline() {
+  for (const Ring& ring : rings_) {
+    for (const Ring::Copied& copied : ring.under_way()) note_copy(copied);
+  }
+  timeline_->settle();
+}
+
 void Engine::close() {
   if (!is_of_this_process()) return;
   std::vector<std::shared_ptr<const Source>> sources;  // let go of without the lock
@@ -465,7 +478,7 @@ void Engine::close() {
   workers_.stop();
   std::exception_ptr error = await_copies();
   try {
-    if (timeline_ != nullptr && error == nullptr) timeline_->settle();
+    if (timeline_ != nullptr && error == nullptr) settle_timeline();
   } catch (...) {
     error = std::current_exception();
   }

@@ -158,6 +158,8 @@ class Engine {
   std::vector<Job> make_jobs(std::uint32_t lane, std::span<const Read> reads,
                              const std::shared_ptr<Start>& start);
   void await_slot(std::size_t worker);
+  void note_copy(const Ring::Copied& copied);
+  void settle_timeline();
   void run(const Job& job, std::size_t worker);
   Way way_for(const Job& job, std::size_t worker) const;
   static void await(Start& start, const Way& way);

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <deque>
 #include <memory>
 #include <optional>
@@ -20,26 +21,43 @@ inline constexpr std::size_t kMostRoads = 8;
 
 class Ring {
  public:
-  // `memory` holds the slots one behind the other, and outlives this.
-  Ring(std::byte* memory, std::size_t slot_bytes, std::size_t slots);
+  // `memory` holds the slots one behind the other, and outlives this. Events are timed, where a device can,
+  // if they are asked for their times.
+  Ring(std::byte* memory, std::size_t slot_bytes, std::size_t slots, bool timed = false);
+
+  // The copies out of a slot.
+  struct Copied {
+    std::size_t lane = 0;
+    std::size_t road = 0;
+    Event* end = nullptr;
+    double issued = 0;  // seconds of the caller's clock
+    std::uint64_t nbytes = 0;
+  };
 
   class Slot {
    public:
     std::byte* data() const { return data_; }
     // The event to record once the copies out of this slot are issued on `road`, a lane's with this number.
     Event& event_on(Road& road, std::size_t lane, std::size_t number = 0);
+    // What the caller wants to know of these copies when they have ended.
+    void note(double issued, std::uint64_t nbytes);
 
    private:
     friend class Ring;
     std::byte* data_ = nullptr;
+    bool timed_ = false;
     Event* in_flight_ = nullptr;                  // of the last copies, until they are known to have ended
-    std::size_t way_ = 0;                         // of those copies: lane and road in one number
-    std::vector<std::unique_ptr<Event>> events_;  // by that number
+    Copied copied_;                               // those copies
+    std::vector<std::unique_ptr<Event>> events_;  // by lane and road
   };
 
   // Waits until the bus has emptied one of the slots that were given back. The lane whose copies emptied it,
   // if it was not empty before.
   std::optional<std::size_t> wait_for_empty();
+  // The copies whose end `wait_for_empty` saw, until the next slot is leased.
+  const Copied& emptied() const { return emptied_; }
+  // The copies that may be under way.
+  std::vector<Copied> under_way() const;
   // Of the slots that are empty, the one that was given back longest ago. There must be one.
   Slot& lease();
   // Gives a slot back while its copies, marked by `event_on`, may still be under way.
@@ -49,6 +67,7 @@ class Ring {
   Slot* find_empty();
 
   std::deque<Slot> slots_;
+  Copied emptied_;
   std::deque<Slot*> free_;  // in the order they were given back
 };
 

@@ -1,5 +1,6 @@
 #include "transfer/timeline.hpp"
 
+#include <algorithm>
 #include <chrono>
 #include <utility>
 
@@ -8,9 +9,6 @@ namespace {
 
 // More than are added at once, so that what is over does not gather.
 constexpr int kTakenAtOnce = 2;
-// Half a millisecond of a bus. A mark costs microseconds of a driver that all workers share: with two for
-// each copy, a load took half as long again (docs/performance.md, "Timelines").
-constexpr int kCopiesOfASpan = 16;
 
 }  // namespace
 
@@ -33,99 +31,97 @@ void Timeline::add_device(std::uint32_t lane, Device& device) {
   clocks_.emplace(lane, Clock{&device, std::move(start), started});
 }
 
+// A map never moves its elements.
 const Timeline::Clock* Timeline::clock(std::uint32_t lane) const {
   const std::lock_guard lock(mutex_);
-  return locked_clock(lane);
-}
-
-// A map never moves its elements.
-const Timeline::Clock* Timeline::locked_clock(std::uint32_t lane) const {
   const auto found = clocks_.find(lane);
   return found == clocks_.end() ? nullptr : &found->second;
 }
 
-std::unique_ptr<Event> Timeline::mark(std::uint32_t lane, StreamHandle stream) const {
+double Timeline::time_of(const Clock& timed, Event& event) const {
+  return timed.started + event.seconds_since(*timed.start);
+}
+
+void Timeline::add_copy(std::uint32_t lane, Event& ended, double issued, std::uint64_t nbytes) {
+  const Clock* timed = clock(lane);
+  if (timed == nullptr) return;
+  const double end = time_of(*timed, ended);
+  const std::lock_guard lock(mutex_);
+  copies_[lane].push_back({issued, end, nbytes});
+}
+
+std::unique_ptr<Event> Timeline::mark(std::uint32_t lane, StreamHandle stream) {
   const Clock* timed = clock(lane);
   if (timed == nullptr) return nullptr;
-  std::unique_ptr<Event> event = timed->device->make_timed_event();
+  std::unique_ptr<Event> event;
+  {
+    const std::lock_guard lock(marks_mutex_);
+    auto& spare = spare_[lane];
+    if (!spare.empty()) {
+      event = std::move(spare.back());
+      spare.pop_back();
+    }
+  }
+  if (event == nullptr) event = timed->device->make_timed_event();
   timed->device->record_on(stream, *event);
   return event;
-}
-
-void Timeline::begin_copy(std::uint32_t lane) {
-  const std::lock_guard lock(mutex_);
-  const Clock* timed = locked_clock(lane);
-  if (timed == nullptr) return;
-  Copies& copies = copies_[lane];
-  const bool is_idle = copies.begin != nullptr && copies.under_way == 0 && copies.end->passed();
-  if (is_idle) close_span(lane, copies);
-  if (copies.begin == nullptr) {
-    std::unique_ptr<Event> begin = timed->device->make_timed_event();
-    copies.end = timed->device->make_timed_event();
-    timed->device->record(*begin);
-    copies.begin = std::move(begin);
-  }
-  ++copies.under_way;
-}
-
-void Timeline::end_copy(std::uint32_t lane, std::uint64_t nbytes) {
-  const std::lock_guard lock(mutex_);
-  const Clock* timed = locked_clock(lane);
-  Copies& copies = copies_[lane];
-  if (timed == nullptr || copies.begin == nullptr) return;  // there was no clock when it began
-  --copies.under_way;
-  copies.nbytes += nbytes;
-  ++copies.count;
-  timed->device->record(*copies.end);
-  if (copies.count >= kCopiesOfASpan && copies.under_way == 0) close_span(lane, copies);
-  take_some();
-}
-
-void Timeline::close_span(std::uint32_t lane, Copies& copies) {
-  Copies closed = std::exchange(copies, {});
-  under_way_.push_back(
-      {Doing::kCopying, lane, std::move(closed.begin), std::move(closed.end), closed.nbytes});
 }
 
 void Timeline::add_work(Doing doing, std::uint32_t lane, std::unique_ptr<Event> begin,
                         std::unique_ptr<Event> end, std::uint64_t nbytes) {
   if (begin == nullptr || end == nullptr) return;
-  const std::lock_guard lock(mutex_);
-  under_way_.push_back({doing, lane, std::move(begin), std::move(end), nbytes});
+  const std::lock_guard lock(marks_mutex_);
+  unsettled_.push_back({doing, lane, std::move(begin), std::move(end), nbytes});
   take_some();
 }
 
 void Timeline::take_some() {
-  for (int i = 0; i < kTakenAtOnce && !under_way_.empty() && under_way_.front().end->passed(); ++i) {
-    take_times(under_way_.front());
-    under_way_.pop_front();
+  for (int i = 0; i < kTakenAtOnce && !unsettled_.empty() && unsettled_.front().end->passed(); ++i) {
+    take_times(unsettled_.front());
+    unsettled_.pop_front();
   }
 }
 
 void Timeline::settle() {
-  const std::lock_guard lock(mutex_);
-  for (auto& [lane, copies] : copies_) {
-    if (copies.count > 0 && copies.under_way == 0) close_span(lane, copies);
-  }
+  const std::lock_guard lock(marks_mutex_);
   // If a mark's driver fails, none of them is asked for again.
-  for (Work& work : std::exchange(under_way_, {})) {
+  for (Work& work : std::exchange(unsettled_, {})) {
     if (!work.end->passed()) {
-      under_way_.push_back(std::move(work));
+      unsettled_.push_back(std::move(work));
       continue;
     }
     take_times(work);
   }
 }
 
-void Timeline::take_times(const Work& work) {
-  const Clock& timed = clocks_.at(work.lane);
-  spans_.push_back({work.doing, work.lane, timed.started + work.begin->seconds_since(*timed.start),
-                    timed.started + work.end->seconds_since(*timed.start), work.nbytes});
+void Timeline::take_times(Work& work) {
+  const Clock& timed = *clock(work.lane);
+  const double begin = time_of(timed, *work.begin), end = time_of(timed, *work.end);
+  auto& spare = spare_[work.lane];
+  spare.push_back(std::move(work.begin));
+  spare.push_back(std::move(work.end));
+  const std::lock_guard lock(mutex_);
+  spans_.push_back({work.doing, work.lane, begin, end, work.nbytes});
 }
 
 std::vector<Span> Timeline::spans() const {
-  const std::lock_guard lock(mutex_);
-  return spans_;
+  std::vector<Span> found;
+  std::map<std::uint32_t, std::vector<Copy>> copies;
+  {
+    const std::lock_guard lock(mutex_);
+    found = spans_;
+    copies = copies_;
+  }
+  for (auto& [lane, of_lane] : copies) {
+    std::ranges::sort(of_lane, {}, &Copy::end);
+    double free_since = 0;
+    for (const Copy& copy : of_lane) {
+      const double begin = std::min(std::max(copy.issued, free_since), copy.end);
+      found.push_back({Doing::kCopying, lane, begin, copy.end, copy.nbytes});
+      free_since = copy.end;
+    }
+  }
+  return found;
 }
 
 }  // namespace pyint8

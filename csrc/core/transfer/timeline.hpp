@@ -1,8 +1,10 @@
 // What workers, buses and consumers did when, for a picture of a load.
 //
-// Times of a device come from events around its work, and are put on the host's clock by one that was waited
-// for. Where several workers' copies alternate on one stream, each span lasts from a worker's first to its
-// last.
+// Times of a device come from events, and are put on the host's clock by one that was waited for. Copies have
+// an event each anyway, which says when their slot is free; it is timed, and asked by the worker that finds
+// it passed. They follow one another on one stream: so each began when it was issued, or when the one before
+// it ended. Nothing of that asks the driver with a lock held that workers need (docs/performance.md,
+// "Timelines").
 #pragma once
 
 #include <cstdint>
@@ -34,12 +36,10 @@ class Timeline {
   void add(const Span& span);
   // Waits for the copies of a lane's device; from now on its work can be timed, if it can at all.
   void add_device(std::uint32_t lane, Device& device);
-  // Around what puts one copy on a lane's copy stream. Copies, which are short and many, share a span for as
-  // long as one follows another, and a few of them at most.
-  void begin_copy(std::uint32_t lane);
-  void end_copy(std::uint32_t lane, std::uint64_t nbytes);
+  // A copy that has ended, with a timed event behind it; `issued` on the host's clock.
+  void add_copy(std::uint32_t lane, Event& ended, double issued, std::uint64_t nbytes);
   // A mark in a stream of a lane's device, for `add_work`; null where nothing is timed.
-  std::unique_ptr<Event> mark(std::uint32_t lane, StreamHandle stream) const;
+  std::unique_ptr<Event> mark(std::uint32_t lane, StreamHandle stream);
   // Work between two marks; of no effect without them.
   void add_work(Doing doing, std::uint32_t lane, std::unique_ptr<Event> begin, std::unique_ptr<Event> end,
                 std::uint64_t nbytes);
@@ -47,7 +47,7 @@ class Timeline {
   // left.
   void settle();
 
-  // All so far, in no order; of a device's work what is settled.
+  // All so far, in no order; of a device's work what is settled. Sorts, so it is for later.
   std::vector<Span> spans() const;
 
  private:
@@ -63,24 +63,26 @@ class Timeline {
     std::uint64_t nbytes;
   };
 
-  struct Copies {
-    std::unique_ptr<Event> begin, end;  // the latter moves behind each of them
-    std::uint64_t nbytes = 0;
-    int count = 0, under_way = 0;
+  struct Copy {
+    double issued, end;
+    std::uint64_t nbytes;
   };
 
   const Clock* clock(std::uint32_t lane) const;
-  // With the lock held:
-  const Clock* locked_clock(std::uint32_t lane) const;
-  void close_span(std::uint32_t lane, Copies& copies);
+  double time_of(const Clock& timed, Event& event) const;
+  // With the lock of marks held:
   void take_some();
-  void take_times(const Work& work);
+  void take_times(Work& work);
 
+  // Held for a moment, by all workers.
   mutable std::mutex mutex_;
   std::map<std::uint32_t, Clock> clocks_;
-  std::map<std::uint32_t, Copies> copies_;
-  std::deque<Work> under_way_;
+  std::map<std::uint32_t, std::vector<Copy>> copies_;
   std::vector<Span> spans_;
+  // Held while the driver is asked, by consumers; taken before the other.
+  std::mutex marks_mutex_;
+  std::deque<Work> unsettled_;
+  std::map<std::uint32_t, std::vector<std::unique_ptr<Event>>> spare_;  // by lane, to be recorded again
 };
 
 }  // namespace pyint8

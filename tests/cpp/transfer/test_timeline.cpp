@@ -54,7 +54,7 @@ TEST_CASE("reads, copies and work on GPUs are noted") {
   const std::vector<Span> reads = of(gpus.engine, Doing::kReading), copies = of(gpus.engine, Doing::kCopying);
   const Stats stats = gpus.engine.stats();
   CHECK(reads.size() == stats.pieces);
-  CHECK(copies.size() < stats.pieces);
+  CHECK(copies.size() == stats.pieces);
   CHECK(nbytes(reads) == stats.bytes_read);
   CHECK(nbytes(copies) == stats.bytes_read);
   for (const Doing doing : {Doing::kReading, Doing::kCopying, Doing::kQuantizing}) {
@@ -65,53 +65,43 @@ TEST_CASE("reads, copies and work on GPUs are noted") {
   }
 }
 
-TEST_CASE("copies that follow one another share a span, a few of them, and none beyond a pause") {
+TEST_CASE("a copy begins when it was issued, or when the one before it has ended") {
   const Accounts accounts;
   CudaDevice device(fake_driver(), 0);
   Timeline timeline;
   timeline.add_device(0, device);
+  std::vector<std::unique_ptr<Event>> events;
+  std::vector<double> issued;
   const auto copy = [&] {
-    timeline.begin_copy(0);
-    timeline.end_copy(0, 5);
+    issued.push_back(Timeline::now());
+    events.push_back(device.make_timed_event());
+    device.record(*events.back());
   };
   Caller caller(0);
   Gate gate(caller);
   const std::unique_ptr<Event> opened = device.make_event();
   device.record_on(caller.stream(), *opened);
   device.copies_wait_for(*opened);
-  for (int i = 0; i < 40; ++i) copy();
+  for (int i = 0; i < 3; ++i) copy();
+  soon();
+  const double opening = Timeline::now();
   gate.open();
   device.synchronize();
   soon();
-  const double resumed = Timeline::now();
-  for (int i = 0; i < 3; ++i) copy();
+  copy();
   device.synchronize();
-  timeline.settle();
-  std::vector<Span> spans = timeline.spans();
-  CHECK(nbytes(spans) == 43 * 5);
-  CHECK(spans.size() >= 4);
-  std::erase_if(spans, [&](const Span& span) { return span.end < resumed - 1e-3; });
-  CHECK(nbytes(spans) == 3 * 5);
-  for (const Span& span : spans) CHECK(span.begin >= resumed - 1e-3);
-}
-
-TEST_CASE("a span is not closed while a copy is put on the stream") {
-  const Accounts accounts;
-  CudaDevice device(fake_driver(), 0);
-  Timeline timeline;
-  timeline.begin_copy(0);  // before there is a clock
-  timeline.add_device(0, device);
-  timeline.end_copy(0, 1);
-  timeline.begin_copy(0);
-  timeline.begin_copy(0);
-  timeline.end_copy(0, 5);
-  device.synchronize();
-  timeline.settle();
-  CHECK(timeline.spans().empty());
-  timeline.end_copy(0, 5);
-  device.synchronize();
-  timeline.settle();
-  CHECK(nbytes(timeline.spans()) == 10);
+  for (std::size_t i = events.size(); i-- > 0;) timeline.add_copy(0, *events[i], issued[i], 5);
+  timeline.add_copy(1, *events[0], issued[0], 7);  // of a device without a clock
+  const std::vector<Span> spans = timeline.spans();
+  REQUIRE(spans.size() == 4);
+  constexpr double kRounding = 1e-3;
+  CHECK(spans[0].begin == issued[0]);
+  CHECK(spans[0].end >= opening - kRounding);
+  CHECK(spans[1].begin == spans[0].end);
+  CHECK(spans[2].begin == spans[1].end);
+  CHECK(spans[3].begin >= issued[3] - kRounding);
+  CHECK(spans[3].begin > spans[2].end);
+  CHECK(nbytes(spans) == 4 * 5);
 }
 
 TEST_CASE("a worker that waits for a slot says so") {

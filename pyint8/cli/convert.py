@@ -19,6 +19,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="NAME", type=args.device, help="where to quantize: cpu, cuda or cuda:1")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", type=args.size, help="of a file; 5GB")
     parser.add_argument("--checksums", action="store_true", help="write the CRC-32C of each tensor, too")
+    parser.add_argument(
+        "--fused-experts", action="store_true", help="int8 experts as one tensor a layer; see --experts"
+    )
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload the folder to this repository afterwards")
     parser.add_argument("--private", action="store_true", help="if that repository is made, make it private")
     args.add_progress(parser)
@@ -38,6 +41,7 @@ def _run(arguments: argparse.Namespace, out: Output) -> int:
             config=args.config(arguments),
             max_shard_size=arguments.max_shard_size,
             checksums=arguments.checksums,
+            fused_experts=arguments.fused_experts,
             progress=args.progress(arguments),
             process_group=group,
             **args.hub(arguments),

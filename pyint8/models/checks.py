@@ -156,8 +156,10 @@ def wrapper_prefix(names: Iterable[str], bare: Container[str]) -> str | None:
 
 def has_expert_codes(checkpoint: Checkpoint) -> bool:
     """Whether experts are int8 in a checkpoint: each with its scales, as transformers 4 saved them, or all in one."""
-    for name, entry in checkpoint.items():
-        is_of_all = len(entry.shape) == 2  # of one weight they are a vector
-        if name.endswith(SCALES) and (is_of_all or ".experts." in name):
-            return True
-    return False
+    return has_fused_experts(checkpoint) or any(name.endswith(SCALES) and ".experts." in name for name in checkpoint)
+
+
+def has_fused_experts(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint has the scales of int8 experts, and so their codes, in one tensor for all of a module."""
+    # of one weight they are a vector
+    return any(name.endswith(SCALES) and len(entry.shape) == 2 for name, entry in checkpoint.items())

@@ -169,7 +169,7 @@ class Verifier:
             expected: What its bytes should be, uint8 [n] in host memory; None for any.
         """
         entry = self._checkpoint[name]
-        leaf = name.rpartition(".")[2]
+        leaf = checks.SCALES if name.endswith(EXPERT_SCALES) else name.rpartition(".")[2]
         small = bytearray() if leaf in (checks.SCALES, checks.FORMAT) else None
         difference = None if expected is None else _Difference(entry, expected)
 

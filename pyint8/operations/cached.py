@@ -186,9 +186,8 @@ class Cache:
                 raise OptionError("its files are not here")
             devices = devices_of(None if wanted.device == "cuda" else "cpu")
             with _beside(devices[0]):
-                plan = plan_conversion(
-                    wanted.model_class, self._request(source, devices[0]), "5GB", preparation, recorder
-                )
+                request = self._request(source, devices[0])
+                plan = plan_conversion(wanted.model_class, request, "5GB", preparation, recorder, fused_experts=True)
                 _refuse_fresh(recorder.report)
                 nbytes = plan.conversion.shards.total_bytes
                 if not folder.make_room(nbytes):

@@ -41,7 +41,13 @@ class ConversionPlan(NamedTuple):
 
 
 def plan_conversion(
-    model_class: Any, request: LoadRequest, max_shard_size: int | str, preparation: Preparation, recorder: Recorder
+    model_class: Any,
+    request: LoadRequest,
+    max_shard_size: int | str,
+    preparation: Preparation,
+    recorder: Recorder,
+    *,
+    fused_experts: bool,
 ) -> ConversionPlan:
     """Everything about a conversion, before a tensor is read.
 
@@ -51,6 +57,7 @@ def plan_conversion(
         max_shard_size: Of one file.
         preparation: What has begun already.
         recorder: Told of phases.
+        fused_experts: Whether int8 experts, if there are any, are written whole.
 
     Raises:
         Pyint8Error: It cannot be converted.
@@ -59,7 +66,8 @@ def plan_conversion(
     from pyint8.models.transformers.loading import plan_pretrained
 
     model, load = plan_pretrained(request, preparation, recorder, model_class=model_class)
-    return ConversionPlan(request, model, load, Conversion(model, load, max_shard_size))
+    conversion = Conversion(model, load, max_shard_size, fused_experts=fused_experts)
+    return ConversionPlan(request, model, load, conversion)
 
 
 def write_converted(

@@ -50,6 +50,7 @@ def convert(
     config: Int8Config | None = None,
     max_shard_size: int | str = "5GB",
     checksums: bool = False,
+    fused_experts: bool = False,
     progress: bool | None = None,
     options: StreamOptions | None = None,
     storage_options: Mapping[str, Any] | None = None,
@@ -74,6 +75,7 @@ def convert(
         config: What to quantize.
         max_shard_size: Of one file, in bytes or as a size such as "5GB"; a tensor that is larger has its own.
         checksums: Also write the CRC-32C of each tensor, as in `pyint8.save`.
+        fused_experts: Write the int8 experts of a module as one tensor, as in `pyint8.save`.
         progress: Whether to show a bar; None shows one on a terminal.
         options: How to move bytes.
         storage_options: For a URL, as in `pyint8.load`.
@@ -90,7 +92,7 @@ def convert(
         RankError: Another rank failed.
         Pyint8Error: Another of `pyint8.errors`.
     """
-    asked = _Asked(device, dtype, config, max_shard_size, checksums, hub_and_model_kwargs)
+    asked = _Asked(device, dtype, config, max_shard_size, checksums, fused_experts, hub_and_model_kwargs)
     with ExitStack() as stack:
         ranks = ranks_apart(stack, process_group)
         refuse_misplaced(hub_and_model_kwargs)
@@ -127,6 +129,7 @@ class _Asked(NamedTuple):
     config: Int8Config | None
     max_shard_size: int | str
     checksums: bool
+    fused_experts: bool
     arguments: Mapping[str, Any]
 
 
@@ -146,7 +149,10 @@ def _convert(
     request = conversion_request(
         path, devices[0], asked.dtype, int8_config(asked.config), options, dict(asked.arguments)
     )
-    plan = plan_conversion(None, request, asked.max_shard_size, preparation, recorder)
+    fused = asked.fused_experts
+    plan = plan_conversion(None, request, asked.max_shard_size, preparation, recorder, fused_experts=fused)
+    if fused:
+        _require_experts(plan.model)
     plan = plan._replace(checksums=asked.checksums)
     if ranks is None:
         write_converted(plan, target, devices, preparation, recorder, complete)
@@ -155,6 +161,12 @@ def _convert(
 
     preparation.stop_prefetch()  # which reads everything
     write_together(plan, target, devices[0], preparation, recorder, complete, ranks)
+
+
+def _require_experts(model: Any) -> None:
+    from pyint8.models.transformers.saving import require_experts
+
+    require_experts(model)
 
 
 def _refuse(path: str, target: str, config: Int8Config | None, arguments: Mapping[str, Any]) -> None:

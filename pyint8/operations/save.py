@@ -31,6 +31,7 @@ def save(
     checksums: bool = False,
     push_to_hub: str | None = None,
     private: bool = False,
+    fused_experts: bool = False,
 ) -> None:
     """Save an int8 model as bitsandbytes' standard int8 checkpoint, which transformers, accelerate and pyint8 load.
 
@@ -51,6 +52,9 @@ def save(
         push_to_hub: The repository that `folder` is uploaded to afterwards, "me/Llama-3.1-8B-int8"; made before, if it
             is not there.
         private: Whether that repository, if it is made, is private.
+        fused_experts: Write the int8 experts of a module as one tensor, codes [experts, out, in] and scales
+            [experts, out], which is read back many times faster. Otherwise each expert has tensors of its own, as
+            transformers 4 wrote them, where the model's checkpoints have them so.
 
     Raises:
         ModelNotSupportedError: The model is not int8, or has adapters.
@@ -60,18 +64,20 @@ def save(
     module, path = _checked(model), decoded_folder(folder)
     if push_to_hub is not None:
         require_repository(push_to_hub, private=private)
-    _save(module, path, max_shard_size, checksums=checksums)
+    if fused_experts and not is_of_transformers(module):
+        raise OptionError("fused_experts is for transformers models, whose experts are of known classes; leave it out")
+    _save(module, path, max_shard_size, checksums=checksums, fused_experts=fused_experts)
     if push_to_hub is not None:
         logger.info("pushed to %s", push_folder(path, push_to_hub))
 
 
-def _save(module: nn.Module, path: str, max_shard_size: int | str, *, checksums: bool) -> None:
+def _save(module: nn.Module, path: str, max_shard_size: int | str, *, checksums: bool, fused_experts: bool) -> None:
     with replaced_folder(path, is_of_a_save) as staging, write_errors(path):
         if is_of_transformers(module):
             with importing:
                 from pyint8.models.transformers.saving import save_model
 
-            save_model(module, staging, max_shard_size, checksums=checksums)
+            save_model(module, staging, max_shard_size, checksums=checksums, fused_experts=fused_experts)
             describe(module, staging, has_card=exists(os.path.join(path, "README.md")))
         else:
             with importing:

@@ -17,6 +17,7 @@ from pyint8.errors import CheckpointError, CheckpointNotFoundError, OptionError,
 from pyint8.host import ending, garbage
 from pyint8.host.files import is_file
 from pyint8.host.imports import importing
+from pyint8.models.checks import has_expert_codes, has_fused_experts
 from pyint8.models.keywords import refuse_misplaced
 from pyint8.models.transformers.releases import require_transformers
 from pyint8.operations.common import (
@@ -157,7 +158,7 @@ def verify(
         if source is None:
             problems += _read(checkpoint, options, recorder)
         else:
-            request = _request(path, source, options, hub_kwargs)
+            request = _request(path, source, options, hub_kwargs, experts=has_expert_codes(checkpoint))
             comparison, found = _compare(checkpoint, request, device, recorder)
             problems += found
         files, findings = tuple(map(url_of, checkpoint.files)), _findings(problems)
@@ -166,7 +167,7 @@ def verify(
         against=other,
         files=files,
         tensors=len(checkpoint),
-        int8_weights=sum(name.endswith(f".{SCALES}") for name in checkpoint),
+        int8_weights=sum(name.endswith((f".{SCALES}", f"_{SCALES}")) for name in checkpoint),
         nbytes=checkpoint.nbytes,
         compared=0 if comparison is None else len(checkpoint) - len(comparison.left()),
         not_compared=() if comparison is None else tuple(sorted(comparison.not_compared)),
@@ -227,7 +228,7 @@ def _compare(
 
     with ExitStack() as stack:
         preparation = stack.enter_context(prepare(find_checkpoint(request.base, request.arguments), request.options))
-        conversion = _conversion(request, preparation, recorder)
+        conversion = _conversion(request, preparation, recorder, fused_experts=has_fused_experts(checkpoint))
         comparison = Comparison(checkpoint, conversion)
         entries = [checkpoint[name] for name in comparison.order]
         stored = stack.enter_context(StoredBytes(entries, request.options, Recorder()))
@@ -239,17 +240,19 @@ def _compare(
     return comparison, [*comparison.misfits(), *stored.errors, *verifier.problems]
 
 
-def _conversion(request: LoadRequest, preparation: Any, recorder: Recorder) -> Conversion:
+def _conversion(request: LoadRequest, preparation: Any, recorder: Recorder, *, fused_experts: bool) -> Conversion:
     require_transformers()
     with importing:
         from pyint8.models.transformers.converting import Conversion
         from pyint8.models.transformers.loading import plan_pretrained
     model, load = plan_pretrained(request, preparation, recorder)
-    return Conversion(model, load, "5GB")
+    return Conversion(model, load, "5GB", fused_experts=fused_experts)
 
 
-def _request(path: str, source: str, options: StreamOptions, arguments: Mapping[str, Any]) -> LoadRequest:
-    """The load that the checkpoint in `path` was made with."""
+def _request(
+    path: str, source: str, options: StreamOptions, arguments: Mapping[str, Any], *, experts: bool
+) -> LoadRequest:
+    """The load that the checkpoint in `path`, whose experts are int8 or not, was made with."""
     from pyint8.models.request import LoadRequest, check_dtype
 
     described = configuration(path, arguments)
@@ -268,7 +271,7 @@ def _request(path: str, source: str, options: StreamOptions, arguments: Mapping[
         config=Int8Config(
             threshold=stored.get("llm_int8_threshold", 6.0),
             skip_modules=stored.get("llm_int8_skip_modules"),
-            experts="experts_implementation" in described[1],
+            experts=experts,
         ),
         strict=False,
         options=options,

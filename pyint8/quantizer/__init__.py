@@ -16,7 +16,7 @@ from pyint8.quantizer.saved import (
 )
 from pyint8.quantizer.sizes import tensor_bytes
 from pyint8.quantizer.skip_list import entry_for
-from pyint8.quantizer.weights import Experts, TensorSource, WeightSource, stand_in
+from pyint8.quantizer.weights import Experts, TensorSource, WeightSource, codes_of, stand_in
 
 __all__ = [
     "ENTRY_POINT",
@@ -29,6 +29,7 @@ __all__ = [
     "WeightHealth",
     "WeightSource",
     "codes_and_scales",
+    "codes_of",
     "entry_for",
     "expert_scales",
     "find_entry_point",

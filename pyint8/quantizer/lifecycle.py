@@ -221,9 +221,14 @@ class Int8Quantizer:
     def dequantizes(self, parameter_name: str) -> bool:
         """Whether codes of an int8 checkpoint become an ordinary weight: of a module that is read, or a router, which
         transformers 4 quantized too."""
+        is_read = parameter_name.removesuffix(".weight") in self.read
+        return self.pre_quantized and (is_read or self.may_be_router(parameter_name))
+
+    def may_be_router(self, parameter_name: str) -> bool:
+        """Whether it is the weight of a mixture's module that is no linear one in transformers 5, and was in 4."""
         module_name, _, leaf = parameter_name.rpartition(".")
-        is_router = bool(self.experts) and module_name not in self.converted and module_name not in self.skipped
-        return self.pre_quantized and leaf == "weight" and (module_name in self.read or is_router)
+        is_other = module_name not in self.converted and module_name not in self.skipped
+        return bool(self.experts) and leaf == "weight" and is_other
 
     def kind_of(self, parameter_name: str) -> str:
         """The report's kind of a weight that `create_quantized_param` makes."""

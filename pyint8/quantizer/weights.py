@@ -133,6 +133,12 @@ def quantized(
     return codes, scales
 
 
+def codes_of(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes int8 [out, in] and scales fp32 [out] of a weight [out, in] of any float dtype, on its device."""
+    found = bitsandbytes.functional.int8_vectorwise_quant(weight.to(torch.float16))
+    return found[0], found[1]
+
+
 def checked_scales(name: str, codes: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
     """The scales of an int8 weight of a checkpoint.
 

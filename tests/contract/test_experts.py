@@ -62,6 +62,8 @@ def test_codes_and_scales_are_those_of_linear8bitlt(model_type: str, tmp_path: P
     again = pyint8.load(tmp_path / "int8", model=type(model), progress=False, **KWARGS)
     assert state(again) == state(ours)
     assert [type(module) for module in again.modules()] == [type(module) for module in ours.modules()]
+    pyint8.save(ours, tmp_path / "whole", fused_experts=True)
+    assert state(pyint8.load(tmp_path / "whole", model=type(model), progress=False, **KWARGS)) == state(ours)
 
 
 def compare(ours: Any, theirs: Any) -> int:

@@ -104,13 +104,14 @@ sys.exit("it was loaded")
 """
 
 
-@pytest.mark.parametrize("by", ["save", "save_pretrained"])
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("name", "by"), [("mixtral", "save"), ("mixtral", "fused"), ("qwen3_moe", "fused"), ("gpt_oss", "save_pretrained")]
+)
 def test_stock_transformers_refuses_them(checkpoints: CheckpointStore, tmp_path: Path, name: str, by: str) -> None:
     config = pyint8.Int8Config(experts=True)
     model = pyint8.load(checkpoints.folder(ZOO[name], "bf16"), "cpu", config=config)
-    if by == "save":
-        pyint8.save(model, tmp_path)
+    if by != "save_pretrained":
+        pyint8.save(model, tmp_path, fused_experts=by == "fused")
     else:
         model.save_pretrained(tmp_path)
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", STOCK, tmp_path], capture_output=True, text=True)

@@ -71,7 +71,12 @@ def test_all_ranks_have_what_one_has_alone(ranks: RankProcesses, checkpoints: Ch
         assert all(share < 0.8 for share in shares)  # of tiny tensors, many are read whole
 
 
-def test_experts_in_int8(ranks: RankProcesses, checkpoints: CheckpointStore) -> None:
+def test_experts_in_int8(ranks: RankProcesses, checkpoints: CheckpointStore, tmp_path: Path) -> None:
+    mixture = checkpoints.folder(ZOO["mixtral"], "bf16")
+    config = pyint8.Int8Config(experts=True)
+    for fused in (False, True):
+        pyint8.convert(mixture, tmp_path / str(fused), device="cpu", config=config, fused_experts=fused, progress=False)
+    values(ranks.run(cases.same_as_alone, [tmp_path / "False", tmp_path / "True"]))
     folders = [Path(checkpoints.folder(ZOO[name], "bf16")) for name in ("mixtral", "gpt_oss")]
     for shares in values(ranks.run(cases.same_as_alone, folders, pyint8.Int8Config(experts=True))):
         assert all(share < 0.8 for share in shares)

@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
-from transformers4 import CONFIGS, DIGESTS, digest, int8_form
+from transformers4 import CONFIGS, DIGESTS, digest, int8_form, weights
 from transformers4 import __file__ as script
 
 import pyint8
@@ -91,6 +91,30 @@ def test_it_is_saved_again(genuine: tuple[str, Path], tmp_path: Path) -> None:
     again = pyint8.load(tmp_path / "again", "cpu", model=model_class(name), progress=False)
     for key, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[key]), key
+
+
+def test_it_is_verified_against_its_source(genuine: tuple[str, Path], tmp_path: Path) -> None:
+    name, folder = genuine
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = [model_class(name).__name__]
+    (folder / "config.json").write_text(json.dumps(config))
+    source = tmp_path / "source"
+    source.mkdir()
+    tensors = weights(name)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    del config["quantization_config"]
+    (source / "config.json").write_text(json.dumps(config))
+    sound = pyint8.verify(folder, against=source, device="cpu")
+    stored = load_file(folder / "model.safetensors")
+    formats = [key for key in stored if key.endswith("weight_format")]
+    assert sound.findings == ()
+    experts = [key for key in formats if ".experts." in key or ".gate." in key]  # what `convert` writes no format of
+    assert sound.compared == len(stored) - len(experts)
+    changed = [key for key in stored if key.endswith((".experts.3." + parts(name)[1][0] + ".weight", ".gate.SCB"))]
+    for key in changed:
+        stored[key].view(-1)[5 % len(stored[key])] += 1
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    assert {found.tensor for found in pyint8.verify(folder, against=source, device="cpu").findings} == set(changed)
 
 
 def model_class(name: str) -> Any:

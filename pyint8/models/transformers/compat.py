@@ -8,7 +8,7 @@ known to work. Of the quantizer's hooks, which `hooks` overrides, `update_weight
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -56,8 +56,10 @@ __all__ = [
     "custom_object_save",
     "dot_natural_key",
     "expand_device_map",
+    "experts_implementation",
     "final_device_map",
     "fixed_dtypes",
+    "for_other_names",
     "has_adapters",
     "ignored_on_save",
     "in_conversions",
@@ -67,6 +69,7 @@ __all__ = [
     "may_be_missing",
     "remove_tied_weights_from_state_dict",
     "rename_source_key",
+    "renames_back",
     "reset_experts_implementation",
     "reverted",
     "revertible",
@@ -163,6 +166,26 @@ def _is_revertible(conversion: WeightTransform, codes: Collection[str]) -> bool:
         return False
 
 
+def for_other_names(one: WeightTransform, rename: Callable[[str], str]) -> WeightTransform:
+    """A renaming, or a conversion, of tensors of other names, within the same part of a model (since 5.12)."""
+    patterns = (one._original_source_patterns, one._original_target_patterns)
+    sources, targets = ([rename(pattern) for pattern in each] for each in patterns)
+    operations = [list(one.operations)] if isinstance(one, WeightConverter) else []
+    made: WeightTransform = type(one)(sources, targets, *operations)
+    for name in ("scope_prefix", "base_model_prefix"):
+        if hasattr(one, name):
+            setattr(made, name, getattr(one, name))
+    return made
+
+
+def renames_back(one: WeightTransform, names: Iterable[str]) -> bool:
+    """Whether it is a plain renaming, and saving a model reverts it for one of these names."""
+    if type(one) is not WeightRenaming:
+        return False
+    reverse = one.reverse_transform()
+    return any(reverse.rename_source_key(name)[1] is not None for name in names)
+
+
 def in_conversions(conversions: Iterable[WeightTransform], names: Iterable[str]) -> set[str]:
     """Of names in a model's state dict, those of tensors that reverting the conversions takes apart or merges."""
     reverse = [one.reverse_transform() for one in conversions if isinstance(one, WeightConverter)]
@@ -179,6 +202,11 @@ def reverted(
         return revert_weight_conversion(model, state)  # type: ignore[no-any-return]
     finally:
         model._weight_conversions = used
+
+
+def experts_implementation(config: Any) -> Any:
+    """What a configuration names as its model's implementation of experts; None if it names none."""
+    return getattr(config, "_experts_implementation", None)
 
 
 def reset_experts_implementation(model: Any, name: str) -> None:

@@ -44,6 +44,7 @@ class Conversion:
         load: Its load.
         max_shard_size: Of one file.
         equal: Whether two tied parameters that the checkpoint has both are the same; None reads them.
+        fused_experts: See `revertible_int8`.
 
     Attributes:
         shards: The files to write.
@@ -60,6 +61,8 @@ class Conversion:
         load: PlannedLoad,
         max_shard_size: int | str,
         equal: Callable[[str, str], bool] | None = None,
+        *,
+        fused_experts: bool = False,
     ) -> None:
         self._model = model
         self._load = load
@@ -68,10 +71,10 @@ class Conversion:
         own: State = model.state_dict()
         self._codes = int8_modules(model)
         belonging = {f"{name}.{leaf}" for name in self._codes for leaf in ("weight", SCALES, FORMAT)}
-        self._conversions = revertible_int8(model, belonging)
+        self._conversions = revertible_int8(model, belonging, fused_experts=fused_experts)
         self._expert_scales = set(expert_scales(model))
         self._converted = in_conversions(self._conversions or (), own)
-        saved = saved_form(model, own, lambda _, value: value)
+        saved = saved_form(model, own, lambda _, value: value, fused_experts=fused_experts)
         names = {id(value): name for name, value in saved.items()}
         self._names = {name: names[id(value)] for name, value in own.items() if id(value) in names}
         self.initialized: State = {
@@ -93,6 +96,10 @@ class Conversion:
     @property
     def num_parameters(self) -> int:
         return int(self._model.num_parameters())
+
+    def routers(self) -> set[str]:
+        """The names of tensors that transformers 4 may have quantized, and that stay ordinary here."""
+        return {saved for name, saved in self._names.items() if self._load.may_be_router(name)}
 
     def order(self) -> list[str]:
         """The names of all tensors, in the order in which `run` makes them."""

@@ -1,16 +1,38 @@
-"""Whether a checkpoint has what int8 experts are made of: all of it 16 or 32 bit, or codes with sound scales."""
+"""Whether a checkpoint has what int8 experts are made of: all of it 16 or 32 bit, or codes with sound scales.
+
+Those of an int8 checkpoint lie in one of two ways, which their names and shapes tell apart: each expert by itself, as
+transformers 4 saved them (`X.experts.0.w1.weight`, int8 [out, in], and `X.experts.0.w1.SCB`, fp32 [out]), or those of a
+module whole (`X.experts.down_proj`, int8 [experts, out, in], and `X.experts.down_proj_SCB`, fp32 [experts, out]).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from pyint8.checkpoint import Checkpoint, Entry
-from pyint8.errors import CheckpointError, QuantizationStateError
+from pyint8.errors import CheckpointError, ModelNotSupportedError, QuantizationStateError
 from pyint8.models import checks
+from pyint8.models.transformers.compat import experts_implementation
 from pyint8.models.transformers.plan import LoadPlan, Target
 from pyint8.quantizer import EXPERT_SCALES, Int8Quantizer
+
+EXPERTS = "pyint8-1"
+"""What a saved model with int8 experts names as its implementation of them (see docs/recipes.md): transformers without
+pyint8, which would take the codes for weights, refuses a name that it does not know. The number is that of what codes
+and scales mean; another one is refused."""
+
+
+def refuse_other_forms(config: Any, path: str) -> None:
+    """Raises ModelNotSupportedError for a configuration that another version of pyint8 saved, with other experts."""
+    named = experts_implementation(config)
+    if isinstance(named, str) and named.startswith(EXPERTS.rstrip("0123456789")) and named != EXPERTS:
+        raise ModelNotSupportedError(
+            f"the int8 experts in {path} are of the form {named}, and this pyint8 reads {EXPERTS}: install the release "
+            "of pyint8 that wrote it, or a later one, or start from the 16-bit checkpoint"
+        )
 
 
 def check_experts(

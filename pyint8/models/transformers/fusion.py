@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import prod
 
 import torch
 
 from pyint8.checkpoint import Checkpoint, Entry
 from pyint8.models.assembly import ExpertPart
-from pyint8.models.transformers.compat import Concatenate, MergeModulelist, WeightConverter, converts_on_cpu
+from pyint8.models.checks import SCALES
+from pyint8.models.transformers.compat import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightTransform,
+    converts_on_cpu,
+    for_other_names,
+    in_conversions,
+    renames_back,
+)
 from pyint8.models.transformers.plan import Target
+from pyint8.quantizer import EXPERT_SCALES
 from pyint8.streaming.requests import Part, is_plain, kernels_cast
+
+_WEIGHT = ".weight"
 
 
 def find_parts(target: Target, checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Part]:
@@ -82,6 +95,37 @@ def expert_parts(
         ]
         row += stack[0].torch_shape[0]
     return parts
+
+
+def to_revert(
+    used: Sequence[WeightTransform], conversions: Sequence[WeightTransform], experts: Collection[str]
+) -> list[WeightTransform]:
+    """What saving a model reverts: what loading it has used, and of int8 experts the merges that put them side by side,
+    whether the checkpoint had them whole or not; with their scales.
+
+    Args:
+        used: Of `conversions`, those that matched something.
+        conversions: transformers' own for the model.
+        experts: Names of the weights of int8 experts.
+    """
+    left, merges = set(experts), []
+    for one in sorted(conversions, key=lambda one: all(one is not other for other in used)):
+        if isinstance(one, WeightConverter) and is_plain_merge(one) and (found := in_conversions([one], left)):
+            merges.append(one)
+            left -= found
+    kept = [one for one in conversions if any(one is other for other in (*used, *merges))]
+    renamed = [one for one in used if _renames_weights(one) and renames_back(one, experts)]
+    return [*kept, *(for_other_names(one, _scales_of) for one in (*renamed, *merges))]
+
+
+def _renames_weights(one: WeightTransform) -> bool:
+    return all(pattern.endswith(_WEIGHT) for pattern in one.source_patterns)
+
+
+def _scales_of(pattern: str) -> str:
+    """Of a pattern of names of weights, that of their scales."""
+    is_one = pattern.endswith(_WEIGHT)
+    return f"{pattern.removesuffix(_WEIGHT)}.{SCALES}" if is_one else f"{pattern}{EXPERT_SCALES}"
 
 
 def is_plain_merge(converter: WeightConverter) -> bool:

@@ -32,6 +32,7 @@ from pyint8.models.transformers.compat import (
     unsplit_modules,
 )
 from pyint8.models.transformers.conversion import PlannedConverter, PlannedRenaming
+from pyint8.models.transformers.expert_codes import EXPERTS
 from pyint8.models.transformers.parallel import refuse_split_models
 from pyint8.models.transformers.session import LoadSession
 from pyint8.models.unquantized import report_unquantized
@@ -45,11 +46,6 @@ _KEPT = "in its class's list of modules to keep in float32"
 _HIDDEN = ("load_in_8bit", "load_in_4bit", "_load_in_8bit", "_load_in_4bit", "quant_method")
 
 
-# What a saved model with int8 experts names as its implementation of them (see docs/recipes.md): transformers without
-# pyint8, which would take the codes for weights, refuses a name that it does not know. The number is the layout's.
-_EXPERTS = "pyint8-1"
-
-
 def _refuse_codes(experts: torch.nn.Module, *_: Any) -> None:
     """The forward pass of experts that say that they are int8, and are not of our class."""
     raise ModelNotSupportedError(
@@ -58,7 +54,7 @@ def _refuse_codes(experts: torch.nn.Module, *_: Any) -> None:
     )
 
 
-ALL_EXPERTS_FUNCTIONS.register(_EXPERTS, _refuse_codes)
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS, _refuse_codes)
 
 
 @register_quantization_config(METHOD)
@@ -174,7 +170,7 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         self.session.open_files(checkpoint_files)
         if self._was_pre_quantized and has_expert_codes(self.session.checkpoint):
             self.int8.config = replace(self.int8.config, experts=True)
-        reset_experts_implementation(model, _EXPERTS)
+        reset_experts_implementation(model, EXPERTS)
         self._name_genuine_config(model)
         super().preprocess_model(model, dtype=dtype, checkpoint_files=checkpoint_files, **kwargs)
         self.session.model_is_built()
@@ -239,12 +235,12 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
                 config.llm_int8_skip_modules = list(self.int8.skip)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        set_used_conversions(model, self._planned.plan.used)
+        set_used_conversions(model, self._planned.to_revert())
         genuine = Bnb8BitHfQuantizer(self.quantization_config, pre_quantized=self._was_pre_quantized)
         genuine.modules_to_not_convert = self.int8.skip
         model.hf_quantizer = genuine
         if self.int8.experts:
-            model.config.experts_implementation = _EXPERTS  # without an underscore it is saved
+            model.config.experts_implementation = EXPERTS  # without an underscore it is saved
         report_unquantized(model, self.int8, self.session.recorder.report)
         warn_of_unfilled_buffers(model, self.session.device_map)
         self.session.finish()  # the last bytes may have come only now (see PlannedLoad.make)

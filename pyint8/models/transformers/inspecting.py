@@ -19,7 +19,7 @@ from pyint8.models.transformers.loading import plan_pretrained
 from pyint8.models.transformers.planned import PlannedLoad
 from pyint8.placement.budget import MemoryBudget
 from pyint8.placement.device_map import device_name, device_of
-from pyint8.quantizer import int8_modules
+from pyint8.quantizer import EXPERT_SCALES, expert_scales, int8_modules
 from pyint8.report import Recorder
 from pyint8.streaming.preparation import Preparation
 
@@ -87,7 +87,8 @@ def inspect_pretrained(request: LoadRequest, plan: str, recorder: Recorder) -> I
         ties[one] = other
         return True
 
-    codes = tuple(int8_modules(model))
+    experts = dict.fromkeys(name.rpartition(".")[0] for name in expert_scales(model))
+    codes = (*int8_modules(model), *experts)
     shards = Conversion(model, load, _MAX_SHARD_SIZE, assume).shards if codes else None
     return InspectedModel(type(model).__name__, load, codes, shards, ties, placements[0])
 
@@ -154,6 +155,8 @@ def kinds_of(shards: Shards) -> dict[str, int]:
 
 
 def _kind(name: str, shards: Shards) -> str:
+    if name.endswith(EXPERT_SCALES) or name + EXPERT_SCALES in shards.file_of:  # experts, whole
+        return "scales" if name.endswith(EXPERT_SCALES) else "int8"
     module, _, leaf = name.rpartition(".")
     if f"{module}.{SCALES}" not in shards.file_of:
         return "unquantized"

@@ -20,6 +20,7 @@ from pyint8.host import garbage
 from pyint8.host.files import exists, is_folder
 from pyint8.models.request import LoadRequest
 from pyint8.models.transformers import hooks  # noqa: F401  registers pyint8's quantizer with transformers
+from pyint8.models.transformers.expert_codes import refuse_other_forms
 from pyint8.models.transformers.failures import (
     ASKS_FOR_TRUST,
     named_configuration,
@@ -144,6 +145,7 @@ def _resolve(model_class: Any, request: LoadRequest) -> tuple[Any, dict[str, Any
     config_class = getattr(model_class, "config_class", None) or transformers.AutoConfig
     with named_by_adapter(path, base):
         config = _read_config(config_class, base, hub)
+    refuse_other_forms(config, base)
     if model_class is None:
         model_class = class_of(config, base, trusted=bool(hub.get("trust_remote_code")))
     if not model_class.__name__.startswith("Auto"):  # only Auto classes look for code

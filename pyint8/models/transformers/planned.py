@@ -14,6 +14,7 @@ from pyint8.checkpoint import Checkpoint
 from pyint8.models.assembly import Destination
 from pyint8.models.request import LoadRequest
 from pyint8.models.transformers.compat import WeightTransform, converts_on_cpu, looks_at_values
+from pyint8.models.transformers.fusion import to_revert
 from pyint8.models.transformers.parameters import ParameterMaker, find_destinations, find_dtypes
 from pyint8.models.transformers.plan import plan_load
 from pyint8.models.transformers.reconcile import check_index, reconcile
@@ -54,6 +55,7 @@ class PlannedLoad:
     ) -> None:
         self._maker: ParameterMaker | None = None
         self._model, self.checkpoint, self._dtype, self._quantizer = model, checkpoint, dtype, quantizer
+        self._conversions = conversions
         prefix, keys = model.base_model_prefix, model.state_dict()
         self.plan = plan_load(checkpoint, conversions, prefix, keys, pre_quantized=quantizer.pre_quantized)
         allow = request.allows_mismatched_shapes
@@ -189,6 +191,15 @@ class PlannedLoad:
         self._maker.close()
         self._maker = None
         return time.perf_counter() - self._started_at
+
+    def may_be_router(self, name: str) -> bool:
+        """Whether transformers 4 may have quantized a parameter that stays ordinary."""
+        return self._quantizer.may_be_router(name)
+
+    def to_revert(self) -> list[WeightTransform]:
+        """The conversions that saving the model has to revert."""
+        experts = list(filter(self._quantizer.check_experts_param, self.plan.made_by))
+        return to_revert(self.plan.used, self._conversions, experts) if experts else self.plan.used
 
     def conversion_bytes(self) -> int:
         """The bytes of a GPU that the largest conversion (a merge of experts) may need beside its result."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pyint8.checkpoint.shards import shards_of
-from pyint8.errors import ModelNotSupportedError
+from pyint8.errors import ModelNotSupportedError, OptionError
 from pyint8.models.checks import FORMAT, SCALES
 from pyint8.models.saving import in_memory, planned, write_shards
 from pyint8.models.transformers.compat import (
@@ -30,20 +30,32 @@ from pyint8.quantizer import EXPERT_SCALES, expert_scales, int8_modules, require
 State = dict[str, torch.Tensor]
 
 
-def save_model(model: Any, folder: str, max_shard_size: int | str, *, checksums: bool) -> None:
+def save_model(
+    model: Any, folder: str, max_shard_size: int | str, *, checksums: bool, fused_experts: bool = False
+) -> None:
     """Writes a model's weights and configurations to an empty folder.
 
     A single file is that of `save_pretrained`, to the byte; which needs a file's tensors in host memory, cannot save
     what transformers loaded from int8, and splits int8 weights so that nothing can read them.
 
+    Args:
+        model: An int8 model.
+        folder: Where to.
+        max_shard_size: Of one file.
+        checksums: Whether to write those of all tensors.
+        fused_experts: Whether the int8 experts of a module are one tensor (see `revertible_int8`).
+
     Raises:
         ModelNotSupportedError: It is not int8, or has adapters.
+        OptionError: `fused_experts`, and no experts are int8.
         WriteError: The operating system refused.
     """
     require_saveable(model)
+    if fused_experts:
+        require_experts(model)
     own = model.state_dict()
     values = {id(value): name for name, value in own.items()}
-    tensors = saved_form(model, own, partial(in_memory, model))
+    tensors = saved_form(model, own, partial(in_memory, model), fused_experts=fused_experts)
     shards = shards_of((planned(name, tensor) for name, tensor in tensors.items()), max_shard_size)
 
     def value(name: str) -> torch.Tensor:
@@ -69,13 +81,25 @@ def require_saveable(model: Any) -> None:
         )
 
 
-def saved_form(model: Any, state: State, fetch: Callable[[str, torch.Tensor], torch.Tensor]) -> State:
+def require_experts(model: Any) -> None:
+    """Raises OptionError for a model without int8 experts, which nothing can fuse."""
+    if not expert_scales(model):
+        raise OptionError(
+            f"fused_experts is for int8 experts, and this {type(model).__name__} has none: leave it out, or make some "
+            "with config=Int8Config(experts=True)"
+        )
+
+
+def saved_form(
+    model: Any, state: State, fetch: Callable[[str, torch.Tensor], torch.Tensor], *, fused_experts: bool
+) -> State:
     """The state dict as a checkpoint has it: tied weights once, by the checkpoint's names and in its parts.
 
     Args:
         model: For its conversions.
         state: Its state dict.
         fetch: The value of a tensor that a conversion takes apart, by its name and what `state` has for it.
+        fused_experts: See `revertible_int8`.
     """
     ignored = ignored_on_save(model)
     modules = int8_modules(model)
@@ -88,20 +112,23 @@ def saved_form(model: Any, state: State, fetch: Callable[[str, torch.Tensor], to
     codes = [name for name in modules if f"{name}.weight" in single]
     belonging = {f"{name}.{leaf}" for name in codes for leaf in ("weight", SCALES, FORMAT)}
     ordered = {name: single.get(name, state[name]) for name in state if name in single or name in belonging}
-    conversions = revertible_int8(model, belonging)
+    conversions = revertible_int8(model, belonging, fused_experts=fused_experts)
     for name in in_conversions(conversions or (), ordered):
         ordered[name] = fetch(name, ordered[name])
     scales = {name: fetch(name, state[name]) for name in of_experts}
     return reverted(model, ordered, conversions) | scales_as_saved(model, scales, conversions)
 
 
-def revertible_int8(model: Any, belonging: Collection[str]) -> list[WeightTransform] | None:
-    """The conversions to revert (see `revertible`), but for those that do more to int8 experts than to put them side by
-    side: their codes stay whole."""
+def revertible_int8(model: Any, belonging: Collection[str], *, fused_experts: bool) -> list[WeightTransform] | None:
+    """The conversions to revert (see `revertible`).
+
+    int8 experts that the model's own conversions only put side by side are taken apart, unless `fused_experts`. All
+    others stay whole: codes int8 [experts, out, in] and scales fp32 [experts, out].
+    """
     experts = {name.removesuffix(EXPERT_SCALES) for name in expert_scales(model)}
     conversions = revertible(model, ()) or []
     odd = [one for one in conversions if isinstance(one, WeightConverter) and not is_plain_merge(one)]
-    return revertible(model, {*belonging, *in_conversions(odd, experts)})
+    return revertible(model, {*belonging, *(experts if fused_experts else in_conversions(odd, experts))})
 
 
 def scales_as_saved(model: Any, scales: State, conversions: Any) -> State:

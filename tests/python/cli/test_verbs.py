@@ -95,7 +95,7 @@ def test_there_is_no_plan_for_headers(llama: Path, command: Command) -> None:
 # --- convert ----------------------------------------------------------------------------------------------------------
 
 
-def test_convert(llama: Path, command: Command, tmp_path: Path) -> None:
+def test_convert(llama: Path, checkpoints: CheckpointStore, command: Command, tmp_path: Path) -> None:
     words = ("convert", llama, tmp_path / "int8", "--device", "cpu", "--skip", "k_proj", "--skip", "lm_head")
     value = value_of(command(*words, "--max-shard-size", "60KB", "--json"))
     config = pyint8.Int8Config(skip_modules=["k_proj", "lm_head"])
@@ -107,7 +107,10 @@ def test_convert(llama: Path, command: Command, tmp_path: Path) -> None:
         assert (tmp_path / "int8" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
     assert (value["folder"], value["pushed"]) == (str(tmp_path / "int8"), None)
     assert value["report"]["tensors"]["int8"] == 12
-    assert "written" in command("convert", llama, "other", "--device", "cpu", "--checksums").stdout
+    words = ("convert", checkpoints.folder(ZOO["mixtral"], "bf16"), "other", "--device", "cpu")
+    assert "written" in command(*words, "--checksums", "--experts", "--fused-experts").stdout
+    shapes = {tuple(value.shape) for value in load_file(tmp_path / "other" / "model.safetensors").values()}
+    assert {(4, 96, 32), (4, 32, 48)} <= shapes  # experts, whole
     assert (tmp_path / "other" / "model.safetensors.crc32c.json").exists()
     assert not (tmp_path / "int8" / "model.safetensors.crc32c.json").exists()
 

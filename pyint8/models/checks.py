@@ -11,6 +11,7 @@ from pyint8.checkpoint import Checkpoint, Entry
 from pyint8.checkpoint.entry import FORMAT as FORMAT
 from pyint8.checkpoint.entry import SCALES as SCALES
 from pyint8.errors import CheckpointError, QuantizationStateError, ShapeMismatchError
+from pyint8.quantizer import EXPERT_WEIGHTS
 
 logger = logging.getLogger(__name__)
 
@@ -157,6 +158,11 @@ def wrapper_prefix(names: Iterable[str], bare: Container[str]) -> str | None:
 def has_expert_codes(checkpoint: Checkpoint) -> bool:
     """Whether experts are int8 in a checkpoint: each with its scales, as transformers 4 saved them, or all in one."""
     return has_fused_experts(checkpoint) or any(name.endswith(SCALES) and ".experts." in name for name in checkpoint)
+
+
+def has_whole_experts(checkpoint: Checkpoint) -> bool:
+    """Whether weights of experts, of any dtype, are one tensor for all of a module, by their names in transformers."""
+    return any(name.rpartition(".")[2] in EXPERT_WEIGHTS for name in checkpoint)
 
 
 def has_fused_experts(checkpoint: Checkpoint) -> bool:

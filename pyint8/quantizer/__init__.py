@@ -3,6 +3,7 @@
 from pyint8.quantizer.entry_point import ENTRY_POINT, OPERATOR, find_entry_point
 from pyint8.quantizer.experts.modules import has_int8_experts, why_not_experts
 from pyint8.quantizer.experts.names import SCALES as EXPERT_SCALES
+from pyint8.quantizer.experts.names import WEIGHTS as EXPERT_WEIGHTS
 from pyint8.quantizer.health import BadWeight, WeightHealth, first_overflow
 from pyint8.quantizer.lifecycle import Int8Quantizer
 from pyint8.quantizer.modules import is_linear, modules_to_keep, tied_names
@@ -21,6 +22,7 @@ from pyint8.quantizer.weights import Experts, TensorSource, WeightSource, codes_
 __all__ = [
     "ENTRY_POINT",
     "EXPERT_SCALES",
+    "EXPERT_WEIGHTS",
     "OPERATOR",
     "BadWeight",
     "Experts",

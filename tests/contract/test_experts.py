@@ -20,6 +20,7 @@ from pyint8.errors import (
     ModelNotSupportedError,
 )
 from pyint8.quantizer import EXPERT_SCALES
+from pyint8.quantizer.experts.kinds import kind_of
 from pyint8.quantizer.experts.modules import Int8Experts, why_not_experts
 from pyint8.quantizer.experts.names import WEIGHTS
 
@@ -72,7 +73,9 @@ def compare(ours: Any, theirs: Any) -> int:
         weight = theirs._parameters.get(name)
         if weight is None:
             continue
-        for expert, one in enumerate(weight.transpose(1, 2) if theirs.is_transposed else weight):
+        kind = kind_of(theirs)
+        assert kind is not None
+        for expert, one in enumerate(weight.transpose(1, 2) if kind.is_transposed else weight):
             codes, scales, _ = bnb.functional.int8_vectorwise_quant(one.contiguous().half())
             assert torch.equal(codes, getattr(ours, name)[expert])
             assert torch.equal(scales, getattr(ours, name + EXPERT_SCALES)[expert])

@@ -17,7 +17,7 @@ from transformers.quantizers import register_quantization_config, register_quant
 
 from pyint8.config import METHOD, Int8Config, bitsandbytes_field, int8_config_of, wants_experts
 from pyint8.errors import ModelNotSupportedError
-from pyint8.models.checks import has_expert_codes
+from pyint8.models.checks import has_expert_codes, has_whole_experts
 from pyint8.models.transformers.buffers import warn_of_unfilled_buffers
 from pyint8.models.transformers.compat import (
     ALL_EXPERTS_FUNCTIONS,
@@ -174,6 +174,11 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         self._name_genuine_config(model)
         super().preprocess_model(model, dtype=dtype, checkpoint_files=checkpoint_files, **kwargs)
         self.session.model_is_built()
+
+    def _convert_model_for_quantization(self, model: Any) -> None:
+        """Takes Llama 4's experts apart, where the checkpoint has them so; transformers does it whatever that has."""
+        if not has_whole_experts(self.session.checkpoint):
+            super()._convert_model_for_quantization(model)
 
     def _become_genuine(self, model: Any) -> None:
         """Becomes transformers' own quantizer: tensors that are in memory (`state_dict=`) need no stream."""

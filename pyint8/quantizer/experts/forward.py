@@ -48,9 +48,9 @@ def int8_experts_forward(
     ids = top_k_index.reshape(-1)
     order, places, ends = sort_pairs(ids, experts.num_experts)
     in_order = ids[order].clamp(max=experts.num_experts - 1)
-    first = "gate_up_proj" if experts.has_gate else "up_proj"
+    first = "gate_up_proj" if experts.kind.has_gate else "up_proj"
     inner = _linear(experts, first, hidden_states[order // k], ends, in_order)
-    inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+    inner = experts._apply_gate(inner) if experts.kind.has_gate else experts.act_fn(inner)
     outer = _linear(experts, "down_proj", inner, ends, in_order)
     if _has_norm(experts):
         outer = experts.post_expert_norm(outer)
@@ -59,10 +59,33 @@ def int8_experts_forward(
     return weighted_sum(outer, places, top_k_weights, is_here).to(hidden_states.dtype)
 
 
+def sorted_experts_forward(experts: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """The output of a module of experts that takes every token for every expert, weighted: Llama 4's.
+
+    Rows of a weight of 0, which are nearly all, give 0; weights of experts that have no others are not even read.
+
+    Args:
+        experts: The module; its weights are int8 [experts, out, in], with fp32 [experts, out] beside them.
+        hidden_states: [experts * tokens, hidden], expert by expert.
+
+    Returns:
+        [experts * tokens, hidden], of the dtype of `hidden_states`.
+    """
+    count = experts.num_experts
+    rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+    ids = torch.arange(count, device=rows.device).repeat_interleave(len(rows) // count)
+    if type(experts.act_fn).__name__ in _SILU:  # of 0, it is 0, and so is its product's gradient
+        ids = torch.where((rows != 0).any(dim=-1), ids, count)
+    order, places, ends = sort_pairs(ids, count)
+    gate, up = _linear(experts, "gate_up_proj", rows[order], ends, ids).chunk(2, dim=-1)
+    return _linear(experts, "down_proj", up * experts.act_fn(gate), ends, ids)[places]
+
+
 def is_usual(experts: Any) -> bool:
     """Whether its gate is silu of the first half of its outputs, times the second, as transformers' own default is."""
-    is_default = getattr(type(experts)._apply_gate, "__name__", "") == _DEFAULT_GATE if experts.has_gate else False
-    is_plain = not experts.has_bias and not _has_norm(experts)
+    kind = experts.kind
+    is_default = getattr(type(experts)._apply_gate, "__name__", "") == _DEFAULT_GATE if kind.has_gate else False
+    is_plain = not kind.has_bias and not _has_norm(experts)
     return is_default and is_plain and type(experts.act_fn).__name__ in _SILU
 
 
@@ -77,4 +100,4 @@ def _has_gradients(*tensors: torch.Tensor) -> bool:
 
 def _linear(experts: Any, name: str, x: torch.Tensor, ends: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     y: torch.Tensor = experts_linear(x, getattr(experts, name), getattr(experts, name + SCALES), ends)
-    return y + getattr(experts, f"{name}_bias")[ids] if experts.has_bias else y
+    return y + getattr(experts, f"{name}_bias")[ids] if experts.kind.has_bias else y

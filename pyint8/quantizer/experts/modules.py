@@ -16,33 +16,32 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from pyint8.errors import ModelNotSupportedError
+from pyint8.quantizer.experts.kinds import Kind, kind_of
 from pyint8.quantizer.experts.names import SCALES, WEIGHTS
-
-_TRAITS = ("has_gate", "has_bias", "is_transposed", "num_experts", "config")
 
 
 class Int8Experts(nn.Module):
     """What makes a class of transformers one whose experts are int8; mixed into it by `int8_class`.
 
     Attributes:
+        kind: Of the class that it was made for.
         is_transposed: Always False: codes are [experts, out, in].
         was_transposed: Whether the weights they were made of are stored as [experts, in, out].
     """
 
+    kind: Kind
     is_transposed = False
     was_transposed = False
     _compute: Callable[..., torch.Tensor]
 
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, *inputs: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
         if is_parametrized(self):
             raise ModelNotSupportedError(
                 f"something changes the weights of {type(self).__name__} in every forward pass, which are int8 codes; "
                 'PEFT\'s target_parameters, which "all-linear" implies for some models, cannot name them: load the '
                 "model with Int8Config(experts=False), or name other modules (target_modules)"
             )
-        return self._compute(self, hidden_states, top_k_index, top_k_weights)
+        return self._compute(self, *inputs, **named)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """As a module's own; but scales stay fp32, whatever the model is cast to."""
@@ -56,21 +55,22 @@ class Int8Experts(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """By the class that it was made for: the one made of it has no name in any module."""
-        return _blank, (type(self).__mro__[2],), self.__dict__
+        return _blank, (type(self).__mro__[2], self.kind), self.__dict__
 
 
 @cache
-def int8_class(original: type) -> type[Int8Experts]:
+def int8_class(original: type, kind: Kind) -> type[Int8Experts]:
     """The class of modules of `original` whose experts are int8."""
-    from pyint8.quantizer.experts.forward import int8_experts_forward  # registers operators, which takes 15 ms
+    from pyint8.quantizer.experts import forward  # registers operators, which takes 15 ms
 
-    fields = {"__module__": original.__module__, "__doc__": Int8Experts.__doc__}
-    fields["_compute"] = staticmethod(int8_experts_forward)  # type: ignore[assignment]
+    compute = forward.sorted_experts_forward if kind.is_sorted else forward.int8_experts_forward
+    fields = {"__module__": original.__module__, "__doc__": Int8Experts.__doc__, "kind": kind}
+    fields["_compute"] = staticmethod(compute)  # type: ignore[assignment]
     return type(f"Int8{original.__name__}", (Int8Experts, original), fields)
 
 
-def _blank(original: type) -> Int8Experts:
-    made = int8_class(original)
+def _blank(original: type, kind: Kind) -> Int8Experts:
+    made = int8_class(original, kind)
     return made.__new__(made)
 
 
@@ -79,9 +79,10 @@ def why_not_experts(module: nn.Module) -> str | None:
     weights = [name for name in WEIGHTS if _is_stack(module._parameters.get(name))]
     if not weights:
         return ""
-    if not all(hasattr(module, trait) for trait in _TRAITS):
+    kind = kind_of(module)
+    if kind is None:
         return f"{type(module).__name__} computes with its experts in a way of its own"
-    first = "gate_up_proj" if module.has_gate else "up_proj"
+    first = "gate_up_proj" if kind.has_gate else "up_proj"
     if weights != [first, "down_proj"]:
         return f"{type(module).__name__} has other weights than {first} and down_proj"
     return None
@@ -99,19 +100,20 @@ def _is_stack(weight: torch.Tensor | None) -> bool:
 def make_int8(module: nn.Module) -> None:
     """Gives a module of experts on meta codes and scales in place of its weights, without values."""
     stacks = {name: weight for name in WEIGHTS if (weight := module._parameters.get(name)) is not None}
-    transposed = bool(module.is_transposed)
+    kind = kind_of(module)
+    assert kind is not None
     for name, weight in stacks.items():
         experts, out, inner = weight.shape
-        if transposed:
+        if kind.is_transposed:
             out, inner = inner, out
         codes = torch.empty(experts, out, inner, dtype=torch.int8, device="meta")
         module._parameters[name] = nn.Parameter(codes, requires_grad=False)
         module.register_buffer(name + SCALES, torch.empty(experts, out, dtype=torch.float32, device="meta"))
     module.__dict__.pop("is_transposed", None)  # the class says it
-    if transposed:
+    if kind.is_transposed:
         module.__dict__["was_transposed"] = True
     original: type = type(module)
-    module.__class__ = int8_class(original)
+    module.__class__ = int8_class(original, kind)
 
 
 def convert_experts(model: nn.Module, wanted: Callable[[str], bool]) -> tuple[dict[str, Int8Experts], dict[str, str]]:

@@ -13,6 +13,8 @@ import pytest
 import torch
 import transformers.models
 from torch import nn
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
+from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
 
 from pyint8.quantizer.experts.forward import is_usual
 from pyint8.quantizer.experts.linear import experts_linear
@@ -147,8 +149,9 @@ INTERFACE = [kind for kind in CLASSES if why_not_experts(tiny(kind)) is None]
 
 
 def test_what_has_a_way_of_its_own_is_told() -> None:
-    others = {kind.__name__: why_not_experts(tiny(kind)) for kind in CLASSES if kind not in INTERFACE}
-    assert others == {"Step3p7Experts": "Step3p7Experts computes with its experts in a way of its own"}
+    assert set(INTERFACE) == set(CLASSES)
+    other = LongcatFlashExperts(TinyConfig())
+    assert why_not_experts(other) == "LongcatFlashExperts computes with its experts in a way of its own"
     assert why_not_experts(nn.Linear(2, 2)) == ""
 
 
@@ -176,6 +179,60 @@ def test_experts_of_another_rank_add_nothing() -> None:
     assert torch.allclose(ours(x, elsewhere, weights), expected)
     with_gradients = ours(x.requires_grad_(), elsewhere, weights)  # step by step
     assert torch.allclose(with_gradients, expected, atol=1e-5)
+
+
+# --- Llama 4 ----------------------------------------------------------------------------------------------------------
+
+
+def weighted(tokens: int) -> torch.Tensor:
+    """All tokens for all four experts, weighted: two of them by 0."""
+    x, index, weights = routed(tokens)
+    scores = torch.zeros(tokens, 4).scatter_(1, index, weights)
+    return (scores.T.unsqueeze(-1) * x).reshape(-1, 32)
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU(), nn.Sigmoid()], ids=["silu", "sigmoid"])
+@pytest.mark.parametrize("tokens", [0, 1, 9])
+def test_every_token_for_every_expert(tokens: int, activation: nn.Module) -> None:
+    ours, theirs = int8_of(tiny(Llama4TextExperts))
+    ours.act_fn = theirs.act_fn = activation
+    inputs = [weighted(tokens).requires_grad_() for _ in range(2)]
+    found, expected = ours(inputs[0]), theirs(inputs[1])
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
+    for result in (found, expected):
+        result.square().sum().backward()
+    assert torch.allclose(inputs[0].grad, inputs[1].grad, rtol=1e-3, atol=1e-4)
+
+
+def test_rows_of_no_weight_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, _ = int8_of(tiny(Llama4TextExperts))
+    ends: list[torch.Tensor] = []
+
+    def linear(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+        ends.append(end)
+        return experts_linear(x, codes, scales, end)
+
+    monkeypatch.setattr("pyint8.quantizer.experts.forward.experts_linear", linear)
+    ours(weighted(9))
+    assert [int(end[-1]) for end in ends] == [18, 18]  # of 36
+
+
+def test_values_that_are_not_finite_spread() -> None:
+    ours, theirs = int8_of(tiny(Llama4TextExperts))
+    x = weighted(3)
+    x[4, 5] = torch.nan
+    assert torch.equal(ours(x).isnan(), theirs(x).isnan())
+
+
+def test_llama_4_is_copied_and_compiled() -> None:
+    ours, _ = int8_of(tiny(Llama4TextExperts))
+    expected = ours(weighted(5))
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert torch.equal(other(weighted(5)), expected)
+    assert torch.allclose(torch.compile(ours, fullgraph=True, backend="aot_eager")(weighted(5)), expected)
+
+
+# --- what modules do --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", INTERFACE[:2], ids=lambda kind: kind.__name__)

@@ -87,6 +87,21 @@ def test_many_were_compared() -> None:
     assert len(compared) >= LEAST_COMPARED
 
 
+def with_weights_of(theirs: Any, ours: Any) -> Any:
+    """A model in fp32 whose experts have the weights that codes of another stand for, and all else in common."""
+    for name, module in ours.named_modules():
+        if isinstance(module, Int8Experts):
+            whole = theirs.get_submodule(name)
+            kind = kind_of(whole)
+            assert kind is not None
+            for part in [part for part in WEIGHTS if part in module._parameters]:
+                values = getattr(module, part) * getattr(module, part + EXPERT_SCALES).unsqueeze(-1) / 127
+                getattr(whole, part).data = (values.transpose(1, 2) if kind.is_transposed else values).contiguous()
+        elif isinstance(module, bnb.nn.Linear8bitLt):
+            theirs.set_submodule(name, module)
+    return theirs
+
+
 # --- an ordinary model otherwise --------------------------------------------------------------------------------------
 
 
@@ -140,12 +155,11 @@ def test_attention_trains(mixture: tuple[Any, Any]) -> None:
     assert all(parameter.grad.abs().max() > 0 for parameter in trained)
 
 
-def test_target_parameters_are_refused(mixture: tuple[Any, Any]) -> None:
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(target_modules=[], target_parameters=["mlp.experts.down_proj"])
-    model = peft.get_peft_model(mixture[0], config)
-    with pytest.raises(ModelNotSupportedError, match=r"target_parameters, which .* cannot name them"):
-        model(TOKENS, labels=TOKENS)
+def test_what_changes_codes_is_refused(mixture: tuple[Any, Any]) -> None:
+    experts = next(module for module in mixture[0].modules() if isinstance(module, Int8Experts))
+    torch.nn.utils.parametrize.register_parametrization(experts, "down_proj", torch.nn.Identity())
+    with pytest.raises(ModelNotSupportedError, match=r"in every forward pass \(a parametrization\), which are int8"):
+        mixture[0](TOKENS)
 
 
 def test_they_stay_int8_when_the_model_is_cast(mixture: tuple[Any, Any]) -> None:

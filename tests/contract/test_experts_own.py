@@ -13,7 +13,7 @@ import transformers as tf
 from architectures import build
 from oracle import state
 from safetensors.torch import load_file, save_file
-from test_experts import compare
+from test_experts import compare, with_weights_of
 from zoo import randomise
 
 import pyint8
@@ -68,15 +68,7 @@ def test_llama_4_computes_as_in_16_bit(tmp_path: Path) -> None:
     theirs = saved(lambda: build("llama4_text"), tmp_path).float()
     ours = pyint8.load(tmp_path, "cpu", config=EXPERTS, dtype=torch.float32)
     tokens = torch.arange(2, 26).view(2, 12)
-    for name, module in ours.named_modules():
-        if isinstance(module, Int8Experts):
-            whole = theirs.get_submodule(name)
-            for part in ("gate_up_proj", "down_proj"):
-                scales = getattr(module, f"{part}_SCB").unsqueeze(-1)
-                values = getattr(module, part) * scales / 127
-                getattr(whole, part).data = values.transpose(1, 2).contiguous()
-        elif "Linear8bitLt" in type(module).__name__:
-            theirs.set_submodule(name, module)
+    with_weights_of(theirs, ours)
     with torch.no_grad():
         expected, found = (model(tokens).logits for model in (theirs, ours))
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4)

@@ -33,7 +33,7 @@ def int8_experts_forward(
     Returns:
         [tokens, hidden], of the dtype of `hidden_states`.
     """
-    if is_usual(experts) and not _has_gradients(hidden_states, top_k_weights):
+    if is_usual(experts) and not experts.updates and not _has_gradients(hidden_states, top_k_weights):
         found: torch.Tensor = experts_forward(
             hidden_states,
             top_k_index,
@@ -100,4 +100,6 @@ def _has_gradients(*tensors: torch.Tensor) -> bool:
 
 def _linear(experts: Any, name: str, x: torch.Tensor, ends: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     y: torch.Tensor = experts_linear(x, getattr(experts, name), getattr(experts, name + SCALES), ends)
+    for update in experts.updates.get(name, ()):
+        y = y + update.of(x, ids, len(ends)).to(y.dtype)
     return y + getattr(experts, f"{name}_bias")[ids] if experts.kind.has_bias else y

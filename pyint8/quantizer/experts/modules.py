@@ -7,8 +7,10 @@ with a buffer of scales beside them. All else, biases and gates among them, is w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -25,6 +27,7 @@ class Int8Experts(nn.Module):
 
     Attributes:
         kind: Of the class that it was made for.
+        updates: Of its weights, in the forward pass under way.
         is_transposed: Always False: codes are [experts, out, in].
         was_transposed: Whether the weights they were made of are stored as [experts, in, out].
     """
@@ -32,16 +35,26 @@ class Int8Experts(nn.Module):
     kind: Kind
     is_transposed = False
     was_transposed = False
+    updates: Mapping[str, Sequence[Any]] = MappingProxyType({})
     _compute: Callable[..., torch.Tensor]
 
     def forward(self, *inputs: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
         if is_parametrized(self):
             raise ModelNotSupportedError(
-                f"something changes the weights of {type(self).__name__} in every forward pass, which are int8 codes; "
-                'PEFT\'s target_parameters, which "all-linear" implies for some models, cannot name them: load the '
-                "model with Int8Config(experts=False), or name other modules (target_modules)"
+                f"something changes the weights of {type(self).__name__} in every forward pass (a parametrization), "
+                "which are int8 codes: load the model with Int8Config(experts=False)"
             )
         return self._compute(self, *inputs, **named)
+
+    @contextmanager
+    def updated(self, name: str, updates: Sequence[Any]) -> Iterator[None]:
+        """While the block lasts, the weight `name` is what it is and low-rank updates (see `adapters.Update`)."""
+        before = dict(self.updates)
+        self.updates = {**before, name: (*before.get(name, ()), *updates)}
+        try:
+            yield
+        finally:
+            self.updates = before
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """As a module's own; but scales stay fp32, whatever the model is cast to."""
@@ -61,8 +74,9 @@ class Int8Experts(nn.Module):
 @cache
 def int8_class(original: type, kind: Kind) -> type[Int8Experts]:
     """The class of modules of `original` whose experts are int8."""
-    from pyint8.quantizer.experts import forward  # registers operators, which takes 15 ms
+    from pyint8.quantizer.experts import adapters, forward  # registers operators, which takes 15 ms
 
+    adapters.register()
     compute = forward.sorted_experts_forward if kind.is_sorted else forward.int8_experts_forward
     fields = {"__module__": original.__module__, "__doc__": Int8Experts.__doc__, "kind": kind}
     fields["_compute"] = staticmethod(compute)  # type: ignore[assignment]

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pyint8.checkpoint import Checkpoint
@@ -17,7 +17,6 @@ from pyint8.errors import CheckpointError, CheckpointNotFoundError, OptionError,
 from pyint8.host import ending, garbage
 from pyint8.host.files import is_file
 from pyint8.host.imports import importing
-from pyint8.models.checks import has_expert_codes, has_fused_experts
 from pyint8.models.keywords import refuse_misplaced
 from pyint8.models.transformers.releases import require_transformers
 from pyint8.operations.common import (
@@ -158,8 +157,7 @@ def verify(
         if source is None:
             problems += _read(checkpoint, options, recorder)
         else:
-            request = _request(path, source, options, hub_kwargs, experts=has_expert_codes(checkpoint))
-            comparison, found = _compare(checkpoint, request, device, recorder)
+            comparison, found = _compare(checkpoint, _request(path, source, options, hub_kwargs), device, recorder)
             problems += found
         files, findings = tuple(map(url_of, checkpoint.files)), _findings(problems)
     return Verification(
@@ -223,9 +221,12 @@ def _read(checkpoint: Checkpoint, options: StreamOptions, recorder: Recorder) ->
 def _compare(
     checkpoint: Checkpoint, request: LoadRequest, device: Any, recorder: Recorder
 ) -> tuple[Comparison, list[Pyint8Error]]:
+    from pyint8.models.checks import has_expert_codes, has_fused_experts
     from pyint8.models.transformers.comparing import Comparison
     from pyint8.models.verifying import StoredBytes, Verifier
 
+    assert request.config is not None
+    request = replace(request, config=replace(request.config, experts=has_expert_codes(checkpoint)))
     with ExitStack() as stack:
         preparation = stack.enter_context(prepare(find_checkpoint(request.base, request.arguments), request.options))
         conversion = _conversion(request, preparation, recorder, fused_experts=has_fused_experts(checkpoint))
@@ -249,10 +250,8 @@ def _conversion(request: LoadRequest, preparation: Any, recorder: Recorder, *, f
     return Conversion(model, load, "5GB", fused_experts=fused_experts)
 
 
-def _request(
-    path: str, source: str, options: StreamOptions, arguments: Mapping[str, Any], *, experts: bool
-) -> LoadRequest:
-    """The load that the checkpoint in `path`, whose experts are int8 or not, was made with."""
+def _request(path: str, source: str, options: StreamOptions, arguments: Mapping[str, Any]) -> LoadRequest:
+    """The load that the checkpoint in `path` was made with, whatever its experts are."""
     from pyint8.models.request import LoadRequest, check_dtype
 
     described = configuration(path, arguments)
@@ -271,7 +270,6 @@ def _request(
         config=Int8Config(
             threshold=stored.get("llm_int8_threshold", 6.0),
             skip_modules=stored.get("llm_int8_skip_modules"),
-            experts=experts,
         ),
         strict=False,
         options=options,

@@ -28,6 +28,8 @@ _NAMES = {dtype: name for name, dtype in KERNEL_DTYPES.items()}
 _MOST_ROWS = 2**31 - 1  # that bitsandbytes counts
 # The first requests are few, so that bytes begin to move while the others are written down.
 _FIRST_REQUESTS = 64
+# Into so many parts the wait for the end is divided: as often a bar moves, however many requests there are.
+_STEPS = 256
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class Pour:
         self._taken: dict[int, Made] = {}  # and not released, if it is bounded
         self._budget = sum(request.final_bytes for request in requests) if most_bytes is None else most_bytes
         self._submitted = self._ready = 0
+        self._stride = 1 + len(requests) // _STEPS
         rows = sum(_marks(request) for request in requests)
         self._marks = torch.zeros(rows, dtype=torch.uint8, device=lane.device)
         self._marks_used = 0
@@ -158,7 +161,8 @@ class Pour:
         """Waits until that is so for all entries."""
         while self._ready < len(self._requests):
             self._submit(max(self._submitted, self._ready + 1))
-            self._wait(self._ready)
+            is_all = self._submitted == len(self._requests)
+            self._wait(min(self._ready + self._stride, self._submitted) - 1 if is_all else self._ready)
 
     def _wait(self, ticket: int) -> None:
         before = self._ready

@@ -70,6 +70,7 @@ __all__ = [
     "remove_tied_weights_from_state_dict",
     "rename_source_key",
     "renames_back",
+    "renames_by_patterns",
     "reset_experts_implementation",
     "reverted",
     "revertible",
@@ -176,6 +177,11 @@ def for_other_names(one: WeightTransform, rename: Callable[[str], str]) -> Weigh
         if hasattr(one, name):
             setattr(made, name, getattr(one, name))
     return made
+
+
+def renames_by_patterns(one: WeightTransform) -> bool:
+    """Whether it renames as its class's base does, by its patterns alone."""
+    return type(one).rename_source_key is WeightTransform.rename_source_key
 
 
 def renames_back(one: WeightTransform, names: Iterable[str]) -> bool:

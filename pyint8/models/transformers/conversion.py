@@ -1,10 +1,11 @@
-"""Two weight transforms for transformers' loading loop, which follow the plan and never let it read a file.
+"""Weight transforms for transformers' loading loop, which follow the plan and never let it read a file.
 
 transformers asks the quantizer for the list of weight transforms (`update_weight_conversions`), renames every key by
 it, and lets the transforms that matched make the parameters. Ours match every key that has a place in the model: the
 renaming looks it up in the plan, the converter makes the parameter from the stream, and the reads that transformers
-prepared are discarded unused. The model's own transforms were evaluated when the plan was made; they still do the
-conversions.
+prepared are discarded unused. Of what a parameter is merged of, the first key alone gets there: the loop would prepare
+as much for each tensor of an expert. The model's own transforms were evaluated when the plan was made; they still do
+the conversions.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pyint8.models.transformers.compat import ConversionOps, WeightConverter, We
 from pyint8.models.transformers.plan import LoadPlan
 
 _CLAIMED = "pyint8"
+_FURTHER = "pyint8-further"
 
 # Called with the target's name and transformers' loading info; returns parameters by name.
 MakeParameters = Callable[[str, Any], dict[str, Any]]
@@ -31,10 +33,29 @@ class PlannedRenaming(WeightRenaming):
         object.__setattr__(self, "_plan", plan)
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        if source_key in self._plan.further:
+            return _FURTHER, None
         return self._plan.renamed.get(source_key, source_key), None
 
     def was_used(self) -> bool:
         return False  # nothing for saving to revert
+
+
+class FurtherSources(WeightConverter):
+    """Matches every tensor but the first of those that make a parameter: the loop has nothing to do for it.
+
+    For a tensor whose name is none of the model's, transformers notes as unexpected what its converter would make;
+    this one would make nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__([_FURTHER], [], [_Unused()])
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        return source_key, _FURTHER if source_key == _FURTHER else None
+
+    def was_used(self) -> bool:
+        return False
 
 
 class PlannedConverter(WeightConverter):

@@ -31,7 +31,7 @@ from pyint8.models.transformers.compat import (
     tied_weights,
     unsplit_modules,
 )
-from pyint8.models.transformers.conversion import PlannedConverter, PlannedRenaming
+from pyint8.models.transformers.conversion import FurtherSources, PlannedConverter, PlannedRenaming
 from pyint8.models.transformers.expert_codes import EXPERTS
 from pyint8.models.transformers.parallel import refuse_split_models
 from pyint8.models.transformers.session import LoadSession
@@ -228,7 +228,8 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         self.session.plan_is_made(self._model, self)
         # For a pre-quantized checkpoint transformers would read all tensors at once, in threads; else only when asked.
         self.pre_quantized = False
-        return [PlannedRenaming(self._planned.plan), PlannedConverter(self._planned.plan, self.session.make)]
+        plan = self._planned.plan
+        return [PlannedRenaming(plan), PlannedConverter(plan, self.session.make), FurtherSources()]
 
     def _name_skipped_modules(self) -> None:
         """Lists skipped modules in the configuration and in models' copies of it: a saved model must name them, or its

@@ -15,11 +15,9 @@ from pyint8.models.checks import FORMAT, SCALES
 from pyint8.models.transformers.compat import (
     MergeModulelist,
     WeightConverter,
-    WeightRenaming,
     WeightTransform,
-    dot_natural_key,
-    rename_source_key,
 )
+from pyint8.models.transformers.renaming import Renamer, in_loading_order
 from pyint8.quantizer import EXPERT_SCALES
 
 
@@ -87,6 +85,7 @@ class LoadPlan:
         targets: In the order of transformers' loop.
         renamed: For each checkpoint name, the result of transformers' renamings and converters. (transformers then adds
             or removes the base model's prefix itself.)
+        further: The checkpoint's names of all but the first tensor of a target, where they are none of the model's.
         claimed: The values of `renamed` that lead to a target.
         also_unexpected: Names to report as unexpected that transformers would not find by itself.
         used: The renamings and converters that matched something, which saving must revert.
@@ -95,6 +94,7 @@ class LoadPlan:
 
     targets: dict[str, Target] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)
+    further: set[str] = field(default_factory=set)
     claimed: set[str] = field(default_factory=set)
     also_unexpected: set[str] = field(default_factory=set)
     used: list[WeightTransform] = field(default_factory=list)
@@ -120,8 +120,8 @@ def plan_load(
     which transformers handles by a converter, are filed with their weight here.
     """
     plan = LoadPlan()
-    names = _Renamer(conversions, base_model_prefix, parameters)
-    for key in sorted(checkpoint, key=dot_natural_key):
+    names = Renamer(conversions, base_model_prefix, parameters)
+    for key in in_loading_order(list(checkpoint)):
         weight, companion = _companion(key, checkpoint) if pre_quantized else (key, None)
         if pre_quantized and _is_of_experts(key, checkpoint, parameters):
             renamed, final, converter, pattern = key, key, None, None
@@ -137,6 +137,8 @@ def plan_load(
                 plan.also_unexpected.update(final.replace(patterns[0], other) for other in patterns[1:])
             continue
         plan.claimed.add(renamed)
+        if final in plan.targets and key not in parameters:
+            plan.further.add(key)
         _filed(plan.targets.setdefault(final, Target(final)), key, companion, converter, pattern)
     plan.used = [conversion for conversion in conversions if conversion.was_used()]
     for key in checkpoint.absent:
@@ -174,23 +176,3 @@ def _companion(key: str, checkpoint: Iterable[str]) -> tuple[str, str | None]:
     """The weight that `key` belongs to, and as what: ("X.weight", "SCB") for "X.SCB"."""
     module, _, leaf = key.rpartition(".")
     return (f"{module}.weight", leaf) if leaf in (SCALES, FORMAT) else (key, None)
-
-
-class _Renamer:
-    def __init__(self, conversions: list[WeightTransform], prefix: str, parameters: Mapping[str, Any]) -> None:
-        self._renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-        self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-        self._by_pattern = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
-        self._prefix = prefix
-        self._parameters = parameters
-
-    def resolve(self, key: str) -> tuple[str, str, WeightConverter | None, str | None]:
-        """(renamed, name in the model, converter, pattern it matched)."""
-        renamed, pattern = rename_source_key(key, self._renamings, self._converters)
-        final = self._with_prefix(renamed)
-        if final not in self._parameters and key in self._parameters:  # it should not have been renamed
-            renamed, pattern, final = key, None, self._with_prefix(key)
-        return renamed, final, None if pattern is None else self._by_pattern[pattern], pattern
-
-    def _with_prefix(self, key: str) -> str:
-        return str(rename_source_key(key, [], [], self._prefix, self._parameters)[0])

@@ -14,8 +14,8 @@ struct FakeCudaCounters {
   std::int64_t events;
   std::int64_t modules;
   std::int64_t registered_bytes;
-  std::int64_t device_bytes;    // that were allocated here, not freed yet
-  std::int64_t peer_accesses;   // of a context to another's memory, not disabled yet
+  std::int64_t device_bytes;     // that were allocated here, not freed yet
+  std::int64_t peer_accesses;    // of a context to another's memory, not disabled yet
   std::int64_t pageable_copies;  // copies from memory that is not registered, which the bus makes slow
   // What would be memory corruption on a GPU: a race between streams too, as soon as it is asked for.
   std::int64_t violations;
@@ -27,8 +27,8 @@ void fake_cuda_counters(FakeCudaCounters* counters);
 // something back or wait do that nevertheless: they report, as the driver does, an error of earlier work.
 void fake_cuda_fail_after(const char* entry_point, int nth_call, int result);
 
-// From now on no device has access to this memory but its own, as if torch had mapped it itself; null: none is
-// hidden any more.
+// From now on no device has access to this memory but its own, as if torch had mapped it itself; null: none
+// is hidden any more.
 void fake_cuda_hide(const void* begin, std::uint64_t nbytes);
 
 // Calls of an entry point since the last reset.

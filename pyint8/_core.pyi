@@ -39,13 +39,20 @@ class Engine:
             FileChangedError: It is in another state.
         """
 
-    def add_source(self, ranges: Callable[[int, int], Iterable[ReadableBuffer]], cancel: Callable[[], object]) -> int:
+    def add_source(
+        self,
+        ranges: Callable[[int, int], Iterable[ReadableBuffer]],
+        cancel: Callable[[], object],
+        run: Callable[[Callable[[], object]], object] | None = None,
+    ) -> int:
         """Adds what is no file and returns its number.
 
         Args:
             ranges: Called with an offset and a number of bytes, by several workers at once; gives buffers that follow
                 one another, as many bytes in all. Whoever waits for the bytes gets what it raises.
             cancel: Called when the engine closes; `ranges` should then raise soon.
+            run: Calls a function on another thread, for each range: the engine then does not wait for ranges that are
+                under way when it closes, and nothing of them is written any more. None for the workers' own.
         """
 
     def add_checksum(self, path: str | bytes, file: int, offset: int, nbytes: int, expected: int) -> int:

@@ -49,8 +49,8 @@ std::uint32_t add_file(Engine& engine, const std::string& path, const std::optio
   return engine.add_file(path, FileStamp{device, inode, size, mtime_ns});
 }
 
-std::uint32_t add_source(Engine& engine, py::object ranges, py::object cancel) {
-  const auto source = std::make_shared<PythonSource>(std::move(ranges), std::move(cancel));
+std::uint32_t add_source(Engine& engine, py::object ranges, py::object cancel, py::object run) {
+  const auto source = std::make_shared<PythonSource>(std::move(ranges), std::move(cancel), std::move(run));
   const py::gil_scoped_release released;
   return engine.add_source(source);
 }
@@ -300,7 +300,7 @@ PYBIND11_MODULE(_core, module) {
            py::kw_only(), "threads"_a, "slots_per_thread"_a, "slot_bytes"_a, "direct_io"_a,
            "timeline"_a = false)
       .def("add_file", &add_file, "path"_a, "stamp"_a = py::none(), py::call_guard<py::gil_scoped_release>())
-      .def("add_source", &add_source, "ranges"_a, "cancel"_a)
+      .def("add_source", &add_source, "ranges"_a, "cancel"_a, "run"_a = py::none())
       .def(
           "add_checksum",
           [](Engine& engine, std::string path, std::uint32_t file, std::uint64_t offset, std::uint64_t nbytes,

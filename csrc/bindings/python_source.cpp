@@ -29,6 +29,7 @@ class Buffer {
   Buffer& operator=(const Buffer&) = delete;
 
   std::size_t size() const { return static_cast<std::size_t>(view_.len); }
+  const std::byte* data() const { return static_cast<const std::byte*>(view_.buf); }
   void copy_to(std::byte* out) const {
     const py::gil_scoped_release released;
     std::memcpy(out, view_.buf, size());
@@ -64,16 +65,71 @@ void PythonFailure::restore() const {
   PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(raised_.get())), raised_.get());
 }
 
-PythonSource::PythonSource(py::object ranges, py::object cancel)
-    : ranges_(std::move(ranges)), cancel_(std::move(cancel)) {}
+void Fetch::fill(const py::object& ranges, std::uint64_t offset) noexcept {
+  std::exception_ptr error;
+  try {
+    const py::object chunks = ranges(offset, needed_);
+    for (const py::handle chunk : chunks) {
+      const Buffer buffer(chunk);
+      const py::gil_scoped_release released;
+      if (!add(buffer.data(), buffer.size())) break;
+    }
+  } catch (const py::error_already_set& raised) {
+    error = std::make_exception_ptr(PythonFailure(raised));
+  } catch (...) {
+    error = std::current_exception();
+  }
+  const py::gil_scoped_release released;
+  end(std::move(error));
+}
+
+// With the lock held for the length of a copy, so that whoever leaves may give the memory back.
+bool Fetch::add(const std::byte* data, std::size_t nbytes) {
+  const std::lock_guard lock(mutex_);
+  if (is_left_) return false;
+  if (nbytes > needed_ - got_) throw miscounted(needed_, "more");
+  std::memcpy(out_ + got_, data, nbytes);
+  got_ += nbytes;
+  return true;
+}
+
+void Fetch::end(std::exception_ptr error) {
+  {
+    const std::lock_guard lock(mutex_);
+    error_ = std::move(error);
+    has_ended_ = true;
+  }
+  ended_.notify_all();
+}
+
+void Fetch::await() {
+  std::unique_lock lock(mutex_);
+  ended_.wait(lock, [this] { return has_ended_ || is_left_; });
+  if (is_left_) throw Error(ErrorCode::kCancelled, "the stream was closed");
+  if (error_ != nullptr) std::rethrow_exception(error_);
+  if (got_ < needed_) throw miscounted(needed_, std::to_string(got_));
+}
+
+void Fetch::leave() {
+  {
+    const std::lock_guard lock(mutex_);
+    is_left_ = true;
+  }
+  ended_.notify_all();
+}
+
+PythonSource::PythonSource(py::object ranges, py::object cancel, py::object run)
+    : ranges_(std::move(ranges)), cancel_(std::move(cancel)), run_(std::move(run)) {}
 
 PythonSource::~PythonSource() {
   let_go(ranges_.release().ptr());
   let_go(cancel_.release().ptr());
+  let_go(run_.release().ptr());
 }
 
 void PythonSource::read_at(std::byte* out, std::size_t needed, std::size_t /*capacity*/,
                            std::uint64_t offset) const {
+  if (!run_.is_none()) return read_elsewhere(out, needed, offset);
   const py::gil_scoped_acquire held;
   try {
     read(ranges_, out, needed, offset);
@@ -82,7 +138,39 @@ void PythonSource::read_at(std::byte* out, std::size_t needed, std::size_t /*cap
   }
 }
 
+void PythonSource::read_elsewhere(std::byte* out, std::size_t needed, std::uint64_t offset) const {
+  const auto fetch = std::make_shared<Fetch>(out, needed);
+  {
+    const std::lock_guard lock(mutex_);
+    if (is_cancelled_) throw Error(ErrorCode::kCancelled, "the stream was closed");
+    fetches_.insert(fetch);
+  }
+  struct Removal {  // whatever happens, before `out` goes
+    const PythonSource& source;
+    const std::shared_ptr<Fetch>& fetch;
+    ~Removal() {
+      fetch->leave();
+      const std::lock_guard lock(source.mutex_);
+      source.fetches_.erase(fetch);
+    }
+  } const removal{*this, fetch};
+  {
+    const py::gil_scoped_acquire held;
+    try {
+      run_(py::cpp_function([fetch, ranges = ranges_, offset] { fetch->fill(ranges, offset); }));
+    } catch (const py::error_already_set& error) {
+      throw PythonFailure(error);
+    }
+  }
+  fetch->await();
+}
+
 void PythonSource::cancel() const noexcept {
+  {
+    const std::lock_guard lock(mutex_);
+    is_cancelled_ = true;
+    for (const auto& fetch : fetches_) fetch->leave();
+  }
   const py::gil_scoped_acquire held;
   try {
     cancel_();

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event
@@ -19,6 +19,7 @@ from pyint8.errors import (
     RemoteError,
 )
 
+from .askers import Askers
 from .failures import changed, failure, may_pass
 
 # docs/performance.md, "Remote checkpoints", has the experiments behind these two.
@@ -77,6 +78,7 @@ class Store:
 
     Attributes:
         url: As given.
+        askers: What waits for its answers.
 
     Raises:
         MissingDependencyError: obstore is not installed.
@@ -89,6 +91,7 @@ class Store:
         self._stop = stop
         self._obstore = _imported(url)
         self._store = _opened(self._obstore, url, options or {})
+        self.askers = Askers()
 
     @property
     def can_list(self) -> bool:
@@ -115,7 +118,8 @@ class Store:
 
     def read(self, known: Described, offset: int, nbytes: int) -> bytes:
         """A range that is not large, of an object in this state."""
-        return b"".join(bytes(chunk) for chunk in self.ranges(known, offset, nbytes, self._stop))
+        ranges = self.ranges(known, offset, nbytes, self._stop)
+        return self.askers.call(lambda: b"".join(bytes(chunk) for chunk in ranges), self._stop)
 
     def ranges(self, known: Described, offset: int, nbytes: int, stop: Event) -> Iterator[Any]:
         """A range of an object in this state, as buffers that follow one another.
@@ -149,6 +153,7 @@ class Store:
     def close(self) -> None:
         """Closes connections that nothing uses, whoever still holds this, such as the traceback of an error."""
         self._store = None
+        self.askers.close()
 
     def _asked(self, known: Described, offset: int, end: int) -> Iterator[Any]:
         for chunk in self._answer(known, offset, end):
@@ -170,12 +175,12 @@ class Store:
         for failed in range(1, _ATTEMPTS):
             _refuse_if(self._stop)
             try:
-                return ask()
+                return self.askers.call(ask, self._stop)
             except Exception as error:
                 if not may_pass(error):
                     raise
                 _pause(failed, self._stop)
-        return ask()
+        return self.askers.call(ask, self._stop)
 
     @contextmanager
     def _failures(self, name: str | None) -> Iterator[None]:
@@ -228,6 +233,10 @@ class RemoteReader:
         except (FileChangedError, RemoteError) as error:
             error.path = self._path
             raise
+
+    def run(self, task: Callable[[], object]) -> None:
+        """Has another thread read: an engine's worker need not wait for it once it is cancelled."""
+        self._store.askers.run(task)
 
     def cancel(self) -> None:
         """Ranges under way raise CancelledError with their next bytes, or when they have waited too long for them."""

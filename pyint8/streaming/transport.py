@@ -249,6 +249,6 @@ class Transport:
                 number = self.engine.add_file(os.fsencode(path), stamp)
             else:
                 reader = remote.reader()
-                number = self.engine.add_source(reader.ranges, reader.cancel)
+                number = self.engine.add_source(reader.ranges, reader.cancel, reader.run)
             self._files[path, stamp] = number
         return number

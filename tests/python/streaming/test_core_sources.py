@@ -122,3 +122,65 @@ def test_others_run_while_a_source_waits(engine: _core.Engine) -> None:
         time.sleep(0.01)
     assert ticks > 10
     assert not memory.any()
+
+
+def in_thread(task: Callable[[], object]) -> None:
+    threading.Thread(target=task).start()
+
+
+@pytest.mark.parametrize("nbytes", [1000, 1 << 20])
+def test_ranges_may_be_read_by_other_threads(engine: _core.Engine, content: bytes, nbytes: int) -> None:
+    memory = torch.zeros(250_000, dtype=torch.uint8)
+    file = engine.add_source(in_chunks(content, nbytes), lambda: None, in_thread)
+    engine.wait(engine.submit(0, [(file, 77, 250_000, memory.data_ptr())], 0, first=False), 0)
+    assert bytes(memory.numpy()) == content[77:250_077]
+
+
+@pytest.mark.parametrize("gives", [b"", b"x" * 99, b"x" * 101])
+def test_another_number_of_bytes_is_an_error_there_too(engine: _core.Engine, gives: bytes) -> None:
+    memory = torch.zeros(100, dtype=torch.uint8)
+    file = engine.add_source(lambda offset, nbytes: [gives], lambda: None, in_thread)
+    ticket = engine.submit(0, [(file, 0, 100, memory.data_ptr())], 0, first=False)
+    with pytest.raises(OptionError, match="asked for 100 bytes gave"):
+        engine.wait(ticket, 0)
+
+
+def test_what_another_thread_raises_is_the_waiters_error(engine: _core.Engine) -> None:
+    error = RemoteError("no", path="s3://bucket/shard", offset=12)
+
+    def ranges(offset: int, nbytes: int) -> Any:
+        raise error
+
+    memory = torch.zeros(100, dtype=torch.uint8)
+    file = engine.add_source(ranges, lambda: None, in_thread)
+    ticket = engine.submit(0, [(file, 0, 100, memory.data_ptr())], 0, first=False)
+    with pytest.raises(RemoteError) as caught:
+        engine.wait(ticket, 0)
+    assert caught.value is error
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_close_waits_for_no_other_thread_and_nothing_is_written_after_it(engine: _core.Engine) -> None:
+    begun, go_on, has_ended = threading.Event(), threading.Event(), threading.Event()
+
+    def ranges(offset: int, nbytes: int) -> Iterator[bytes]:
+        yield b"x" * 10
+        begun.set()
+        assert go_on.wait(20)
+        try:
+            yield b"x" * (nbytes - 10)
+        finally:
+            has_ended.set()
+
+    memory = torch.zeros(1000, dtype=torch.uint8)
+    file = engine.add_source(ranges, lambda: None, in_thread)
+    ticket = engine.submit(0, [(file, 0, 1000, memory.data_ptr())], 0, first=False)
+    assert begun.wait(20)
+    started = time.monotonic()
+    engine.close()
+    assert time.monotonic() - started < 1
+    with pytest.raises(CancelledError):
+        engine.wait(ticket, 0)
+    go_on.set()
+    assert has_ended.wait(20)
+    assert bytes(memory[10:].numpy()) == bytes(990)

@@ -80,30 +80,19 @@ class Engine:
         """
 
     def add_detours(self, lane: int, ordinal: int, neighbours: list[int], library: str) -> list[tuple[int, str]]:
-        """From now on an equal share of the workers takes the bus of each neighbour to a GPU's memory.
+        """From now on an equal share of the workers takes the bus of each neighbour, 7 at most, to a lane's GPU.
 
         Once a lane. Each takes as much memory of the neighbour as those workers have slots; `close` gives it back.
-
-        Args:
-            lane: The GPU's.
-            ordinal: Its number.
-            neighbours: Numbers of other GPUs, 7 at most.
-            library: As for `add_cuda_device`.
 
         Returns:
             (neighbour, why not) of those that cannot write to the GPU's memory, or do not open.
 
         Raises:
-            DeviceError: The driver refuses memory: then no neighbour is used.
-            CancelledError: The engine was closed.
+            DeviceError, CancelledError: Memory is refused, or the engine was closed: then no neighbour is used.
         """
 
     def prepare(self, lane: int) -> None:
-        """Pins the ring, which the first submission to a GPU would do otherwise.
-
-        Raises:
-            DeviceError: Memory cannot be pinned.
-        """
+        """Pins the ring, which the first submission to a GPU would do otherwise; DeviceError if that cannot be."""
 
     def submit(
         self,
@@ -146,29 +135,19 @@ class Engine:
 
     def is_on_its_way(self, ticket: int, milliseconds: int) -> bool:
         """Blocks for so long at most until a read is on its way; nothing is ordered after it. False if it is not yet.
-
-        Raises:
-            Pyint8Error: As `wait`.
-        """
+        Raises as `wait`."""
 
     def promise(self, lane: int, count: int) -> int:
         """Makes tickets for bytes that someone else brings to a lane's memory: other ranks' parts of a tensor.
 
-        They are waited for like a read's.
-
-        Returns:
-            The first; the others' follow, one by one.
-
-        Raises:
-            CancelledError: The engine was closed.
+        They are waited for like a read's. Returns the first; CancelledError if the engine was closed.
         """
 
     def keep_promise(self, first: int, count: int, stream: int) -> None:
         """Says that the bytes of promised tickets are there once all that was put on `stream` so far is done.
 
         Raises:
-            CancelledError: The engine was closed.
-            OptionError: A ticket was not promised, or was kept before.
+            CancelledError, OptionError: The engine was closed; a ticket was not promised, or was kept before.
         """
 
     def transpose_to_half(
@@ -190,8 +169,7 @@ class Engine:
             source: Address of contiguous elements.
             dtype: Their type, as safetensors names it: "F16", "BF16" or "F32".
             through_bfloat16: Round to bf16 first: the model's dtype.
-            rows: Of the source.
-            columns: Of the source.
+            rows, columns: Of the source.
             destination: Address of the first element.
             destination_stride: Elements from one row of the destination to the next, at least `rows`.
             stream: Of the caller.
@@ -227,12 +205,7 @@ ValuesTuple = tuple[str, int]
 RequestTuple = tuple[tuple[bool, int, int, int], str, int, int, Int8Tuple | ValuesTuple, int]
 
 class Share:
-    """What one of several ranks reads of bytes that all of them get.
-
-    Args:
-        rank: Its number.
-        ranks: How many there are.
-        least_bytes: All read whole what is smaller.
+    """What rank number `rank` of several reads of bytes that all get; all read whole what is below `least_bytes`.
 
     Raises:
         OptionError: There is no such rank.
@@ -240,10 +213,7 @@ class Share:
 
     def __init__(self, rank: int, ranks: int, least_bytes: int) -> None: ...
     def part_of(self, nbytes: int) -> int:
-        """The bytes that each rank reads of so many, in the order of ranks; 0: all read them whole.
-
-        What is behind the last rank's is read by all.
-        """
+        """The bytes that each rank reads of so many, in the order of ranks, and all what is behind; 0: all, whole."""
 
     def spans_of(self, nbytes: int) -> list[tuple[int, int]]:
         """(begin, end) of what this rank reads of so many bytes."""
@@ -325,20 +295,11 @@ class Consumer:
 
         Returns:
             (address, bytes, each rank's part of these) of each; what this process reads is there after what `stream`
-            does. None if it takes longer.
-
-        Raises:
-            CancelledError: The engine or the consumer was closed.
-            Pyint8Error: What stopped it (see `wait`).
+            does. None if it takes longer. Raises as `wait`.
         """
 
     def gathered(self, count: int, stream: int) -> None:
-        """The next `count` bands are whole after what `stream` does.
-
-        Raises:
-            OptionError: There are not so many.
-            CancelledError: The engine was closed.
-        """
+        """The next `count` bands, of which there must be so many, are whole after what `stream` does."""
 
     def close(self) -> None:
         """Joins the thread and waits until no kernel uses any memory it was given; close the engine first.
@@ -348,11 +309,8 @@ UNCHECKED: int
 """The number of no checksum."""
 
 def crc32c(bytes: bytes | bytearray | memoryview, before: int = 0) -> int:
-    """The CRC-32C of contiguous bytes, or of those that have the checksum `before` and these behind them.
-
-    Raises:
-        OptionError: They are not contiguous.
-    """
+    """The CRC-32C of contiguous bytes (else OptionError), or of those that have the checksum `before` and these behind
+    them."""
 
 def has_kernels() -> bool:
     """Whether this build has GPU kernels."""

@@ -16,8 +16,10 @@ def test_a_model_goes_where_inspect_said(checkpoints: CheckpointStore) -> None:
     source = checkpoints.folder(ZOO["llama"], "bf16")
     found, model = pyint8.inspect(source), pyint8.load(source)
     assert found.fits
-    devices = {name: str(device) for name, device in model.hf_device_map.items()}
-    assert found.device_map == devices
+    if torch.cuda.device_count() > 1:
+        assert found.device_map == {name: str(device) for name, device in model.hf_device_map.items()}
+    else:  # of one, neither accelerate nor transformers makes a map
+        assert {str(device) for device in found.device_map.values()} == {str(model.device)}
     tensors = [*model.parameters(), *model.buffers()]
     scales = [parameter.SCB for parameter in model.parameters() if hasattr(parameter, "SCB")]
     assert sum(found.device_bytes.values()) == sum(tensor.nbytes for tensor in [*tensors, *scales])

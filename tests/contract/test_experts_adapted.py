@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from architectures import build
 from test_experts import TOKENS, with_weights_of
 from zoo import ZOO, CheckpointStore, randomise
@@ -126,6 +127,7 @@ def test_a_bad_adapter_is_not_merged(pair: tuple[Any, Any]) -> None:
 def test_copies(pair: tuple[Any, Any]) -> None:
     expected = logits(pair[0])
     assert torch.equal(logits(copy.deepcopy(pair[0])), expected)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(pair[0]))), expected)
     assert torch.equal(logits(pickle.loads(pickle.dumps(pair[0].unload()))), logits(pair[0].unload()))
 
 
@@ -151,3 +153,27 @@ def test_llama_4_is_refused_at_once(tmp_path: Path) -> None:
     config = peft.LoraConfig(target_modules=[], target_parameters=["feed_forward.experts.down_proj"])
     with pytest.raises(ModelNotSupportedError, match="cannot name the int8 experts of Int8Llama4TextExperts"):
         peft.get_peft_model(model, config)
+
+
+def test_a_bias_is_refused(checkpoints: CheckpointStore) -> None:
+    """It would be without effect: updates are of what a weight multiplies."""
+    model = pyint8.load(checkpoints.folder(ZOO["gpt_oss"], "bf16"), "cpu", config=pyint8.Int8Config(experts=True))
+    config = peft.LoraConfig(target_modules=[], target_parameters=["mlp.experts.down_proj_bias"])
+    with pytest.raises(ModelNotSupportedError, match=r"the weights of Int8GptOssExperts, .* not down_proj_bias"):
+        peft.get_peft_model(model, config)
+
+
+def test_a_single_expert_is_merged(tmp_path: Path) -> None:
+    """Of which PEFT gives an update without a dimension of experts."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 2}
+    one = transformers.MixtralConfig(
+        num_hidden_layers=1, vocab_size=64, num_local_experts=1, num_experts_per_tok=1, **sizes
+    )
+    transformers.MixtralForCausalLM(one).save_pretrained(tmp_path)
+    model = pyint8.load(tmp_path, "cpu", config=pyint8.Int8Config(experts=True), dtype=torch.float32)
+    model = peft.get_peft_model(model, lora(init_lora_weights=False))
+    adapted = logits(model)
+    with model.disable_adapter():
+        base = logits(model)
+    model.merge_adapter()
+    assert (logits(model) - adapted).norm() < 0.1 * (base - adapted).norm()

@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from pyint8.errors import ModelNotSupportedError, NonFiniteWeightError
 from pyint8.quantizer.backend import bitsandbytes
 from pyint8.quantizer.experts.modules import Int8Experts
-from pyint8.quantizer.experts.names import SCALES
+from pyint8.quantizer.experts.names import SCALES, WEIGHTS
 
 # PEFT compares this name, not the class.
 _WRAPPER = "ParamWrapper"
@@ -60,7 +60,7 @@ def adapt_wrapper(parent: nn.Module, name: str, child: nn.Module | None) -> None
     """Makes a wrapper of PEFT that gets int8 experts one that knows them; torch calls it with every new submodule.
 
     Raises:
-        ModelNotSupportedError: An adapter for experts that take every token for every expert.
+        ModelNotSupportedError: An adapter for experts that take every token for every expert, or not for a weight.
     """
     if name != "base_layer" or type(parent).__name__ != _WRAPPER or isinstance(parent, _Int8Wrapper):
         return
@@ -71,6 +71,12 @@ def adapt_wrapper(parent: nn.Module, name: str, child: nn.Module | None) -> None
         raise ModelNotSupportedError(
             f"PEFT's target_parameters cannot name the int8 experts of {type(experts).__name__}: load the model with "
             "Int8Config(experts=False), or name other modules (target_modules)"
+        )
+    parameter = getattr(parent, "parameter_name", None)
+    if parameter not in WEIGHTS:
+        raise ModelNotSupportedError(
+            f"PEFT's target_parameters can name the weights of {type(experts).__name__}, whose experts are int8, and "
+            f"not {parameter}: leave it out, or load the model with Int8Config(experts=False)"
         )
     original: type = type(parent)
     parent.__class__ = _wrapper_of(original)
@@ -84,6 +90,10 @@ def register() -> None:
 
 class _Int8Wrapper:
     """What replaces methods of PEFT's `ParamWrapper`; mixed into it."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """By PEFT's class, since the one made of it has no name in any module."""
+        return _blank, (type(self).__mro__[2],), self.__dict__
 
     @contextmanager
     def _activate_lora(self: Any, active_adapters: list[str]) -> Iterator[None]:
@@ -125,7 +135,7 @@ class _Int8Wrapper:
         """Of [experts, out, in], expert by expert."""
         experts = self.get_base_layer()
         codes, scales = (getattr(experts, self.parameter_name + end) for end in ("", SCALES))
-        for expert, each in enumerate(delta):
+        for expert, each in enumerate(delta.view(codes.shape)):  # of a single expert PEFT gives [out, in]
             weight = codes[expert] * (scales[expert].unsqueeze(-1) / _STEPS) + each
             found = bitsandbytes.functional.int8_vectorwise_quant(weight.to(torch.float16))
             codes[expert], scales[expert] = found[0], found[1]
@@ -134,3 +144,7 @@ class _Int8Wrapper:
 @cache
 def _wrapper_of(original: type) -> type:
     return type(_WRAPPER, (_Int8Wrapper, original), {"__module__": original.__module__, "__doc__": original.__doc__})
+
+
+def _blank(original: type) -> Any:
+    return object.__new__(_wrapper_of(original))

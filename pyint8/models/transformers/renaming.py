@@ -38,7 +38,7 @@ class Renamer:
         self._prefix = prefix
         self._parameters = parameters
         self._ignores_digits = all(renames_by_patterns(each) and not _names_digits(each) for each in conversions)
-        self._of_experts: dict[tuple[str, int, str], dict[str, Renamed]] = {}
+        self._of_experts = cache(self._of_any_expert)
         self._with_prefix = cache(self._prefixed)
 
     def resolve(self, key: str) -> tuple[str, str, WeightConverter | None, str | None]:
@@ -53,19 +53,18 @@ class Renamer:
         """Names that differ in the number of an expert alone are renamed alike, if two of them become the same.
 
         For patterns that name no digit tell numbers of one length apart by nothing: what becomes of such names differs
-        in the digits of the number alone, or not at all.
+        in the digits of the number alone, or not at all. Two numbers that have no digit in common show which it is.
         """
         head, _, rest = key.partition(_EXPERTS)
         number, _, leaf = rest.partition(".")
-        if not (self._ignores_digits and number.isdecimal() and number.isascii()):
+        if not (leaf and self._ignores_digits and number.isdecimal() and number.isascii()):
             return self._compute(key)
-        known = self._of_experts.setdefault((head, len(number), leaf), {})
-        if len(known) == 2 and len(set(known.values())) == 1:
-            return next(iter(known.values()))
-        found = self._compute(key)
-        if len(known) < 2:
-            known[number] = found
-        return found
+        return self._of_experts(head, len(number), leaf) or self._compute(key)
+
+    def _of_any_expert(self, head: str, length: int, leaf: str) -> Renamed | None:
+        """What all names become that differ in the number of an expert, of so many digits; None if they differ."""
+        one, other = (self._compute(f"{head}{_EXPERTS}{digit * length}.{leaf}") for digit in "12")
+        return one if one == other else None
 
     def _compute(self, key: str) -> Renamed:
         found: Renamed = rename_source_key(key, self._renamings, self._converters)

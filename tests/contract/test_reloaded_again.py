@@ -85,6 +85,14 @@ def test_what_is_planned_again(change: str, old: Path, new: Path, tmp_path: Path
         assert plans == ["first", "later"]
 
 
+def test_an_argument_that_was_changed_since(old: Path, new: Path, plans: list[str]) -> None:
+    model, mapping = pyint8.load(old, CPU), {"^no_such_name": "none"}
+    for key in ("a", "b"):
+        mapping[key] = key
+        pyint8.reload(model, new, key_mapping=mapping)
+    assert len(plans) == 2
+
+
 def test_16_bit_and_int8_forms(old: Path, new: Path, tmp_path: Path, plans: list[str]) -> None:
     pyint8.convert(new, tmp_path / "int8", device="cpu")
     model, expected = pyint8.load(old, CPU), state(pyint8.load(new, CPU))

@@ -97,8 +97,10 @@ def facts_of(
     configuration = _configuration(request)
     if checkpoint is None or checkpoint.disagreements or configuration is None:
         return None
+    # Copies: the caller may change a mapping later.
+    arguments = {k: dict(v) if isinstance(v, Mapping) else v for k, v in request.arguments.items()}
     return Facts(
-        (type(model), request.dtype, request.config, request.strict, dict(request.arguments)),
+        (type(model), request.dtype, request.config, request.strict, arguments),
         configuration,
         {entry.name: (type(entry), entry.dtype, entry.shape, entry.stride) for entry in checkpoint.values()},
         {name: (place.shape, place.dtype, place.address, place.is_int8) for name, place in places.items()},

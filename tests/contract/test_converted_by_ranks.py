@@ -27,7 +27,7 @@ from pyint8.host.locks import lock
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[RankProcesses]:
-    with RankProcesses(2) as ranks:
+    with RankProcesses(2, are_forked=True) as ranks:
         yield ranks
 
 
@@ -118,7 +118,7 @@ def test_all_fail_together(
 def test_a_rank_that_is_killed(two: RankProcesses, rank: int, old: Path, tmp_path: Path) -> None:
     """The others stop soon; what is there is gone on with, by ranks or by one process."""
     target, expected = tmp_path / "work" / "int8", alone(old, tmp_path / "alone")
-    with RankProcesses(2) as ranks:
+    with RankProcesses(2, are_forked=True) as ranks:
         outcomes = ranks.run(cases.failing, old, target, rank, 4, "killed")
     assert outcomes[rank].error == "gone"
     assert outcomes[1 - rank].error == "RankError"

@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 _TIMEOUT = 120.0
+_IMPORTED = ["torch.distributed", "pyint8.models.transformers.loading", "transformers.models.auto.modeling_auto"]
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,12 @@ class RankProcesses:
 
     Args:
         size: How many ranks.
+        are_forked: From a process that has imported everything once. They have the environment of the first of them.
     """
 
-    def __init__(self, size: int) -> None:
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, size: int, *, are_forked: bool = False) -> None:
+        context = multiprocessing.get_context("forkserver" if are_forked else "spawn")
+        context.set_forkserver_preload(_IMPORTED)
         port = _free_port()
         self.size = size
         self.processes, self._connections = [], []

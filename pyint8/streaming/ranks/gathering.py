@@ -71,9 +71,7 @@ class Gathering:
             source = self._agenda.source
         bands = self._bands_of(source, len(left))
         pieces += self._agenda.spare_pieces(list(left)[len(bands) :], self._group.device)
-        have_come = [
-            not self._agenda.has_dropped and self._conductor.guarded(self._await_own, piece) for piece in pieces
-        ]
+        have_come = [self._has_come(piece) for piece in pieces]
         for piece, has_come in zip(pieces, have_come, strict=True):
             if not has_come:  # other ranks take no harm of zeros before they are told
                 self._group.part_of(piece.memory, piece.part).zero_()

@@ -78,11 +78,16 @@ TEST_CASE("every read is byte-exact, whichever road its pieces take") {
           CAPTURE(slots);
           CAPTURE(from);
           const Accounts accounts;
-          OneGpu load({.threads = threads, .slots_per_thread = slots, .slot_bytes = kSlot}, neighbours);
-          load.run_with_detours_from(from);
-          load.synchronize();
-          CHECK(load.arrived());
-          if (threads > neighbours.size() && from == 0) CHECK(on_detours() > 0);
+          const bool takes_detours = threads > neighbours.size() && from == 0;
+          // Which worker is quick enough to take a job is up to the system: again, until one on a detour is.
+          for (int attempt = 0; attempt < 100; ++attempt) {
+            OneGpu load({.threads = threads, .slots_per_thread = slots, .slot_bytes = kSlot}, neighbours);
+            load.run_with_detours_from(from);
+            load.synchronize();
+            CHECK(load.arrived());
+            if (!takes_detours || on_detours() > 0) break;
+          }
+          if (takes_detours) CHECK(on_detours() > 0);
         }
       }
     }

@@ -174,11 +174,11 @@ class StreamOptions:
             that should not displace other files there. Default False.
         libcuda: The driver library to open, by name or path. Default "libcuda.so.1".
         timeline: Note in `LoadReport.timeline` what is done when, for a picture. Default False.
+        checksums: Compare what is read with the checksums of the checkpoint, where it has some. Default True.
         borrow_gpus: Numbers of other GPUs, as torch counts them, over whose buses a load onto one GPU may read too:
             each takes an equal share of the bytes into at most 128 MiB of its memory, and hands them on over NVLink.
             One that cannot is left out, with a warning. Seven at most; default none. Loads onto several GPUs, or by
             ranks, have no use for it, and say so.
-        checksums: Compare what is read with the checksums of the checkpoint, where it has some. Default True.
 
     Raises:
         OptionError: A value out of its range, naming the option.

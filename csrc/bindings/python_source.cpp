@@ -30,10 +30,6 @@ class Buffer {
 
   std::size_t size() const { return static_cast<std::size_t>(view_.len); }
   const std::byte* data() const { return static_cast<const std::byte*>(view_.buf); }
-  void copy_to(std::byte* out) const {
-    const py::gil_scoped_release released;
-    std::memcpy(out, view_.buf, size());
-  }
 
  private:
   Py_buffer view_{};
@@ -42,18 +38,6 @@ class Buffer {
 Error miscounted(std::size_t needed, const std::string& got) {
   return Error(ErrorCode::kInvalidArgument,
                "a source that was asked for " + std::to_string(needed) + " bytes gave " + got);
-}
-
-void read(const py::object& ranges, std::byte* out, std::size_t needed, std::uint64_t offset) {
-  std::size_t got = 0;
-  const py::object chunks = ranges(offset, needed);
-  for (const py::handle chunk : chunks) {
-    const Buffer buffer(chunk);
-    if (buffer.size() > needed - got) throw miscounted(needed, "more");
-    buffer.copy_to(out + got);
-    got += buffer.size();
-  }
-  if (got < needed) throw miscounted(needed, std::to_string(got));
 }
 
 }  // namespace
@@ -129,16 +113,6 @@ PythonSource::~PythonSource() {
 
 void PythonSource::read_at(std::byte* out, std::size_t needed, std::size_t /*capacity*/,
                            std::uint64_t offset) const {
-  if (!run_.is_none()) return read_elsewhere(out, needed, offset);
-  const py::gil_scoped_acquire held;
-  try {
-    read(ranges_, out, needed, offset);
-  } catch (const py::error_already_set& error) {
-    throw PythonFailure(error);
-  }
-}
-
-void PythonSource::read_elsewhere(std::byte* out, std::size_t needed, std::uint64_t offset) const {
   const auto fetch = std::make_shared<Fetch>(out, needed);
   {
     const std::lock_guard lock(mutex_);
@@ -157,7 +131,11 @@ void PythonSource::read_elsewhere(std::byte* out, std::size_t needed, std::uint6
   {
     const py::gil_scoped_acquire held;
     try {
-      run_(py::cpp_function([fetch, ranges = ranges_, offset] { fetch->fill(ranges, offset); }));
+      if (run_.is_none()) {
+        fetch->fill(ranges_, offset);
+      } else {
+        run_(py::cpp_function([fetch, ranges = ranges_, offset] { fetch->fill(ranges, offset); }));
+      }
     } catch (const py::error_already_set& error) {
       throw PythonFailure(error);
     }

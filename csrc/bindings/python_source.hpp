@@ -26,7 +26,7 @@ class PythonFailure : public std::exception {
   std::shared_ptr<PyObject> raised_;
 };
 
-// One read on its way, by a thread other than that of who waits for it, who may leave it.
+// One read on its way, most often by another thread than that of who waits for it, who may leave it.
 class Fetch {
  public:
   Fetch(std::byte* out, std::size_t needed) : out_(out), needed_(needed) {}
@@ -73,13 +73,11 @@ class PythonSource final : public Source {
   void cancel() const noexcept override;
 
  private:
-  void read_elsewhere(std::byte* out, std::size_t needed, std::uint64_t offset) const;
-
   pybind11::object ranges_;
   pybind11::object cancel_;
   pybind11::object run_;
-  mutable std::mutex
-      mutex_;  // guards the two below; never taken with the interpreter's lock asked for inside
+  // Guards the two below; nobody asks for the interpreter's lock while he has it.
+  mutable std::mutex mutex_;
   mutable std::set<std::shared_ptr<Fetch>> fetches_;
   mutable bool is_cancelled_ = false;
 };

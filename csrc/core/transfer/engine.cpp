@@ -159,14 +159,14 @@ Engine::Way Engine::way_for(const Job& job, std::size_t worker) const {
   return leads ? Way{detour, number} : own;
 }
 
-Road& Engine::road(std::uint32_t lane, std::size_t number) {
-  if (number == 0) return *devices_[lane];
-  return *detours_[lane].all[number - 1];
+Road& Engine::road(Device& own, const Detours& detours, std::size_t number) {
+  if (number == 0) return own;
+  return *detours.all[number - 1];
 }
 
 std::unique_ptr<Event> Engine::take_event(std::uint32_t lane, std::size_t number) {
   auto& spare = spare_events_[lane][number];
-  if (spare.empty()) return road(lane, number).make_event();
+  if (spare.empty()) return road(*devices_[lane], detours_[lane], number).make_event();
   auto event = std::move(spare.back());
   spare.pop_back();
   return event;
@@ -336,9 +336,7 @@ void Engine::record_landed(const Job& job, Pending& pending) {
       const std::lock_guard lock(mutex_);
       pending.landed[number] = take_event(job.lane, number);
     }
-    Road* taken = job.device;
-    if (number > 0) taken = job.detours->all[number - 1].get();
-    taken->record(*pending.landed[number]);
+    road(*job.device, *job.detours, number).record(*pending.landed[number]);
   }
 }
 

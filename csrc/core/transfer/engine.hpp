@@ -173,7 +173,7 @@ class Engine {
   void complete(const Job& job, std::size_t road);
   void record_landed(const Job& job, Pending& pending);
   std::unique_ptr<Event> take_event(std::uint32_t lane, std::size_t road = 0);  // with the lock held
-  Road& road(std::uint32_t lane, std::size_t number);                           // the same
+  static Road& road(Device& own, const Detours& detours, std::size_t number);
   // With the lock held: until `ticket` is on its way; null if the time ran out.
   Pending* await_issue(Ticket ticket, std::chrono::milliseconds timeout, std::unique_lock<std::mutex>& lock);
   std::exception_ptr await_copies();

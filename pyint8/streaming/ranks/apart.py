@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from contextlib import suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pyint8.errors import CancelledError, Pyint8Error
 from pyint8.streaming.ranks.meetings import Meeting
@@ -15,17 +15,6 @@ if TYPE_CHECKING:
 
 # How long one may go on after another has failed, and what it costs: a round of a few bytes.
 _SECONDS_BETWEEN = 0.3
-
-
-def hold(conductor: Conductor, meeting: Meeting) -> list[Any]:
-    """What all ranks say at a meeting, once they have come to it.
-
-    Raises:
-        RankError: Another rank failed.
-    """
-    conductor.put(meeting)
-    conductor.wait_for(lambda: meeting.values is not None)
-    return meeting.values or []
 
 
 class Apart:
@@ -73,5 +62,5 @@ class Apart:
     def _run(self) -> None:
         with suppress(Pyint8Error):  # which `check` raises, and whoever tells the others of an error
             while not (self._are_all_done or self._has_left):
-                self._are_all_done = all(hold(self._conductor, Meeting("work apart", self._is_done.is_set())))
+                self._are_all_done = all(self._conductor.hold(Meeting("work apart", self._is_done.is_set())))
                 self._is_done.wait(_SECONDS_BETWEEN)

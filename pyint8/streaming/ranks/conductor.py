@@ -100,6 +100,14 @@ class Conductor:
 
         self.notify(note)
         self._start()
+        return self._values_of(meeting)
+
+    def hold(self, meeting: Meeting) -> list[Any]:
+        """Holds a meeting behind all that was put before; returns its values. Raises as `wait_for`."""
+        self.put(meeting)
+        return self._values_of(meeting)
+
+    def _values_of(self, meeting: Meeting) -> list[Any]:
         self.wait_for(lambda: meeting.values is not None)
         assert meeting.values is not None
         return meeting.values

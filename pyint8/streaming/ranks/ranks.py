@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pyint8.errors import CancelledError, OptionError, RankError
 from pyint8.placement.device_map import check_device_map
 from pyint8.streaming.lane import LaneOpener, open_lane
-from pyint8.streaming.ranks.apart import Apart, hold
+from pyint8.streaming.ranks.apart import Apart
 from pyint8.streaming.ranks.conductor import Conductor
 from pyint8.streaming.ranks.group import Group, check_group, one_device
 from pyint8.streaming.ranks.meetings import Meeting
@@ -72,7 +72,7 @@ class Ranks:
         Raises:
             RankError: Another rank failed, or is at another stage.
         """
-        return hold(self._conductor, Meeting(stage, value))
+        return self._conductor.hold(Meeting(stage, value))
 
     def apart(self) -> Apart:
         """Around what each rank does by itself."""
@@ -109,7 +109,7 @@ class Ranks:
 
     def _leave_together(self) -> None:
         try:
-            hold(self._conductor, Meeting("the end", None, is_last=True))
+            self._conductor.hold(Meeting("the end", None, is_last=True))
         except RankError:
             raise
         except BaseException as error:  # Ctrl-C, while the others are waited for

@@ -5,12 +5,6 @@ from __future__ import annotations
 import copy
 import errno
 import os
-import random
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +21,6 @@ from pyint8.models.transformers import converting
 from pyint8.streaming.write_behind import WriteBehind
 
 CPU = {"": "cpu"}
-KILLS = int(os.environ.get("PYINT8_TEST_KILLS", "10"))
 
 
 @pytest.fixture(scope="module")
@@ -202,49 +195,6 @@ def test_a_full_disk(llama: Path, tmp_path: Path) -> None:
     assert ran.stdout.startswith(f"{errno.ENOSPC}|tensor '"), ran.stdout
     assert "No space left on device" in ran.stdout
     assert len(ran.stdout.splitlines()) == 1, "files were left"
-
-
-CONVERTS = """
-import sys, time
-import pyint8
-from pyint8.models import converted_files
-from pyint8.models.transformers import converting
-from pyint8.streaming.write_behind import WriteBehind
-
-put, run = WriteBehind.put, converting.Conversion.run
-
-def slow_put(*args):
-    time.sleep(0.01)
-    return put(*args)
-
-def announced_run(*args):
-    print("begun", flush=True)
-    run(*args)
-
-converted_files._NOTED_BYTES = 1
-WriteBehind.put, converting.Conversion.run = slow_put, announced_run
-pyint8.convert(sys.argv[1], sys.argv[2], device="cpu", max_shard_size="40KB")
-"""
-
-
-def test_killed_at_any_moment(llama: Path, tmp_path: Path) -> None:
-    """The same command again and again; what it leaves is all or nothing, and is gone on with."""
-    expected = loaded_and_saved(llama, tmp_path / "expected", max_shard_size="40KB")
-    target, moments, begun = tmp_path / "work" / "int8", random.Random(0), 0
-    for _ in range(KILLS):
-        process = subprocess.Popen([sys.executable, "-c", CONVERTS, llama, target], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "begun\n"
-        time.sleep(moments.uniform(0, 0.6))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        begun += any(path.stat().st_size > 100 for path in target.parent.glob(".*/.pyint8-journal"))
-        if target.exists():
-            assert files(target) == expected
-            shutil.rmtree(target)
-    assert begun  # else the moments are wrong
-    assert converted(llama, target, max_shard_size="40KB") == expected
-    assert nothing_beside(target)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def test_a_planned_map_under_torchrun_is_warned_of(
         {"tp_plan": "auto"},
         {"device_mesh": SimpleNamespace(size=lambda: 2)},
     ],
-    ids=str,
+    ids=", ".join,
 )
 def test_models_split_over_ranks_are_refused_by_name(
     argument: dict[str, Any], load: Load, monkeypatch: pytest.MonkeyPatch
@@ -106,7 +106,7 @@ def test_models_split_over_ranks_are_refused_by_name(
         {"device_mesh": SimpleNamespace(size=lambda: 1)},
         {},
     ],
-    ids=str,
+    ids=", ".join,
 )
 def test_one_rank_is_no_split(argument: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import socket
@@ -80,8 +81,30 @@ class RangeServer:
                     return fault
         return None
 
+    def content(self, name: str) -> bytes | None:
+        """Of a file; None if there is none."""
+        path = self.folder / name
+        if not path.is_file():
+            return None
+        found = path.stat()
+        with self.lock:  # one reads and hashes, however many ask: a client gives up a server that does either for each
+            raw = _content(path, found.st_mtime_ns, found.st_size)
+            _digest(raw)
+        return raw
+
     def tag(self, raw: bytes) -> str:
-        return ("W/" if self.weak else "") + f'"{hashlib.md5(raw).hexdigest()}"'
+        return ("W/" if self.weak else "") + f'"{_digest(raw)}"'
+
+
+@functools.lru_cache(maxsize=8)
+def _content(path: Path, modified_ns: int, size: int) -> bytes:
+    """In one state of the file."""
+    return path.read_bytes()
+
+
+@functools.lru_cache(maxsize=8)
+def _digest(raw: bytes) -> str:
+    return hashlib.md5(raw).hexdigest()
 
 
 @contextmanager
@@ -127,8 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, method: str) -> None:
         served = self.server.served
         name = self.path.removeprefix("/models/tiny/")
-        path = served.folder / name
-        raw = path.read_bytes() if self.path.startswith("/models/tiny/") and path.is_file() else None
+        raw = served.content(name) if self.path.startswith("/models/tiny/") else None
         start, end = self._range(0 if raw is None else len(raw))
         served.requests.append(Request(method, name, start, end - start if method == "GET" else 0))
         fault = served.fault_of(name, start) if method == "GET" else None

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 _TIMEOUT = 120.0
-_IMPORTED = ["torch.distributed", "pyint8.models.transformers.loading", "transformers.models.auto.modeling_auto"]
+IMPORTED = ["torch.distributed", "pyint8.models.transformers.loading", "transformers.models.auto.modeling_auto"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class RankProcesses:
 
     def __init__(self, size: int, *, are_forked: bool = False) -> None:
         context = multiprocessing.get_context("forkserver" if are_forked else "spawn")
-        context.set_forkserver_preload(_IMPORTED)
+        context.set_forkserver_preload(IMPORTED)
         port = _free_port()
         self.size = size
         self.processes, self._connections = [], []

@@ -207,7 +207,7 @@ def test_what_is_found_is_converted_on_meta() -> None:
         ([r"layers\.\d\.attn", "lm_head"], {"layers.0.mlp", "layers.1.mlp"}),
         (["layers.1.m", "lm_head"], INT8_LAYERS),
     ],
-    ids=str,
+    ids=lambda names: ", ".join(sorted(names)),
 )
 def test_a_skip_list_is_matched_as_transformers_does(skip: list[str], converted: set[str]) -> None:
     model = Small()

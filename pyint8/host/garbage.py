@@ -23,8 +23,10 @@ def paused() -> AbstractContextManager[None]:
 
 def _resume(was_on: bool) -> None:
     if was_on:
-        _move_to_oldest_generation()
-        gc.enable()
+        try:
+            _move_to_oldest_generation()
+        finally:  # there may be no memory for it
+            gc.enable()
 
 
 def _resume_in_child(was_on: bool) -> None:

@@ -71,6 +71,16 @@ def test_what_came_is_not_looked_through_afterwards() -> None:
 
 
 @pytest.mark.usefixtures("nothing_frozen")
+def test_it_is_on_again_even_if_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(garbage, "deque", refused)
+    with pytest.raises(MemoryError), garbage.paused():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+
+
 def test_what_somebody_froze_stays_frozen() -> None:
     gc.freeze()
     frozen = gc.get_freeze_count()

@@ -11,9 +11,12 @@ PINNED := -c tests/constraints.txt
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc pyint8 -type f -not -path '*/__pycache__/*')
 CXX_SOURCES := $(shell find csrc tests/cpp benchmarks -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu')
 SECONDS ?= 600
+# Each process takes a gigabyte or two, and would be slowed by threads of torch's.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
+CHOSEN := -m "not slow"
 CMAKE_TESTS := -S . -G Ninja -DPYINT8_BUILD_TESTS=ON -DPYINT8_BUILD_MODULE=OFF -DPYINT8_WERROR=ON
 
-.PHONY: demo test test-python test-cpp coverage soak client-tests transformers-matrix gpu-test gpu-sanitize benchmark lint format \
+.PHONY: demo test test-all test-python test-cpp coverage soak client-tests transformers-matrix gpu-test gpu-sanitize benchmark lint format \
   wheels build-wheels aarch64-test fuzz faults clean
 
 demo: $(VENV)/.demo
@@ -21,9 +24,12 @@ demo: $(VENV)/.demo
 
 test: test-python test-cpp
 
+test-all: CHOSEN :=
+test-all: test
+
 # The `pytest` program, not `python -m pytest`: that would put the source tree, with its unbuilt package, first.
 test-python: $(VENV)/.tests build/plain/tests/cpp/libfakecuda.so
-	PYINT8_TEST_LIBCUDA=$(CURDIR)/build/plain/tests/cpp/libfakecuda.so $(BIN)/pytest
+	PYINT8_TEST_LIBCUDA=$(CURDIR)/build/plain/tests/cpp/libfakecuda.so $(PYTEST) $(CHOSEN)
 
 test-cpp: build/plain/tests/cpp/libfakecuda.so
 	cd build/plain && $(CURDIR)/$(BIN)/ctest --output-on-failure

@@ -27,6 +27,8 @@ from pyint8.models.transformers import converting
 from pyint8.operations.cached import wait_for_fills
 from pyint8.streaming.write_behind import WriteBehind
 
+pytestmark = pytest.mark.slow
+
 CPU = {"": "cpu"}
 FRESH = {"bert_fresh_head"}
 """Models with weights that the checkpoint lacks."""

@@ -20,6 +20,8 @@ from pyint8.models import converted_files
 from pyint8.models.transformers import converting
 from pyint8.streaming.write_behind import WriteBehind
 
+pytestmark = pytest.mark.slow
+
 CPU = {"": "cpu"}
 
 

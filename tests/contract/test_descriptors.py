@@ -12,6 +12,8 @@ from zoo import ZOO, CheckpointStore
 
 import pyint8
 
+pytestmark = pytest.mark.slow
+
 LOADS = """
 import os, resource, sys, threading
 import torch, transformers, pyint8

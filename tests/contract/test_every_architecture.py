@@ -17,6 +17,8 @@ from zoo import randomise
 
 import pyint8
 
+pytestmark = pytest.mark.slow
+
 KWARGS: dict[str, Any] = {"device_map": {"": "cpu"}, "dtype": torch.float16}
 # Differently on purpose: Falcon's linear layers are quantized here; what transformers itself does not read back of the
 # ShieldGemma 2 it saved stays ordinary (see test_identity for both).

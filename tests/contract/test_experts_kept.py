@@ -27,6 +27,8 @@ from pyint8.errors import (
 from pyint8.operations.cached import wait_for_fills
 from pyint8.quantizer.experts.modules import Int8Experts
 
+pytestmark = pytest.mark.slow
+
 TOKENS = torch.arange(2, 26).view(2, 12)
 
 

@@ -20,6 +20,8 @@ from zoo import ZOO, CheckpointStore
 import pyint8
 from pyint8.errors import Pyint8Error
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = Path(__file__).parents[1] / "support" / "faults.py"
 SAMPLE = "0" if os.environ.get("PYINT8_TEST_EVERY_FAULT") == "1" else "8"
 ROADS = {"reading": 10, "writing": 6}

@@ -15,6 +15,8 @@ import pyint8
 from pyint8.host import garbage
 from pyint8.host.imports import imported
 
+pytestmark = pytest.mark.slow
+
 # How many fresh processes; each imports torch and transformers.
 PROCESSES = int(os.environ.get("PYINT8_TEST_FIRST_LOADS", "3"))
 

@@ -24,7 +24,10 @@ from pyint8.host.imports import importing
 from pyint8.report.progress import ByteProgress
 from pyint8.streaming.extension import open_engine
 
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")  # what the tests are about
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded"),  # what the tests are about
+]
 PATIENCE = 120
 
 

@@ -37,7 +37,10 @@ SAMPLE = 25
 Line = tuple[str, int]
 Road = Callable[[], dict[str, torch.Tensor]]
 
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed file")  # one that is interrupted while it is being opened
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:unclosed file"),  # one that is interrupted while it is being opened
+]
 
 
 def plain(path: Path) -> dict[str, torch.Tensor]:

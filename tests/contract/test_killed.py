@@ -25,6 +25,8 @@ import pyint8
 from pyint8.checkpoint.cache import CacheFolder
 from pyint8.operations.cached import wait_for_fills
 
+pytestmark = pytest.mark.slow
+
 KILLS = int(os.environ.get("PYINT8_TEST_KILLS", "25"))
 _PROCESSES = multiprocessing.get_context("forkserver")  # which has imported everything once
 _WITHIN_SECONDS = 0.6

@@ -26,6 +26,8 @@ import pyint8
 from pyint8.errors import OptionError
 from pyint8.remote.folder import _FIRST_BYTES
 
+pytestmark = pytest.mark.slow
+
 SHORT_LIST = {
     2: ["llama", "llama_sharded", "gpt2", "t5", "bert_fresh_head", "mixtral", "qwen3_moe", "gpt_oss"],
     3: ["llama", "gpt2", "mixtral"],

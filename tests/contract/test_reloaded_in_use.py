@@ -18,6 +18,8 @@ from zoo import ZOO, CheckpointStore
 import pyint8
 from pyint8.errors import CheckpointError, ModelNotSupportedError, PlacementError
 
+pytestmark = pytest.mark.slow
+
 
 def generated(model: Any) -> list[int]:
     ids = LLAMA.inputs(model)["input_ids"][:1]

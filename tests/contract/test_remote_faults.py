@@ -22,7 +22,10 @@ from pyint8.errors import CheckpointNotFoundError, FileChangedError, OptionError
 
 pytest.importorskip("obstore")
 
-pytestmark = pytest.mark.usefixtures("far_away", "threads_of_obstore")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("far_away", "threads_of_obstore"),
+]
 
 CPU = {"": "cpu"}
 IMPATIENT = {"client_options": {"read_timeout": "300ms", "timeout": "1s"}}

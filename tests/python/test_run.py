@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from zoo import ZOO, CheckpointStore
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
     import os
     import sys

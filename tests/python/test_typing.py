@@ -12,6 +12,8 @@ import pytest
 
 import pyint8
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("mypy")
 
 PROGRAM = """

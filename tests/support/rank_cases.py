@@ -118,9 +118,14 @@ def interrupted(bytes_landed: int) -> Iterator[None]:
         yield
 
 
+_STEP = 5000
+_ordinary_seconds: list[float] = []
+"""What loads took here that nothing happened to."""
+
+
 @contextmanager
 def interrupted_by_a_clock(number: int) -> Iterator[None]:
-    """Ctrl-C a few milliseconds after the rank has joined, each time a little later: before, nobody can be told."""
+    """Ctrl-C after the rank has joined (before, nobody can be told), each time a little later, the last too late."""
     from pyint8.streaming.ranks.ranks import Ranks
 
     enter = Ranks.__enter__
@@ -130,7 +135,7 @@ def interrupted_by_a_clock(number: int) -> Iterator[None]:
 
     def entered(self: Ranks) -> Ranks:
         found = enter(self)
-        signal.setitimer(signal.ITIMER_REAL, number / 5000 * 0.004 + 0.001)
+        signal.setitimer(signal.ITIMER_REAL, 0.001 + number / (30 * _STEP) * _ordinary_seconds[-1])
         return found
 
     signal.signal(signal.SIGALRM, interrupt)
@@ -191,9 +196,13 @@ def failing(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     found = []
     with gathering_small_pieces():
+        for _ in range(2):  # the first may take longer
+            began = time.monotonic()
+            load(good)
+            _ordinary_seconds.append(time.monotonic() - began)
         for number in range(times):
             more, mishap = (arguments, BREAKS[how]) if rank == broken else ({}, BREAKS["nothing"])
-            found.append(outcome_of(partial(load_under, mishap(1 + number * 5000), others.get(rank, good), more)))
+            found.append(outcome_of(partial(load_under, mishap(1 + number * _STEP), others.get(rank, good), more)))
             if number == times // 2:
                 load(good)
         ours = load(good)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forking import LOADING, ForkingPython
 from hub_server import COMMIT, HubServer
 from zoo import ZOO, CheckpointStore
+
+pytestmark = pytest.mark.slow
+
+Load = Callable[..., tuple[dict[str, Any], str]]
 
 REPO = "people/llama"
 _LOAD = """
@@ -30,21 +33,30 @@ except Exception as error:
 """
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def folder(checkpoints: CheckpointStore) -> Path:
     return checkpoints.folder(ZOO["llama_sharded"], "bf16")
 
 
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[HubServer]:
+    with HubServer(REPO, folder).running() as running:
+        yield running
+
+
 @pytest.fixture
-def hub(folder: Path) -> Iterator[HubServer]:
-    with HubServer(REPO, folder).running() as server:
-        yield server
+def hub(server: HubServer) -> HubServer:
+    server.sent.clear()
+    server.cut.clear()
+    server.token = None
+    return server
 
 
-def load(path: object, cache: Path, hub: HubServer, **kwargs: Any) -> tuple[dict[str, Any], str]:
-    """What became of a load in a process of its own, and what it wrote to the terminal."""
+@pytest.fixture(scope="module")
+def python(server: HubServer) -> Iterator[ForkingPython]:
+    """In an environment with that hub, which huggingface_hub looks at once."""
     environment = dict(os.environ) | {
-        "HF_ENDPOINT": hub.url,
+        "HF_ENDPOINT": server.url,
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DOWNLOAD_TIMEOUT": "5",
         "NO_PROXY": "127.0.0.1",
@@ -52,60 +64,70 @@ def load(path: object, cache: Path, hub: HubServer, **kwargs: Any) -> tuple[dict
     }
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS"):
         environment.pop(name, None)
-    command = [sys.executable, "-c", _LOAD, str(path), str(cache), json.dumps(kwargs)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.strip().splitlines()[-1]), done.stderr
+    with ForkingPython(LOADING, environment) as forking:
+        yield forking
 
 
-def test_everything_is_downloaded_once(hub: HubServer, folder: Path, tmp_path: Path) -> None:
-    found, shown = load(REPO, tmp_path, hub)
+@pytest.fixture
+def load(python: ForkingPython, tmp_path: Path) -> Load:
+    """What became of a load in a process of its own, and what it wrote to the terminal: load(path, **options)."""
+
+    def load_one(path: object, **options: Any) -> tuple[dict[str, Any], str]:
+        done = python.run("", [str(path), str(tmp_path), json.dumps(options)], Path("/"), before=_LOAD)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout.strip().splitlines()[-1]), done.stderr
+
+    return load_one
+
+
+def test_everything_is_downloaded_once(hub: HubServer, folder: Path, tmp_path: Path, load: Load) -> None:
+    found, shown = load(REPO)
     assert found["bytes"] > 0
-    assert found == load(folder, tmp_path, hub)[0]
+    assert found == load(folder)[0]
     assert Counter(hub.sent) == Counter(path.name for path in folder.iterdir() if path.name in hub.sent)
     assert {path.name for path in folder.glob("*.safetensors")} <= set(hub.sent)
     assert "Fetching" in shown  # the hub's bar
     assert "Loading weights" not in shown
     hub.sent.clear()
-    assert load(REPO, tmp_path, hub)[0] == found
+    assert load(REPO)[0] == found
     assert hub.sent == []
 
 
-def test_what_is_missing_is_downloaded(hub: HubServer, folder: Path, tmp_path: Path) -> None:
-    found, _ = load(REPO, tmp_path, hub)
+def test_what_is_missing_is_downloaded(hub: HubServer, folder: Path, tmp_path: Path, load: Load) -> None:
+    found, _ = load(REPO)
     snapshot = next((tmp_path / "models--people--llama" / "snapshots").iterdir())
     lost = sorted(snapshot.glob("*.safetensors"))[1]
     lost.resolve().unlink()
     lost.unlink()
     hub.sent.clear()
-    assert load(REPO, tmp_path, hub)[0] == found
+    assert load(REPO)[0] == found
     assert hub.sent == [lost.name]
 
 
-def test_a_download_that_breaks_off_can_be_repeated(hub: HubServer, folder: Path, tmp_path: Path) -> None:
+def test_a_download_that_breaks_off_can_be_repeated(hub: HubServer, folder: Path, tmp_path: Path, load: Load) -> None:
     shard = sorted(folder.glob("*.safetensors"))[-1].name
     hub.cut.add(shard)
-    assert shard in load(REPO, tmp_path, hub)[0]["error"] or hub.sent.count(shard) > 0
+    assert shard in load(REPO)[0]["error"] or hub.sent.count(shard) > 0
     hub.cut.clear()
-    found, _ = load(REPO, tmp_path, hub)
+    found, _ = load(REPO)
     assert found["bytes"] > 0
-    assert found == load(folder, tmp_path, hub)[0]
+    assert found == load(folder)[0]
 
 
-def test_a_repository_that_asks_for_a_token(hub: HubServer, folder: Path, tmp_path: Path) -> None:
+def test_a_repository_that_asks_for_a_token(hub: HubServer, folder: Path, tmp_path: Path, load: Load) -> None:
     hub.token = "hf_secret"
-    refused = load(REPO, tmp_path, hub)[0]["error"]
+    refused = load(REPO)[0]["error"]
     assert "CheckpointNotFoundError" in refused
     assert "token" in refused
-    found, _ = load(REPO, tmp_path, hub, token=hub.token)
+    found, _ = load(REPO, token=hub.token)
     assert found["bytes"] > 0
-    assert found == load(folder, tmp_path, hub)[0]
+    assert found == load(folder)[0]
 
 
-def test_a_commit_and_a_subfolder(hub: HubServer, folder: Path, tmp_path: Path) -> None:
-    found, _ = load(REPO, tmp_path, hub, revision=COMMIT)
+def test_a_commit_and_a_subfolder(hub: HubServer, folder: Path, tmp_path: Path, load: Load) -> None:
+    found, _ = load(REPO, revision=COMMIT)
     assert found["bytes"] > 0
     assert [path.name for path in (tmp_path / "models--people--llama" / "snapshots").iterdir()] == [COMMIT]
-    error = load(REPO, tmp_path, hub, subfolder="nowhere")[0]["error"]
+    error = load(REPO, subfolder="nowhere")[0]["error"]
     assert "CheckpointNotFoundError" in error
     assert "no config.json in its folder nowhere" in error

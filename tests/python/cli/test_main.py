@@ -41,7 +41,7 @@ def llama(checkpoints: CheckpointStore) -> Path:
 
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
 def test_help_has_examples_that_parse(verb: Verb, command: Command) -> None:
-    done = command(verb.name, "--help", before=SAY_HEAVY)
+    done = command(verb.name, "--help", before=SAY_HEAVY, afresh=True)
     assert done.returncode == 0
     assert "heavy: []" in done.stderr
     assert verb.examples
@@ -54,7 +54,7 @@ def test_help_has_examples_that_parse(verb: Verb, command: Command) -> None:
 
 
 def test_help_names_all_verbs(command: Command) -> None:
-    done = command("--help", before=SAY_HEAVY)
+    done = command("--help", before=SAY_HEAVY, afresh=True)
     assert done.returncode == 0
     assert "heavy: []" in done.stderr
     assert all(verb.name in done.stdout and verb.summary.split()[0] in done.stdout for verb in VERBS)
@@ -166,6 +166,6 @@ def test_json_is_all_there_is_on_standard_output(verb: str, llama: Path, command
 
 
 def test_headers_import_nothing_heavy(llama: Path, command: Command) -> None:
-    done = command("inspect", llama, "--headers", before=SAY_HEAVY)
+    done = command("inspect", llama, "--headers", before=SAY_HEAVY, afresh=True)
     assert done.returncode == 0
     assert done.stderr == "heavy: []\n"

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
 import sys
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from zoo import ZOO, CheckpointStore
 
+pytestmark = pytest.mark.slow
+
 
 def shown_on_a_terminal(words: list[str], folder: Path) -> tuple[subprocess.CompletedProcess[str], str]:
     """Runs a command line whose standard error is a terminal; also returns what that shows."""

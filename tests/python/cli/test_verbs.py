@@ -16,6 +16,8 @@ from zoo import VOCAB, ZOO, CheckpointStore
 
 import pyint8
 
+pytestmark = pytest.mark.slow
+
 Command = Callable[..., Any]
 
 HUB = """

@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from pyint8.errors import CancelledError
 from pyint8.host.ending import _Ending, refuse_at_end
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
 import sys, threading, time
 import torch

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from zoo import ZOO, CheckpointStore
 
+pytestmark = pytest.mark.slow
+
 _LOAD = """
 import hashlib, json, os, sys, tempfile
 import pyint8

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -228,21 +227,11 @@ def slow_put(*args):
 WriteBehind.put = slow_put
 pyint8.load(sys.argv[1], {"": "cpu"}, cache=sys.argv[2])
 time.sleep(1)
-print("end", flush=True)
-if sys.argv[3] == "kill":
-    time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("how", ["end", "kill"])
-def test_a_process_that_ends_leaves_it_to_the_next(source: Path, cache: Path, how: str) -> None:
-    process = subprocess.Popen([sys.executable, "-c", ENDS, source, cache, how], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "end\n"
-    if how == "kill":
-        process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=30)
-    assert process.returncode == (-signal.SIGKILL if how == "kill" else 0)
+def test_a_process_that_ends_leaves_it_to_the_next(source: Path, cache: Path) -> None:
+    subprocess.run([sys.executable, "-c", ENDS, source, cache], timeout=120, check=True)
     assert not entries(cache)
     (left,) = cache.glob(".*")
     assert (left / ".pyint8-journal").stat().st_size > 100

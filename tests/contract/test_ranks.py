@@ -1,7 +1,4 @@
-"""Ranks of a process group that load together: each reads its part, all have the same model, and fail together.
-
-Processes are started once for each number of ranks; `tests/support/rank_cases.py` is what they do.
-"""
+"""Ranks of a process group that load together: each reads its part, all have the same model, and fail together."""
 
 from __future__ import annotations
 

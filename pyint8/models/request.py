@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +11,11 @@ import torch
 from torch import nn
 
 from pyint8.config import Int8Config, StreamOptions
-from pyint8.errors import OptionError
+from pyint8.errors import OptionError, first_names
 from pyint8.host.imports import imported
 from pyint8.placement.budget import MemoryBudget
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,19 +53,26 @@ class LoadRequest:
 
 
 def check_dtype(dtype: Any) -> Any:
-    """The `dtype` argument with names replaced by dtypes: a torch.dtype, "auto", None, or a dict of such by parts.
+    """The `dtype` argument with names replaced by dtypes: a torch.dtype, "auto", None, or a dict {"": one of such}.
 
     Raises:
         OptionError: It is anything else.
     """
     if isinstance(dtype, Mapping) and dtype:
-        return {part: check_dtype(value) for part, value in dtype.items()}
+        by_part = {part: check_dtype(value) for part, value in dtype.items()}
+        if parts := [part for part in by_part if part]:
+            logger.warning(
+                "transformers loads all parts of a model in one dtype, here %s: what dtype says of %s has no effect",
+                by_part.get("", torch.get_default_dtype()),
+                first_names(parts),
+            )
+        return by_part
     found = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
     if dtype is None or found == "auto" or (isinstance(found, torch.dtype) and found.is_floating_point):
         return found
     raise OptionError(
-        f'dtype is {dtype!r}; it must be a floating torch.dtype, the name of one, "auto" or None, or a dict of such '
-        'for the parts of a model: {"": ..., "vision_config": ...}'
+        f'dtype is {dtype!r}; it must be a floating torch.dtype, the name of one, "auto" or None, or a dict of '
+        'such, as transformers takes it: {"": ...}'
     )
 
 

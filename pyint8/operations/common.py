@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import reprlib
 from collections.abc import Iterator, Mapping
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyint8.checkpoint.find import find_checkpoint
 from pyint8.config import StreamOptions
-from pyint8.errors import OptionError
+from pyint8.errors import OptionError, first_names
 from pyint8.host import ending, garbage
 from pyint8.host.imports import imported
 from pyint8.host.memory import peak_resident_bytes
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from pyint8.checkpoint import Checkpoint
     from pyint8.streaming.preparation import Preparation
     from pyint8.streaming.ranks.ranks import Ranks
+
+logger = logging.getLogger(__name__)
 
 
 def decoded(path: Any) -> str:
@@ -162,6 +165,16 @@ def joined_ranks(stack: ExitStack, process_group: Any, device_map: Any, cache: A
             "cache and process_group do not go together: convert once, with pyint8.convert, and load that"
         )
     return ranks
+
+
+def warn_of_own_values(report: LoadReport) -> None:
+    """Of weights that ranks which load together have each for itself."""
+    if missing := report.loading_info.get("missing_keys"):
+        logger.warning(
+            "not in the checkpoint, so each rank has its own values of %s: broadcast them from one rank to the others "
+            "(DistributedDataParallel does, unless it is told init_sync=False)",
+            first_names(sorted(missing)),
+        )
 
 
 def ranks_apart(stack: ExitStack, process_group: Any) -> Ranks | None:

@@ -28,6 +28,7 @@ from pyint8.operations.common import (
     name_after,
     options_for,
     prepare,
+    warn_of_own_values,
 )
 from pyint8.remote.urls import refuse_url
 from pyint8.report import LoadReport, Recorder, announce
@@ -156,8 +157,8 @@ def load(
         device_map: Where modules go, as transformers and accelerate have it: "auto", "balanced", "balanced_low_0",
             "sequential", a device, a dict of modules to devices, or None for the current device.
         dtype: Of everything that is not quantized, and on the way to int8: "auto" for the checkpoint's own, as in
-            transformers 5, a torch.dtype or its name, None for float16, in which bitsandbytes computes, or a dict of
-            such for the parts of a model, as in transformers: {"": ..., "vision_config": ...}.
+            transformers 5, a torch.dtype or its name, None for float16, in which bitsandbytes computes, or a dict
+            {"": one of such}, as transformers takes it: all parts of a model are loaded in one dtype.
         max_memory: Memory to use on each device, for the planned device maps.
         headroom: Use all memory of every GPU but this much (bytes, or a size such as "2GiB"), and at least what the
             load needs itself. None plans as transformers does, with 0.81 of one GPU's free memory, 0.9 of several's.
@@ -251,6 +252,8 @@ def load(
             cached.loaded(result, found, recorder.report)
         if path != source and not is_plain:
             name_after(source, path, result)
+        if ranks is not None:
+            warn_of_own_values(recorder.report)
     announce(recorder.report, source)
     return (result, recorder.report) if return_report else result
 

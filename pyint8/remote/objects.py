@@ -40,6 +40,12 @@ def tag_of(path: str) -> str | None:
     return None if found is None else found.tag
 
 
+def state_of(path: str) -> str | None:
+    """The same without where it lies."""
+    found = remote_object(path)
+    return None if found is None else found.tag.removeprefix(found.url)
+
+
 def url_of(text: str) -> str:
     """A path, or a text with paths, with the URLs that they stand for."""
     for folder, url in list(_folders.items()):

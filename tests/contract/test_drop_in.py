@@ -23,7 +23,7 @@ from zoo import PREQUANTIZED, ZOO, CheckpointStore
 
 import pyint8
 from pyint8.checkpoint import open_checkpoint
-from pyint8.errors import CheckpointError, NonFiniteWeightError
+from pyint8.errors import CheckpointError, NonFiniteWeightError, OptionError
 from pyint8.models.transformers.hooks import StreamedInt8HfQuantizer
 from pyint8.models.transformers.session import LoadSession
 
@@ -169,6 +169,26 @@ def test_tensors_in_memory_are_left_to_transformers(name: str, way: str, checkpo
     found = compare_models(ours, theirs, allow=[SERIALIZABLE])
     assert not found, show(found)
     assert remains(ours) == []
+
+
+def test_what_transformers_does_not_do_with_tensors_in_memory_is_said(
+    checkpoints: CheckpointStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoints.folder(ZOO["mixtral"], "bf16")
+    config, tensors = tf.AutoConfig.from_pretrained(folder), load_file(folder / "model.safetensors")
+    memory = {"config": config, "state_dict": tensors, "device_map": CPU}
+    with pytest.raises(OptionError, match=r"has no int8 experts; save them, then load that checkpoint"):
+        load_by("config", None, tf.MixtralForCausalLM, pyint8.Int8Config(experts=True), **memory)
+    load_by("config", None, tf.MixtralForCausalLM, pyint8.Int8Config(), **memory)
+    assert "does not look for values that int8 cannot hold" in caplog.text
+    load_by("config", None, tf.MixtralForCausalLM, pyint8.Int8Config(strict=False), **memory)
+    monkeypatch.setenv("PYINT8_EXPERTS", "1")
+    load_by("takeover", None, tf.MixtralForCausalLM, pyint8.Int8Config(), **memory)
+    told = [line.partition("which ")[2] for line in caplog.messages if "state_dict" in line]
+    assert told == [
+        "does not look for values that int8 cannot hold",
+        "leaves experts in 16 bit, whatever PYINT8_EXPERTS says",
+    ]
 
 
 @pytest.mark.usefixtures("nothing_left")

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from zoo import PREQUANTIZED, ZOO, CheckpointStore
 
 import pyint8
-from pyint8.errors import OptionError
 from pyint8.remote.folder import _FIRST_BYTES
 
 pytestmark = pytest.mark.slow
@@ -206,15 +205,20 @@ def test_ctrl_c_when_all_is_over_stops_no_other(ranks: RankProcesses, llama: Pat
     assert {outcome.error for of_rank in others for outcome in of_rank} == {None}
 
 
-@pytest.mark.parametrize("how", ["other transformers", "another model", "other options"])
+@pytest.mark.parametrize("how", ["other transformers", "another model", "other values", "other options"])
 def test_ranks_that_do_not_load_the_same(
-    ranks: RankProcesses, llama: Path, checkpoints: CheckpointStore, how: str
+    ranks: RankProcesses, llama: Path, checkpoints: CheckpointStore, tmp_path: Path, how: str
 ) -> None:
-    others = {1: Path(checkpoints.folder(ZOO["qwen2"], "bf16"))} if how == "another model" else {}
+    models = {"another model": checkpoints.folder(ZOO["qwen2"], "bf16"), "other values": llama}
+    others = {1: copy_for_rank_1(models[how], tmp_path, put_nan)} if how in models else {}
     arguments = {"options": pyint8.StreamOptions(host_scratch=1 << 20)} if how == "other options" else {}
-    mishap = how if how in cases.BREAKS else "nothing"
-    outcomes = ranks.run(cases.failing, llama, others, 1, mishap, TIMES, arguments)
-    named = {"other transformers": "transformers (", "another model": "the tensors'", "other options": "scratch"}
+    outcomes = ranks.run(cases.failing, llama, others, 1, how if how in cases.BREAKS else "nothing", TIMES, arguments)
+    named = {
+        "other transformers": "transformers (",
+        "other options": "scratch",
+        "other values": "the tensors' values (",
+    }
+    named["another model"] = "the tensors' names"
     for at_once in zip(*values(outcomes), strict=True):
         for outcome in at_once:
             assert outcome.error == "RankError"
@@ -283,13 +287,6 @@ def test_what_is_no_group_of_this_process(two: RankProcesses, llama: Path) -> No
     for found in values(two.run(cases.refused_group, llama)):
         assert {outcome.error for outcome in found} == {"OptionError"}
         assert all("it must be a torch.distributed.ProcessGroup" in outcome.text for outcome in found)
-
-
-def test_without_any_group(llama: Path) -> None:
-    with pytest.raises(OptionError, match="process_group is 3"):
-        pyint8.load(llama, "cpu", process_group=3)  # type: ignore[call-overload]
-    with pytest.raises(OptionError, match="process_group is 3"), pyint8.takeover(process_group=3):  # type: ignore[arg-type]
-        pass
 
 
 # --- takeover ---------------------------------------------------------------------------------------------------------

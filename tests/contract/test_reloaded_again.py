@@ -93,6 +93,14 @@ def test_an_argument_that_was_changed_since(old: Path, new: Path, plans: list[st
     assert len(plans) == 2
 
 
+def test_the_same_mapping_in_another_order(old: Path, new: Path, plans: list[str]) -> None:
+    """Of several patterns that fit a name, the first counts."""
+    model, mapping = pyint8.load(old, CPU), {"^no_such_name": "none", "^no_such": "other"}
+    for order in (mapping, dict(reversed(mapping.items())), dict(reversed(mapping.items()))):
+        pyint8.reload(model, new, key_mapping=order)
+    assert len(plans) == 2
+
+
 def test_16_bit_and_int8_forms(old: Path, new: Path, tmp_path: Path, plans: list[str]) -> None:
     pyint8.convert(new, tmp_path / "int8", device="cpu")
     model, expected = pyint8.load(old, CPU), state(pyint8.load(new, CPU))

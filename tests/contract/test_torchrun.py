@@ -16,7 +16,7 @@ from zoo import ZOO, CheckpointStore
 
 import pyint8
 from pyint8 import Int8Config, StreamOptions
-from pyint8.errors import PlacementError
+from pyint8.errors import OptionError, PlacementError
 from pyint8.host.processes import processes
 from pyint8.models.transformers.parallel import refuse_split_models
 from pyint8.report.progress import ByteProgress
@@ -128,3 +128,11 @@ def test_drop_in_loads_refuse_split_models_too(
     with pytest.raises(PlacementError, match="distributed_config splits the model over 2 ranks"), blocks:
         tf.LlamaForCausalLM.from_pretrained(folder, distributed_config=split, quantization_config=wanted)
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_without_any_group(checkpoints: CheckpointStore) -> None:
+    llama = checkpoints.folder(ZOO["llama"], "bf16")
+    with pytest.raises(OptionError, match="process_group is 3"):
+        pyint8.load(llama, "cpu", process_group=3)  # type: ignore[call-overload]
+    with pytest.raises(OptionError, match="process_group is 3"), pyint8.takeover(process_group=3):  # type: ignore[arg-type]
+        pass

@@ -7,6 +7,7 @@ quantizer replaces ours on the model: a loaded model carries nothing of pyint8.
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import BitsAndBytesConfig
 from transformers.quantizers import register_quantization_config, register_quantizer
 
 from pyint8.config import METHOD, Int8Config, bitsandbytes_field, int8_config_of, wants_experts
-from pyint8.errors import ModelNotSupportedError
+from pyint8.errors import ModelNotSupportedError, OptionError
 from pyint8.models.checks import has_expert_codes, has_whole_experts
 from pyint8.models.transformers.buffers import warn_of_unfilled_buffers
 from pyint8.models.transformers.compat import (
@@ -40,6 +41,8 @@ from pyint8.placement.device_map import check_device_map
 from pyint8.placement.tight import tight_memory
 from pyint8.quantizer import Int8Quantizer, tensor_bytes
 from pyint8.report import announce
+
+logger = logging.getLogger(__name__)
 
 _KEPT = "in its class's list of modules to keep in float32"
 # Fields of a BitsAndBytesConfig that its constructor does not take, or that are implied.
@@ -100,7 +103,8 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
         super().__init__(genuine, **kwargs)
         self._was_pre_quantized = pre_quantized = bool(kwargs.get("pre_quantized", True))
         # The session of the pyint8.load that is running, or a new one for a from_pretrained of other code.
-        is_strict = isinstance(quantization_config, Int8Config) and quantization_config.strict
+        self._is_own_config = isinstance(quantization_config, Int8Config)
+        is_strict = self._is_own_config and quantization_config.strict
         self.session = LoadSession.active() or LoadSession.for_drop_in(strict=is_strict)
         self.int8 = Int8Quantizer(
             replace(int8_config_of(genuine), experts=not pre_quantized and wants_experts(quantization_config)),
@@ -182,10 +186,21 @@ class StreamedInt8HfQuantizer(Bnb8BitHfQuantizer):
 
     def _become_genuine(self, model: Any) -> None:
         """Becomes transformers' own quantizer: tensors that are in memory (`state_dict=`) need no stream."""
+        self._tell_what_is_not_done()
         self._name_genuine_config(model)
         self.session.model_is_built()
-        del self.session, self.int8, self._model, self._dtype, self._was_pre_quantized
+        del self.session, self.int8, self._model, self._dtype, self._was_pre_quantized, self._is_own_config
         self.__class__ = Bnb8BitHfQuantizer
+
+    def _tell_what_is_not_done(self) -> None:
+        problem = "weights that are in memory (state_dict=) are quantized by transformers, which"
+        if self.int8.config.experts and self._is_own_config:
+            advice = "save them, then load that checkpoint, or leave out Int8Config(experts=True)"
+            raise OptionError(f"{problem} has no int8 experts; {advice}")
+        if self.int8.config.experts:
+            logger.warning("%s leaves experts in 16 bit, whatever PYINT8_EXPERTS says", problem)
+        if self.int8.strict and self._is_own_config:
+            logger.warning("%s does not look for values that int8 cannot hold", problem)
 
     def _name_genuine_config(self, model: Any) -> None:
         """Replaces our configuration in the copies that some models (T5) made while they were built."""

@@ -97,8 +97,8 @@ def facts_of(
     configuration = _configuration(request)
     if checkpoint is None or checkpoint.disagreements or configuration is None:
         return None
-    # Copies: the caller may change a mapping later.
-    arguments = {k: dict(v) if isinstance(v, Mapping) else v for k, v in request.arguments.items()}
+    # Copies, as the caller may change a mapping later, with their order, in which names are replaced.
+    arguments = {k: (*v.items(),) if isinstance(v, Mapping) else v for k, v in request.arguments.items()}
     return Facts(
         (type(model), request.dtype, request.config, request.strict, arguments),
         configuration,

@@ -1,4 +1,4 @@
-"""What a load is about to do, in a few words that ranks can compare: pure."""
+"""What a load is about to do, in a few words that ranks can compare."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pyint8.checkpoint.identity import sample_of
 from pyint8.host.imports import imported
+from pyint8.remote.objects import state_of
 from pyint8.streaming.extension import _core
 
 if TYPE_CHECKING:
@@ -17,17 +19,22 @@ if TYPE_CHECKING:
 
 
 def fingerprint(requests: Sequence[TensorRequest], early: Iterable[str], facts: Sequence[Any]) -> dict[str, str]:
-    """Everything that the order and the sizes of what is gathered depend on, and by which people know it.
+    """Everything that the order and the sizes of what is gathered depend on, and by which people know it; and whether
+    all have the same values, of which each reads a part.
 
     Args:
         requests: Of the stream, in order.
         early: What the head start asked for.
         facts: What else decides who makes something of the bytes, and in which bands.
+
+    Raises:
+        ReadError: A file cannot be read.
     """
     entries = [request.entry for request in requests]
     ways = [(r.device.type, r.in_bands, r.batch, r.becomes, r.part) for r in requests]
     return {
         "the tensors' names, dtypes and shapes": _digest((e.name, e.dtype, e.shape, e.stride) for e in entries),
+        "the tensors' values": sample_of(entries, state_of)[:12],
         "what becomes of them, and in which order": _digest(ways),
         "what the head start asked for": _digest(early),
         "scratch, kernels and quantizer": _digest([_core.has_kernels(), *facts]),

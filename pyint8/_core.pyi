@@ -288,7 +288,7 @@ class Consumer:
         """How many requests, from the first one on, could be waited for without blocking."""
 
     def sizes_ahead(self, skipped: int, most: int) -> list[int]:
-        """Bytes of the bands that are still to be gathered, in order, but for the first `skipped`; `most` at most."""
+        """Bytes of the next bands to gather that have room together, but for the first `skipped`; `most` at most."""
 
     def await_parts(self, count: int, stream: int, milliseconds: int) -> list[tuple[int, int, int]] | None:
         """Waits for what this process reads of the next `count` bands to be gathered, each once.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <string>
 #include <system_error>
+#include <utility>
 
 #include "error.hpp"
 
@@ -27,6 +28,40 @@ std::size_t band_bytes(const ConsumerOptions& options) {
 }
 
 }  // namespace
+
+// Bands to be gathered, as far as any of them that are gathered at once have room in scratch together.
+//
+// Once all before the first of them is served, it is the oldest there. A band that has no room then finds
+// less than its size free at either end of what is taken: so five of the seven parts are, at least. What is
+// gathered at once may be 2 3/4 of these (pyint8/streaming/ranks/consumer.py); two are for all else from the
+// first to the last, which is what is read whole, and what is lost to alignment. Where the list ends follows
+// from the requests and from where it begins, so all ranks' lists are beginnings of the same.
+class Consumer::Listing {
+ public:
+  Listing(std::size_t skipped, std::size_t most, std::size_t band_bytes)
+      : skipped_(skipped), most_(most), spare_(2 * band_bytes) {}
+
+  void add(std::size_t nbytes, std::size_t between) {
+    if (skipped_ > 0) {
+      --skipped_;
+      return;
+    }
+    const std::size_t beside = Scratch::room_for(nbytes) - nbytes + (sizes.empty() ? 0 : between);
+    is_cut_ = beside > spare_ && !sizes.empty();
+    if (is_full()) return;
+    sizes.push_back(nbytes);
+    spare_ -= std::min(spare_, beside);
+  }
+  bool is_full() const { return is_cut_ || sizes.size() >= most_; }
+
+  std::vector<std::size_t> sizes{};
+
+ private:
+  std::size_t skipped_;
+  const std::size_t most_;
+  std::size_t spare_;
+  bool is_cut_ = false;
+};
 
 Consumer::Consumer(Engine& engine, std::uint32_t lane, const ConsumerOptions& options)
     : engine_(engine),
@@ -105,7 +140,11 @@ void Consumer::add_reads(Asking& asking, const Asked& asked) {
     }
   }
   asking.of_bands.push_back(part == 0 ? std::nullopt : std::optional(asking.to_gather.size()));
-  if (part > 0) asking.to_gather.push_back({{asked.memory, band.nbytes, part}});
+  if (part > 0) {
+    asking.to_gather.push_back({{asked.memory, band.nbytes, part}, std::exchange(between_, 0)});
+  } else if (asked.region) {
+    between_ += Scratch::room_for(band.nbytes);
+  }
   asking.bands.push_back(asked);
 }
 
@@ -129,6 +168,11 @@ std::size_t Consumer::part_of(const Task& task, const Band& band) const {
   return std::holds_alternative<Range>(task.request.from) ? options_.share.part_of(band.nbytes) : 0;
 }
 
+bool Consumer::passes_scratch(const Task& task, const Band& band) const {
+  if (!std::holds_alternative<Range>(task.request.from)) return false;
+  return !stays_as_stored(task.request) || part_of(task, band) > 0;
+}
+
 // Where a band lands, or has landed; nothing while there is no room.
 std::optional<Consumer::Asked> Consumer::place(const Task& task, const Band& band) {
   const bool is_last = &band == &task.bands.back();
@@ -136,7 +180,7 @@ std::optional<Consumer::Asked> Consumer::place(const Task& task, const Band& ban
     const auto ticket = band.row == 0 ? std::optional(landed->ticket) : std::nullopt;
     return Asked{&task, &band, landed->memory + band.start, ticket, std::nullopt, is_last};
   }
-  if (stays_as_stored(task.request) && part_of(task, band) == 0) {
+  if (!passes_scratch(task, band)) {
     const Address values = std::get<ToValues>(task.request.to).values + band.start;
     return Asked{&task, &band, values, std::nullopt, std::nullopt, is_last};
   }
@@ -312,23 +356,28 @@ Ticket Consumer::done() {
 std::vector<std::size_t> Consumer::sizes_ahead(std::size_t skipped, std::size_t most) {
   engine_.require_own_process();
   const std::lock_guard lock(mutex_);
-  std::vector<std::size_t> sizes;
-  const auto add = [&](std::size_t nbytes) {
-    if (skipped > 0) {
-      --skipped;
-    } else {
-      sizes.push_back(nbytes);
-    }
-  };
-  for (std::size_t i = 0; i < to_gather_.size() && sizes.size() < most; ++i) add(to_gather_[i].band.nbytes);
-  std::size_t band = next_band_;
-  for (std::size_t task = next_task_; task < tasks_.size(); ++task, band = 0) {
-    for (; band < tasks_[task].bands.size(); ++band) {
-      if (sizes.size() >= most) return sizes;
-      if (part_of(tasks_[task], tasks_[task].bands[band]) > 0) add(tasks_[task].bands[band].nbytes);
+  Listing listing(skipped, most, band_bytes_);
+  for (std::size_t i = 0; i < to_gather_.size() && !listing.is_full(); ++i) {
+    listing.add(to_gather_[i].band.nbytes, to_gather_[i].between);
+  }
+  list_not_asked(listing);
+  return std::move(listing.sizes);
+}
+
+void Consumer::list_not_asked(Listing& listing) const {
+  std::size_t between = between_, number = next_band_;
+  for (std::size_t next = next_task_; next < tasks_.size(); ++next, number = 0) {
+    const Task& task = tasks_[next];
+    for (; number < task.bands.size(); ++number) {
+      if (listing.is_full()) return;
+      const Band& band = task.bands[number];
+      if (part_of(task, band) > 0) {
+        listing.add(band.nbytes, std::exchange(between, 0));
+      } else if (passes_scratch(task, band)) {
+        between += Scratch::room_for(band.nbytes);
+      }
     }
   }
-  return sizes;
 }
 
 std::optional<std::vector<Shared>> Consumer::await_parts(std::size_t count, StreamHandle stream,

@@ -18,7 +18,9 @@
 // asked for. Then the caller's thread gathers: it learns which bands come next, waits for its parts of them,
 // exchanges these with the other ranks by whatever it has, and says so; the consumer's stream waits for that
 // as for a copy. Requests being the same on all ranks, so is the order of these bands. What is gathered
-// passes through scratch, if it stays as stored, too.
+// passes through scratch, if it stays as stored, too. Bands that are gathered at once must all be there
+// first; so must what all read whole between them, as it is served in order: of what comes next, no more is
+// listed than has room together.
 //
 // Knows the driver through Device alone; neither torch nor cudart. Where bitsandbytes has no such entry point
 // (the CPU, another backend), its Python operator does this instead.
@@ -86,11 +88,14 @@ class Consumer {
   // Requests, from the first one on, whose work is on the consumer's stream, all of it.
   Ticket done();
 
-  // The sizes of bands that are still to be gathered, in order, but for the first `skipped`; `most` at most.
+  // The sizes of bands that are still to be gathered, in order, but for the first `skipped`; `most` at most,
+  // and one at least if there is one. Any of those that follow one another, and are 2 3/4 eighths of scratch
+  // together at most, have room at once.
   std::vector<std::size_t> sizes_ahead(std::size_t skipped, std::size_t most);
 
   // Waits up to `timeout` until this rank's parts of the next `count` of them are on their way, then makes
-  // `stream` wait for these; nothing if the time ran out. Each is waited for once. Throws as `wait`.
+  // `stream` wait for these; nothing if the time ran out, as it does for more than have room at once. Each is
+  // waited for once. Throws as `wait`.
   std::optional<std::vector<Shared>> await_parts(std::size_t count, StreamHandle stream,
                                                  std::chrono::milliseconds timeout);
 
@@ -117,6 +122,7 @@ class Consumer {
   };
   struct ToGather {
     Shared band;
+    std::size_t between;        // room in scratch for what is read whole behind the one before it
     std::vector<Ticket> own{};  // the engine's, of what this rank reads
     Ticket whole = 0;           // a promise of the engine's
   };
@@ -129,10 +135,14 @@ class Consumer {
     std::vector<std::optional<std::size_t>> of_bands{};  // their places in `to_gather`
   };
 
+  class Listing;
+
   void ask();
   void add_reads(Asking& asking, const Asked& asked);
   void submit(Asking& asking);
   std::size_t part_of(const Task& task, const Band& band) const;
+  bool passes_scratch(const Task& task, const Band& band) const;
+  void list_not_asked(Listing& listing) const;
   void throw_if_over() const;
   std::optional<Asked> place(const Task& task, const Band& band);
   void serve();
@@ -165,6 +175,7 @@ class Consumer {
   std::size_t passing_bytes_ = 0;   // in scratch, or on their way there
   std::deque<Asked> asked_;         // in order
   std::deque<ToGather> to_gather_;  // of these
+  std::size_t between_ = 0;         // of the next one, so far
   Ticket done_ = 0;                 // tasks whose work is on the stream, all of it
   std::exception_ptr error_;
   bool closed_ = false;

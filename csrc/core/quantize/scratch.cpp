@@ -6,10 +6,14 @@ namespace pyint8 {
 
 Scratch::Scratch(std::size_t nbytes) : size_(nbytes / kScratchAlignment * kScratchAlignment) {}
 
+std::size_t Scratch::room_for(std::size_t nbytes) {
+  const std::size_t blocks = nbytes / kScratchAlignment + (nbytes % kScratchAlignment == 0 ? 0 : 1);
+  return std::max<std::size_t>(1, blocks) * kScratchAlignment;
+}
+
 std::optional<Scratch::Region> Scratch::acquire(std::size_t nbytes) {
   if (nbytes > size_) return std::nullopt;
-  const std::size_t blocks = (nbytes + kScratchAlignment - 1) / kScratchAlignment;
-  const std::size_t need = std::max<std::size_t>(1, blocks) * kScratchAlignment;
+  const std::size_t need = room_for(nbytes);
   const std::optional<std::size_t> start = fit(need);
   if (!start) return std::nullopt;
   entries_.push_back({*start, *start + need});

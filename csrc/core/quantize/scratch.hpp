@@ -18,6 +18,8 @@ class Scratch {
   explicit Scratch(std::size_t nbytes);
 
   std::size_t size() const { return size_; }
+  // What a region for so many bytes takes.
+  static std::size_t room_for(std::size_t nbytes);
 
   // Room for `nbytes`: where in the buffer it starts is `start_of`. Nothing while there is none.
   std::optional<Region> acquire(std::size_t nbytes);

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from pyint8.streaming.extension import _core
     from pyint8.streaming.ranks.conductor import Conductor
 
-# That may be on their way, with what one of them takes beyond its share.
+# That may be on their way, with what one of them takes beyond its share. The consumer lists no more than has room, if a
+# batch takes no more than this leaves to it (csrc/core/quantize/consumer.cpp).
 _BATCHES = 4
 
 

@@ -13,7 +13,8 @@ class Source(Protocol):
     """What reads this rank's parts of bands that are to be gathered by itself, as room becomes free.
 
     Attributes:
-        batch_bytes: Of bands that are gathered at once, but for the last of them: there is always room for so many.
+        batch_bytes: Of bands that are gathered at once, but for the last of them: there is room for so many of those
+            that were listed together, whatever is between them.
         scratch: What bands pass through, uint8.
     """
 
@@ -24,7 +25,7 @@ class Source(Protocol):
         """Whether there are bands that were not gathered yet."""
 
     def sizes_ahead(self, skipped: int, most: int) -> list[int]:
-        """Bytes of those, but for the first `skipped` of them; `most` at most."""
+        """Bytes of those, but for the first `skipped` of them; `most` at most, one at least if there is one."""
 
     def await_parts(self, count: int, stream: int, milliseconds: int) -> list[tuple[torch.Tensor, int]] | None:
         """The memory of the next `count` of them, uint8, and how many bytes of each every rank reads.

@@ -10,21 +10,28 @@ namespace pyint8::testing {
 namespace {
 
 constexpr std::size_t kLeastShared = 64;
+constexpr std::size_t kMostAgreed = 32;        // as the conductor's
 constexpr std::size_t kScratch = 16 * kLeast;  // bands of 4 KiB
 
 // The same tensors on every rank, in files and memory of its own.
 class Rank {
  public:
-  Rank(std::uint32_t rank, std::uint32_t ranks, const std::vector<Wish>& wishes, std::uint32_t seed)
+  Rank(std::uint32_t rank, std::uint32_t ranks, const std::vector<Wish>& wishes, std::uint32_t seed,
+       std::size_t scratch)
       : random_(seed),
         tensors(wishes, random_),
         callers_(1),
-        gpus(tensors, callers_, kScratch, kOptions, cint8_vector_quant, {rank, ranks, kLeastShared}) {}
+        gpus(tensors, callers_, scratch, kOptions, cint8_vector_quant, {rank, ranks, kLeastShared}) {}
 
   Consumer& consumer() { return gpus.consumers[0]; }
   StreamHandle stream() { return callers_[0].stream(); }
+  // The tensors up to this one, one by one, unless they were.
+  void submit(std::size_t end) {
+    for (; submitted_ < end; ++submitted_) gpus.submit(0, tensors[submitted_]);
+  }
 
  private:
+  std::size_t submitted_ = 0;
   Random random_;
 
  public:
@@ -39,8 +46,20 @@ class Rank {
 
 class Ranks {
  public:
-  Ranks(std::uint32_t count, const std::vector<Wish>& wishes, std::uint32_t seed) {
-    for (std::uint32_t rank = 0; rank < count; ++rank) all_.emplace_back(rank, count, wishes, seed);
+  Ranks(std::uint32_t count, const std::vector<Wish>& wishes, std::uint32_t seed,
+        std::size_t scratch = kScratch) {
+    for (std::uint32_t rank = 0; rank < count; ++rank) all_.emplace_back(rank, count, wishes, seed, scratch);
+  }
+
+  // What all ranks list behind the bands that were agreed on before.
+  std::vector<std::size_t> agree(std::size_t skipped) {
+    std::vector<std::size_t> all = all_.front().consumer().sizes_ahead(skipped, kMostAgreed);
+    for (Rank& rank : all_) {
+      const std::vector<std::size_t> sizes = rank.consumer().sizes_ahead(skipped, kMostAgreed);
+      all.resize(std::min(all.size(), sizes.size()));
+      CHECK(std::equal(all.begin(), all.end(), sizes.begin()));
+    }
+    return all;
   }
 
   // Gathers the next `count` bands.
@@ -76,6 +95,39 @@ class Ranks {
 
   std::deque<Rank> all_;
 };
+
+Wish weight_of(std::size_t rows, std::size_t columns) {
+  return {Kind::kInt8, ElementType::kHalf, ElementType::kHalf, rows, columns};
+}
+
+// Long rows of whole-read bands, and between them those that are gathered.
+std::vector<Wish> mixed_wishes(Random& random, std::size_t band) {
+  std::vector<Wish> wishes;
+  for (int i = 0; i < 6; ++i) {
+    wishes.insert(wishes.end(), pick(random, 0, 1) * pick(random, 0, 60), weight_of(1, pick(random, 1, 31)));
+    for (std::size_t n = pick(random, 1, 3); n > 0; --n) {
+      wishes.push_back(weight_of(pick(random, 1, 4), pick(random, 32, band / 2)));
+    }
+    if (pick(random, 0, 2) == 0) wishes.push_back({Kind::kAsStored, {}, {}, 1, pick(random, 1, 3 * band)});
+  }
+  return wishes;
+}
+
+// As the conductor cuts what was agreed on: a batch ends once it has a quarter of what may be in scratch.
+std::vector<std::size_t> batches_of(const std::vector<std::size_t>& sizes, std::size_t scratch) {
+  const std::size_t most = 7 * (scratch / 8 / kScratchAlignment * kScratchAlignment) / 4;
+  std::vector<std::size_t> counts;
+  std::size_t nbytes = most;
+  for (const std::size_t size : sizes) {
+    if (nbytes >= most) {
+      counts.push_back(0);
+      nbytes = 0;
+    }
+    ++counts.back();
+    nbytes += size;
+  }
+  return counts;
+}
 
 bool has_more(Rank& rank) {
   return !rank.consumer().sizes_ahead(0, 1).empty();
@@ -135,6 +187,52 @@ TEST_CASE("sizes ahead are those of the bands that are gathered, from any one on
     rank.gpus.wait(0, 3);
     rank.gpus.synchronize();
     CHECK(rank.tensors.came());
+  }
+}
+
+TEST_CASE("bands with more between them than has room in scratch beside them are not listed together") {
+  const Accounts accounts;
+  std::vector<Wish> wishes(200, weight_of(1, 20));  // that all read whole: more than scratch has room for
+  wishes.insert(wishes.begin(), weight_of(1, 100));
+  wishes.push_back(weight_of(1, 100));
+  Ranks ranks(2, wishes, 6);
+  for (Rank& rank : ranks) {
+    rank.gpus.submit(0, rank.tensors);
+    CHECK(rank.consumer().sizes_ahead(0, 32) == std::vector<std::size_t>{200});
+    CHECK(rank.consumer().sizes_ahead(1, 32) == std::vector<std::size_t>{200});
+    CHECK(rank.consumer().sizes_ahead(0, 0).empty());
+  }
+  ranks.gather(1);
+  ranks.gather(1);
+  for (Rank& rank : ranks) {
+    rank.gpus.wait(0, wishes.size() - 1);
+    rank.gpus.synchronize();
+    CHECK(rank.tensors.came());
+  }
+}
+
+TEST_CASE("whatever lies between bands that are gathered together, they come, on every rank") {
+  for (std::uint32_t seed = 1; seed <= 40; ++seed) {
+    CAPTURE(seed);
+    const Accounts accounts;
+    Random random(seed);
+    const std::size_t scratch = kLeast * pick(random, 1, 8);
+    const std::vector<Wish> wishes = mixed_wishes(random, scratch / 8);
+    Ranks ranks(2, wishes, seed, scratch);
+    ranks[0].submit(pick(random, 0, wishes.size()));  // this one is behind
+    ranks[1].submit(wishes.size());
+    std::vector<std::size_t> agreed;
+    do {
+      const std::vector<std::size_t> next = ranks.agree(agreed.size());
+      for (const std::size_t count : batches_of(agreed, scratch)) ranks.gather(count);
+      agreed = next;
+      ranks[0].submit(wishes.size());
+    } while (!agreed.empty() || has_more(ranks[0]));
+    for (Rank& rank : ranks) {
+      rank.gpus.wait(0, wishes.size() - 1);
+      rank.gpus.synchronize();
+      CHECK(rank.tensors.came());
+    }
   }
 }
 

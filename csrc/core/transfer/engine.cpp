@@ -135,17 +135,25 @@ void Engine::add_detours(std::uint32_t lane, std::vector<std::unique_ptr<Detour>
   // Worker `w` takes road `w * roads / workers`: those of one road have slots one behind the other.
   const std::size_t workers = workers_.size(), roads = detours.size() + 1;
   const auto first_worker = [&](std::size_t number) { return (number * workers + roads - 1) / roads; };
-  std::unique_lock lock(mutex_);
-  if (closed_) throw cancelled();
+  const std::lock_guard ending(ending_);  // until these are in place, or gone again, slots stay
+  Detours& of_lane = closed_detours(lane);
   for (std::size_t number = 1; number < roads; ++number) {
     const std::size_t begin = first_worker(number) * options_.ring_bytes();
     const std::size_t end = first_worker(number + 1) * options_.ring_bytes();
     if (begin < end) detours[number - 1]->stage(slots_->data() + begin, end - begin);
   }
-  Detours& of_lane = detours_[lane];
-  if (of_lane.are_open) throw Error(ErrorCode::kInvalidArgument, "the lane has detours already");
+  const std::lock_guard lock(mutex_);
+  if (closed_) throw cancelled();
   of_lane.all = std::move(detours);
   of_lane.are_open = true;
+}
+
+// A lane's, which has none yet.
+Engine::Detours& Engine::closed_detours(std::uint32_t lane) {
+  const std::lock_guard lock(mutex_);
+  if (closed_) throw cancelled();
+  if (detours_[lane].are_open) throw Error(ErrorCode::kInvalidArgument, "the lane has detours already");
+  return detours_[lane];
 }
 
 Engine::Way Engine::way_for(const Job& job, std::size_t worker) const {
@@ -474,19 +482,31 @@ void Engine::close() {
   progress_.notify_all();
   for (const auto& source : sources) source->cancel();
   workers_.stop();
+  const std::lock_guard ending(ending_);  // another thread may be closing too: then nothing is left
   std::exception_ptr error = await_copies();
   try {
     if (timeline_ != nullptr && error == nullptr) settle_timeline();
   } catch (...) {
     error = std::current_exception();
   }
-  const std::lock_guard lock(mutex_);
-  rings_.clear();
+  give_back();
+  if (error != nullptr) std::rethrow_exception(error);
+}
+
+// The driver may let whoever gives memory back wait for what runs on that GPU: so not with the lock held.
+void Engine::give_back() {
+  rings_.clear();  // of the workers, who have left
   slots_.reset();
+  std::unique_lock lock(mutex_);
+  const std::size_t lanes = detours_.size();
   for (auto& of_lane : spare_events_) of_lane = {};
   for (Pending& pending : pending_) pending.landed = {};
-  for (Detours& of_lane : detours_) of_lane.all.clear();
-  if (error != nullptr) std::rethrow_exception(error);
+  lock.unlock();
+  for (std::size_t lane = 0; lane < lanes; ++lane) {
+    std::vector<std::unique_ptr<Detour>> detours;
+    const std::lock_guard taking(mutex_);
+    detours.swap(detours_[lane].all);
+  }
 }
 
 Stats Engine::stats() const {

@@ -155,11 +155,13 @@ class Engine {
   };
 
   void make_rings(Device& device);  // with the lock held
+  Detours& closed_detours(std::uint32_t lane);
   std::vector<Job> make_jobs(std::uint32_t lane, std::span<const Read> reads,
                              const std::shared_ptr<Start>& start);
   void await_slot(std::size_t worker);
   void note_copy(const Ring::Copied& copied);
   void settle_timeline();
+  void give_back();
   void run(const Job& job, std::size_t worker);
   Way way_for(const Job& job, std::size_t worker) const;
   static void await(Start& start, const Way& way);
@@ -182,6 +184,9 @@ class Engine {
   const std::unique_ptr<Timeline> timeline_;
   const pid_t process_;
 
+  // Held while slots and roads are given back, or made ready, which the other is not held for: the driver
+  // may let that wait for all that a GPU does. Taken before it.
+  std::mutex ending_;
   mutable std::mutex mutex_;  // guards what follows, up to the condition
   OpenFiles open_files_;
   std::vector<std::shared_ptr<const Source>> files_;  // after what they are of

@@ -1,10 +1,15 @@
 // Bytes that reach a GPU over its neighbours' buses: they come as over its own, and nothing of theirs is
 // kept.
 #include <algorithm>
+#include <atomic>
 #include <deque>
+#include <future>
+#include <latch>
+#include <thread>
 
 #include "cuda_support.hpp"
 #include "device/detour_cuda.hpp"
+#include "device/device_host.hpp"
 #include "driver_failures.hpp"
 #include "engine_support.hpp"
 
@@ -64,6 +69,47 @@ class OneGpu final : public Load {
   Checkpoint checkpoint_;
   std::deque<Reads> reads_;
   Caller caller_;
+};
+
+// One that leads nowhere, and does what a test says when it is asked for something.
+class HookedDetour final : public Detour {
+ public:
+  ~HookedDetour() override { when_it_goes(); }
+  std::unique_ptr<Event> make_event() override { return DiscardingDevice().make_event(); }
+  void copy(Address, const std::byte*, std::size_t) override {}
+  void record(Event&) override {}
+  void copies_wait_for(const Event&) override {}
+  void synchronize() override { when_waited_for(); }
+  void stage(const std::byte*, std::size_t) override { when_staged(); }
+  bool reaches(Address) const override { return false; }
+
+  std::function<void()> when_waited_for = [] {}, when_staged = [] {}, when_it_goes = [] {};
+};
+
+void add(Engine& engine, std::unique_ptr<HookedDetour> detour) {
+  std::vector<std::unique_ptr<Detour>> detours;
+  detours.push_back(std::move(detour));
+  engine.add_detours(0, std::move(detours));
+}
+
+// Holds somebody up until the engine has answered somebody else, or it is clear that it will not.
+class Question {
+ public:
+  void hold_up() {
+    is_held_up_.count_down();
+    was_answered_ = answer_.get_future().wait_for(kPatience / 10) == std::future_status::ready;
+  }
+  void ask(Engine& engine) {
+    is_held_up_.wait();
+    error_code([&] { engine.promise(0, 1); });
+    answer_.set_value();
+  }
+  bool was_answered() const { return was_answered_; }
+
+ private:
+  std::latch is_held_up_{1};
+  std::promise<void> answer_;
+  std::atomic<bool> was_answered_ = false;
 };
 
 }  // namespace
@@ -140,6 +186,55 @@ TEST_CASE("staging memory is no more than the slots of those who take the detour
   CHECK(counters().device_bytes == 0);
   CHECK(counters().peer_accesses == 0);
   CHECK_THROWS_AS(engine.add_detours(0, detours_by({2})), Error);
+}
+
+TEST_CASE("of two threads that close, neither takes from the other what it waits for") {
+  std::atomic<bool> is_waited_for = false, is_gone = false, went_too_soon = false;
+  Engine engine(kOptions);
+  engine.add_device(std::make_unique<DiscardingDevice>());
+  auto detour = std::make_unique<HookedDetour>();
+  detour->when_waited_for = [&] {
+    if (is_waited_for.exchange(true)) return;
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    went_too_soon = is_gone.load();
+  };
+  detour->when_it_goes = [&] { is_gone = true; };
+  add(engine, std::move(detour));
+  std::jthread other([&] { engine.close(); });
+  while (!is_waited_for) std::this_thread::yield();
+  engine.close();
+  CHECK(is_gone);
+  other.join();
+  CHECK_FALSE(went_too_soon);
+}
+
+TEST_CASE("while a detour goes, which may take its neighbour's time, others are answered") {
+  Question question;
+  Engine engine(kOptions);
+  engine.add_device(std::make_unique<DiscardingDevice>());
+  auto detour = std::make_unique<HookedDetour>();
+  detour->when_it_goes = [&] { question.hold_up(); };
+  add(engine, std::move(detour));
+  std::jthread closing([&] { engine.close(); });
+  question.ask(engine);
+  closing.join();
+  CHECK(question.was_answered());
+}
+
+TEST_CASE("while a detour is opened, others are answered, and a close waits") {
+  Question question;
+  Engine engine(kOptions);
+  engine.add_device(std::make_unique<DiscardingDevice>());
+  auto detour = std::make_unique<HookedDetour>();
+  detour->when_staged = [&] { question.hold_up(); };
+  std::atomic<bool> is_gone = false;
+  detour->when_it_goes = [&] { is_gone = true; };
+  std::jthread opening([&, detour = std::move(detour)]() mutable { add(engine, std::move(detour)); });
+  question.ask(engine);
+  opening.join();
+  CHECK(question.was_answered());
+  engine.close();
+  CHECK(is_gone);
 }
 
 TEST_CASE("with detours, too, a driver that fails at any call gives an error, and nothing is left") {

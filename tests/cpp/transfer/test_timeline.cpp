@@ -1,5 +1,7 @@
 // What was done when: all of it, within the time that it took, and nothing where nobody asks.
 #include <algorithm>
+#include <latch>
+#include <thread>
 
 #include "consumer_support.hpp"
 #include "device/device_host.hpp"
@@ -33,6 +35,33 @@ void check_within(const std::vector<Span>& spans, double begin, double end) {
     CHECK(span.end <= end + kRounding);
   }
 }
+
+// Many small copies onto GPU 0, of which the last are under way when all have been waited for.
+class TimedReads {
+ public:
+  TimedReads() : engine(timed()) {
+    checkpoint_.open(engine);
+    engine.add_device(std::make_unique<CudaDevice>(fake_driver(), 0));
+  }
+  ~TimedReads() { caller_.synchronize(); }
+  TimedReads(const TimedReads&) = delete;
+  TimedReads& operator=(const TimedReads&) = delete;
+
+  void submit() { first_ = engine.submit(0, reads_.all(), caller_.stream(), false); }
+  void wait() {
+    for (std::size_t i = 0; i < reads_.all().size(); ++i) wait_for(engine, first_ + i, caller_.stream());
+  }
+
+ private:
+  Random random_{3};
+  Checkpoint checkpoint_{{100'001}};
+  Reads reads_{checkpoint_, random_, 9, 3 * kSlot};
+  Caller caller_{0};
+  Ticket first_ = 0;
+
+ public:
+  Engine engine;
+};
 
 }  // namespace
 
@@ -157,6 +186,24 @@ TEST_CASE("a driver that fails while some work is over and some is not") {
   caller.synchronize();
   timeline.settle();
   CHECK(timeline.spans().size() <= 3);
+}
+
+TEST_CASE("of two threads that close, one notes the copies that were under way") {
+  for (int round = 0; round < 20; ++round) {
+    const Accounts accounts;
+    TimedReads reads;
+    reads.submit();
+    reads.wait();
+    std::latch both(2);
+    const auto close = [&] {
+      both.arrive_and_wait();
+      reads.engine.close();
+    };
+    std::jthread other(close);
+    close();
+    other.join();
+    CHECK(nbytes(of(reads.engine, Doing::kCopying)) == reads.engine.stats().bytes_read);
+  }
 }
 
 TEST_CASE("nothing is noted unless it is asked for") {

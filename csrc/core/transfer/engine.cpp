@@ -295,8 +295,7 @@ void Engine::copy_out(const Job& job, Ring::Slot& slot, const Way& way) {
     way.road->copy(job.to[i], slot.data() + segment.piece_offset, segment.nbytes);
     if (way.number > 0) bytes_detoured_.fetch_add(segment.nbytes, std::memory_order_relaxed);
   }
-  way.road->record(slot.event_on(*way.road, job.lane, way.number));
-  slot.note(issued, job.piece.needed);
+  slot.mark(*way.road, job.lane, way.number, issued, job.piece.needed);
 }
 
 void Engine::await(Start& start, const Way& way) {
@@ -485,7 +484,8 @@ void Engine::close() {
   const std::lock_guard ending(ending_);  // another thread may be closing too: then nothing is left
   std::exception_ptr error = await_copies();
   try {
-    if (timeline_ != nullptr && error == nullptr) settle_timeline();
+    // Not after an error: it is what shall be told.
+    if (timeline_ != nullptr && error == nullptr && workers_.error() == nullptr) settle_timeline();
   } catch (...) {
     error = std::current_exception();
   }

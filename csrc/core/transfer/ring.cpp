@@ -21,19 +21,18 @@ Ring::Ring(std::byte* memory, std::size_t slot_bytes, std::size_t slots, bool ti
   }
 }
 
-Event& Ring::Slot::event_on(Road& road, std::size_t lane, std::size_t number) {
-  const std::size_t way = lane * kMostRoads + number;
+void Ring::Slot::mark(Road& road, std::size_t lane, std::size_t number, double issued, std::uint64_t nbytes) {
+  Event& end = event_on(road, lane * kMostRoads + number);
+  road.record(end);
+  copied_ = {lane, number, &end, issued, nbytes};
+  in_flight_ = &end;
+}
+
+Event& Ring::Slot::event_on(Road& road, std::size_t way) {
   if (events_.size() <= way) events_.resize(way + 1);
   if (events_[way] == nullptr && timed_) events_[way] = road.make_timed_event();
   if (events_[way] == nullptr) events_[way] = road.make_event();
-  in_flight_ = events_[way].get();
-  copied_ = {lane, number, in_flight_, 0, 0};
-  return *in_flight_;
-}
-
-void Ring::Slot::note(double issued, std::uint64_t nbytes) {
-  copied_.issued = issued;
-  copied_.nbytes = nbytes;
+  return *events_[way];
 }
 
 // Events are polled: one that a thread can sleep for interrupts the CPU when it passes, and holds up the

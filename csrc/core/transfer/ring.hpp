@@ -37,13 +37,15 @@ class Ring {
   class Slot {
    public:
     std::byte* data() const { return data_; }
-    // The event to record once the copies out of this slot are issued on `road`, a lane's with this number.
-    Event& event_on(Road& road, std::size_t lane, std::size_t number = 0);
-    // What the caller wants to know of these copies when they have ended.
-    void note(double issued, std::uint64_t nbytes);
+    // Marks the end of the copies out of this slot, all issued on `road`, a lane's with this number; the rest
+    // is what the caller wants to know of them when they have ended. Where the driver fails, nothing is
+    // marked.
+    void mark(Road& road, std::size_t lane, std::size_t number = 0, double issued = 0,
+              std::uint64_t nbytes = 0);
 
    private:
     friend class Ring;
+    Event& event_on(Road& road, std::size_t way);
     std::byte* data_ = nullptr;
     bool timed_ = false;
     Event* in_flight_ = nullptr;                  // of the last copies, until they are known to have ended
@@ -60,7 +62,7 @@ class Ring {
   std::vector<Copied> under_way() const;
   // Of the slots that are empty, the one that was given back longest ago. There must be one.
   Slot& lease();
-  // Gives a slot back while its copies, marked by `event_on`, may still be under way.
+  // Gives a slot back while its copies, marked by `mark`, may still be under way.
   void give_back(Slot& slot) { free_.push_back(&slot); }
 
  private:

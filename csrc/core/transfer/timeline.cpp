@@ -77,8 +77,9 @@ void Timeline::add_work(Doing doing, std::uint32_t lane, std::unique_ptr<Event> 
 
 void Timeline::take_some() {
   for (int i = 0; i < kTakenAtOnce && !unsettled_.empty() && unsettled_.front().end->passed(); ++i) {
-    take_times(unsettled_.front());
-    unsettled_.pop_front();
+    Work work = std::move(unsettled_.front());
+    unsettled_.pop_front();  // first: should its times not be taken, it is in pieces
+    take_times(work);
   }
 }
 

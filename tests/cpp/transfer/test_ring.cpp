@@ -31,7 +31,10 @@ class SpyDevice final : public Device {
     return std::make_unique<SpyEvent>(*this);
   }
   void copy(Address, const std::byte*, std::size_t) override {}
-  void record(Event&) override {}
+  void record(Event& event) override {
+    if (fails) throw Error(ErrorCode::kDriver, "lost");
+    recorded = &event;
+  }
   void copies_wait_for(const Event&) override {}
   void record_on(StreamHandle, Event&) override {}
   void stream_waits_for(StreamHandle, const Event&) override {}
@@ -46,6 +49,7 @@ class SpyDevice final : public Device {
   std::atomic<bool> passed = true;
   std::atomic<bool> fails = false;
   int events = 0;
+  Event* recorded = nullptr;
 };
 
 struct RingOf {
@@ -56,7 +60,7 @@ struct RingOf {
     return ring.lease();
   }
   void send(Ring::Slot& slot, Device& device, std::size_t lane) {
-    slot.event_on(device, lane);
+    slot.mark(device, lane);
     ring.give_back(slot);
   }
 
@@ -158,16 +162,31 @@ TEST_CASE("a slot has one event on each lane, and waits for the one that was mar
   SpyDevice first, second;
   RingOf of(1);
   Ring::Slot& slot = of.lease();
-  Event& on_first = slot.event_on(first, 0);
-  CHECK(&slot.event_on(first, 0) == &on_first);
-  CHECK(&slot.event_on(second, 2) != &on_first);
-  CHECK(&slot.event_on(first, 0) == &on_first);
+  slot.mark(first, 0);
+  Event* const on_first = first.recorded;
+  slot.mark(first, 0);
+  CHECK(first.recorded == on_first);
+  slot.mark(second, 2);
+  CHECK(second.recorded != on_first);
+  slot.mark(first, 0);
+  CHECK(first.recorded == on_first);
   of.send(slot, second, 2);
   first.passed = false;
   of.lease();
   CHECK(of.emptied == 2);
   CHECK(first.events == 1);
   CHECK(second.events == 1);
+}
+
+TEST_CASE("copies whose end could not be marked are not said to be under way") {
+  SpyDevice device;
+  RingOf of(2);
+  of.send(of.lease(), device, 0);
+  Ring::Slot& slot = of.lease();
+  CHECK(of.ring.under_way().size() == 1);
+  device.fails = true;
+  CHECK(error_of([&] { slot.mark(device, 0); }).code() == ErrorCode::kDriver);
+  CHECK(of.ring.under_way().size() == 1);
 }
 
 TEST_CASE("a device that fails while a slot is awaited is an error of the wait") {

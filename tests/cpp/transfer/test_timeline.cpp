@@ -5,6 +5,8 @@
 
 #include "consumer_support.hpp"
 #include "device/device_host.hpp"
+#include "driver_failures.hpp"
+#include "memory.hpp"
 
 namespace pyint8::testing {
 namespace {
@@ -35,6 +37,34 @@ void check_within(const std::vector<Span>& spans, double begin, double end) {
     CHECK(span.end <= end + kRounding);
   }
 }
+
+// Work on a GPU's stream, as a consumer has it noted.
+class TimedLoad final : public Load {
+ public:
+  void run() override {
+    CudaDevice device(fake_driver(), 0);
+    Timeline timeline;
+    timeline.add_device(0, device);
+    try {
+      for (int i = 0; i < 6; ++i) work(timeline);
+    } catch (...) {  // a consumer keeps it, and is closed
+      timeline.settle();
+      throw;
+    }
+    timeline.settle();
+  }
+  void synchronize() override { caller_.synchronize(); }
+  bool arrived() const override { return true; }
+
+ private:
+  void work(Timeline& timeline) {
+    auto begin = timeline.mark(0, caller_.stream()), end = timeline.mark(0, caller_.stream());
+    caller_.synchronize();
+    timeline.add_work(Doing::kQuantizing, 0, std::move(begin), std::move(end), 1);
+  }
+
+  Caller caller_{0};
+};
 
 // Many small copies onto GPU 0, of which the last are under way when all have been waited for.
 class TimedReads {
@@ -186,6 +216,31 @@ TEST_CASE("a driver that fails while some work is over and some is not") {
   caller.synchronize();
   timeline.settle();
   CHECK(timeline.spans().size() <= 3);
+}
+
+TEST_CASE(
+    "memory that is refused while times are taken is an error, and nothing of them is asked for again") {
+  CHECK(refuse_each_allocation([] { return std::make_unique<TimedLoad>(); }) > 5);
+}
+
+TEST_CASE("a driver that fails while times are taken is an error, and nothing is left") {
+  CHECK(fail_each_call([] { return std::make_unique<TimedLoad>(); }) > 10);
+}
+
+TEST_CASE("an engine that a driver's error has stopped closes without another one") {
+  int failures = 0;
+  for (int record = 1; record <= 12; ++record) {
+    CAPTURE(record);
+    const Accounts accounts;
+    TimedReads reads;
+    reads.submit();
+    fake_cuda_fail_after("cuEventRecord", record, 719);
+    const std::optional<ErrorCode> error = error_code([&] { reads.wait(); });
+    fake_cuda_fail_after("cuEventRecord", 0, 0);
+    failures += error == ErrorCode::kDriver ? 1 : 0;
+    CHECK_NOTHROW(reads.engine.close());
+  }
+  CHECK(failures > 0);
 }
 
 TEST_CASE("of two threads that close, one notes the copies that were under way") {

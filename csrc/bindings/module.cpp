@@ -218,16 +218,21 @@ std::vector<std::pair<int, std::string>> add_detours(Engine& engine, std::uint32
   const py::gil_scoped_release released;
   const auto api = CudaApi::open(library);
   std::vector<std::unique_ptr<Detour>> detours;
+  std::vector<int> gpus;  // of these
   std::vector<std::pair<int, std::string>> refused;
   for (const int neighbour : neighbours) {
     try {
       detours.push_back(std::make_unique<CudaDetour>(api, neighbour, ordinal));
+      gpus.push_back(neighbour);
     } catch (const Error& error) {
       if (error.code() != ErrorCode::kDriver) throw;
       refused.emplace_back(neighbour, error.message());
     }
   }
-  if (!detours.empty()) engine.add_detours(lane, std::move(detours));
+  if (detours.empty()) return refused;
+  for (const auto& [number, reason] : engine.add_detours(lane, std::move(detours))) {
+    refused.emplace_back(gpus[number], reason);
+  }
   return refused;
 }
 

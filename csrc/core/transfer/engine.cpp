@@ -126,26 +126,46 @@ void Engine::prepare(std::uint32_t lane) {
   if (!to.reads_in_place()) make_rings(to);
 }
 
-void Engine::add_detours(std::uint32_t lane, std::vector<std::unique_ptr<Detour>> detours) {
-  prepare(lane);
+std::vector<Engine::Refused> Engine::add_detours(std::uint32_t lane,
+                                                 std::vector<std::unique_ptr<Detour>> detours) {
+  if (device(lane).reads_in_place()) {
+    throw Error(ErrorCode::kInvalidArgument,
+                "lane " + std::to_string(lane) + " has no bus that a detour could lead around");
+  }
   if (detours.empty() || detours.size() >= kMostRoads) {
     throw Error(ErrorCode::kInvalidArgument, std::to_string(detours.size()) + " detours; there may be 1 to " +
                                                  std::to_string(kMostRoads - 1));
   }
-  // Worker `w` takes road `w * roads / workers`: those of one road have slots one behind the other.
-  const std::size_t workers = workers_.size(), roads = detours.size() + 1;
-  const auto first_worker = [&](std::size_t number) { return (number * workers + roads - 1) / roads; };
+  prepare(lane);
   const std::lock_guard ending(ending_);  // until these are in place, or gone again, slots stay
   Detours& of_lane = closed_detours(lane);
-  for (std::size_t number = 1; number < roads; ++number) {
-    const std::size_t begin = first_worker(number) * options_.ring_bytes();
-    const std::size_t end = first_worker(number + 1) * options_.ring_bytes();
-    if (begin < end) detours[number - 1]->stage(slots_->data() + begin, end - begin);
-  }
+  std::vector<Refused> refused = stage(detours);
+  if (refused.size() == detours.size()) return refused;
   const std::lock_guard lock(mutex_);
   if (closed_) throw cancelled();
   of_lane.all = std::move(detours);
   of_lane.are_open = true;
+  return refused;
+}
+
+// Worker `w` takes road `w * roads / workers`: those of one road have slots one behind the other.
+std::vector<Engine::Refused> Engine::stage(std::vector<std::unique_ptr<Detour>>& detours) {
+  const std::size_t workers = workers_.size(), roads = detours.size() + 1;
+  const auto first_slot = [&](std::size_t number) {
+    return (number * workers + roads - 1) / roads * options_.ring_bytes();
+  };
+  std::vector<Refused> refused;
+  for (std::size_t i = 0; i < detours.size(); ++i) {
+    const std::size_t begin = first_slot(i + 1), end = first_slot(i + 2);
+    try {
+      if (begin < end) detours[i]->stage(slots_->data() + begin, end - begin);
+    } catch (const Error& error) {
+      if (error.code() != ErrorCode::kDriver) throw;
+      refused.push_back({i, error.message()});
+      detours[i].reset();
+    }
+  }
+  return refused;
 }
 
 // A lane's, which has none yet.
@@ -161,8 +181,8 @@ Engine::Way Engine::way_for(const Job& job, std::size_t worker) const {
   if (!job.detours->are_open) return own;
   const auto& detours = job.detours->all;
   const std::size_t number = worker * (detours.size() + 1) / workers_.size();
-  if (number == 0) return own;
-  Detour* const detour = detours[number - 1].get();
+  Detour* const detour = number == 0 ? nullptr : detours[number - 1].get();
+  if (detour == nullptr) return own;
   const bool leads = std::ranges::all_of(job.to, [&](Address to) { return detour->reaches(to); });
   return leads ? Way{detour, number} : own;
 }
@@ -453,7 +473,9 @@ std::exception_ptr Engine::await_copies() {
     const Detours& detours = detours_[lane];
     lock.unlock();
     await(to);
-    for (const auto& detour : detours.all) await(*detour);
+    for (const auto& detour : detours.all) {
+      if (detour != nullptr) await(*detour);
+    }
   }
   return error;
 }

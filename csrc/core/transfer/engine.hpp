@@ -72,10 +72,15 @@ class Engine {
   // Pins the ring, which the first submission to a device other than the host would do.
   void prepare(std::uint32_t lane);
 
+  struct Refused {
+    std::size_t number;  // among the detours that were given, from 0 on
+    std::string reason;
+  };
   // Lets an equal share of the workers take each of these ways to a lane's memory, where it leads to, from
-  // now on; once a lane. Slots are pinned, if they are not yet. Throws kInvalidArgument for more than
-  // `kMostRoads` in all, and what `Detour::stage` does; then there are none.
-  void add_detours(std::uint32_t lane, std::vector<std::unique_ptr<Detour>> detours);
+  // now on; once a lane. Slots are pinned, if they are not yet. Where the driver refuses one its memory, its
+  // workers take the device's own bus. Throws kInvalidArgument for more than `kMostRoads` in all, and for a
+  // lane whose workers read straight into place; then there are none.
+  std::vector<Refused> add_detours(std::uint32_t lane, std::vector<std::unique_ptr<Detour>> detours);
 
   // Submits `reads` into memory of lane `lane`, in that order; returns the first one's ticket. Destinations
   // are written only after what the caller has put on `stream` so far. `first`: ahead of all that waits.
@@ -135,7 +140,8 @@ class Engine {
   };
   // What leads to a lane's memory beside its device's own bus.
   struct Detours {
-    std::vector<std::unique_ptr<Detour>> all;  // of no change once they are open
+    // Of no change once they are open; null for one that was refused.
+    std::vector<std::unique_ptr<Detour>> all;
     std::atomic<bool> are_open{false};
   };
   struct Job {
@@ -156,6 +162,7 @@ class Engine {
 
   void make_rings(Device& device);  // with the lock held
   Detours& closed_detours(std::uint32_t lane);
+  std::vector<Refused> stage(std::vector<std::unique_ptr<Detour>>& detours);
   std::vector<Job> make_jobs(std::uint32_t lane, std::span<const Read> reads,
                              const std::shared_ptr<Start>& start);
   void await_slot(std::size_t worker);

@@ -188,6 +188,51 @@ TEST_CASE("staging memory is no more than the slots of those who take the detour
   CHECK_THROWS_AS(engine.add_detours(0, detours_by({2})), Error);
 }
 
+TEST_CASE("a neighbour that is full is left out, and no other") {
+  for (const int full : {1, 2}) {
+    CAPTURE(full);
+    const Accounts accounts;
+    Random random(5);
+    const Checkpoint checkpoint({100'001});
+    Reads reads(checkpoint, random, 9, 3 * kSlot);
+    Caller caller(0), one(1), other(2);
+    Engine engine(kOptions);
+    checkpoint.open(engine);
+    engine.add_device(std::make_unique<CudaDevice>(fake_driver(), 0));
+    fake_cuda_fail_after("cuMemAlloc_v2", full, 2);
+    const std::vector<Engine::Refused> refused = engine.add_detours(0, detours_by({2, 1}));
+    REQUIRE(refused.size() == 1);
+    CHECK(refused[0].number == static_cast<std::size_t>(full) - 1);
+    CHECK(contains(refused[0].reason, "cuMemAlloc: CUDA_ERROR_OUT_OF_MEMORY"));
+    CHECK(counters().peer_accesses == 1);
+    CHECK(counters().device_bytes == 2 * kSlot);  // of one worker of four, as if there were two detours
+    const Ticket first = engine.submit(0, reads.all(), caller.stream(), false);
+    for (std::size_t i = 0; i < reads.all().size(); ++i) wait_for(engine, first + i, caller.stream());
+    caller.synchronize();
+    CHECK(reads.arrived());
+    engine.close();
+    CHECK(counters().peer_accesses == 0);
+  }
+}
+
+TEST_CASE("where all neighbours are full there are no detours") {
+  const Accounts accounts;
+  Caller caller(0);
+  Engine engine(kOptions);
+  engine.add_device(std::make_unique<CudaDevice>(fake_driver(), 0));
+  fake_cuda_fail_after("cuMemAlloc_v2", 1, 2);
+  CHECK(engine.add_detours(0, detours_by({1})).size() == 1);
+  CHECK(counters().peer_accesses == 0);
+  CHECK(engine.add_detours(0, detours_by({1})).empty());
+}
+
+TEST_CASE("a lane that is read into in place has no bus that there could be a way around") {
+  Engine engine(kOptions);
+  engine.add_device(std::make_unique<HostDevice>(1));
+  CHECK(error_of([&] { add(engine, std::make_unique<HookedDetour>()); }).code() ==
+        ErrorCode::kInvalidArgument);
+}
+
 TEST_CASE("of two threads that close, neither takes from the other what it waits for") {
   std::atomic<bool> is_waited_for = false, is_gone = false, went_too_soon = false;
   Engine engine(kOptions);

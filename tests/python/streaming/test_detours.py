@@ -84,6 +84,21 @@ def test_memory_that_is_refused_is_a_warning(
     assert "take the bus of GPU 1: cuMemAlloc: CUDA_ERROR_OUT_OF_MEMORY" in caplog.text
 
 
+@pytest.mark.skipif(not _core.has_kernels(), reason="a build without kernels")
+def test_a_gpu_that_is_full_is_left_out_alone(
+    driver: FakeDriver, asked: list[TensorRequest], caplog: pytest.LogCaptureFixture
+) -> None:
+    alone = made(driver, asked, replace(OPTIONS, borrow_gpus=()))
+    driver.fail("cuMemAlloc_v2", 2, 2)
+    with caplog.at_level(logging.WARNING, "pyint8"):
+        assert made(driver, asked, replace(OPTIONS, borrow_gpus=(2, 3, 1))) == alone
+    told = [record.getMessage() for record in caplog.records]
+    assert [message.partition(", said")[0] for message in told] == [
+        "no bytes for GPU 0 take the bus of GPU 3: GPU 3 cannot write to the memory of GPU 0",
+        "no bytes for GPU 0 take the bus of GPU 1: cuMemAlloc: CUDA_ERROR_OUT_OF_MEMORY",
+    ]
+
+
 def test_a_load_that_ends_at_once_gives_all_back(driver: FakeDriver) -> None:
     for _ in range(10):
         transport = Transport(replace(OPTIONS, libcuda=driver.path), driver.lane)

@@ -24,7 +24,8 @@ CudaDetour::Access::Access(const CudaContext& neighbour, const CudaContext& to)
 CudaDetour::Access::~Access() {
   if (!is_ours_) return;
   const CudaContext::Scope scope(neighbour_, std::nothrow);
-  neighbour_.api().context_disable_peer_access(to_.handle());
+  // What ends is the current context's access, which may be somebody else's.
+  if (scope.is_current()) neighbour_.api().context_disable_peer_access(to_.handle());
 }
 
 CudaDetour::CudaDetour(const std::shared_ptr<const CudaApi>& api, int neighbour, int to)

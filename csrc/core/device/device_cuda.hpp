@@ -35,6 +35,8 @@ class CudaContext {
     ~Scope();
     Scope(const Scope&) = delete;
     Scope& operator=(const Scope&) = delete;
+    // Whether it is current; else another may be.
+    bool is_current() const { return pushed_; }
 
    private:
     const CudaApi& api_;

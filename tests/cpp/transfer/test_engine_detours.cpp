@@ -282,6 +282,23 @@ TEST_CASE("while a detour is opened, others are answered, and a close waits") {
   CHECK(is_gone);
 }
 
+TEST_CASE("where a context cannot be made current, access that others have is not ended") {
+  for (int push = 1; push <= 8; ++push) {
+    CAPTURE(push);
+    Accounts accounts;
+    accounts.ignore();  // what cannot be given back is left
+    Caller one(0), other(1), another(2);
+    CudaContext theirs(fake_driver(), 2), to(fake_driver(), 0);
+    auto detour = std::make_unique<CudaDetour>(fake_driver(), 1, 0);
+    const CudaContext::Scope scope(theirs);
+    REQUIRE(theirs.api().context_enable_peer_access(to.handle(), 0) == 0);
+    fake_cuda_fail_after("cuCtxPushCurrent_v2", push, 4);
+    detour.reset();
+    fake_cuda_fail_after("cuCtxPushCurrent_v2", 0, 0);
+    CHECK(theirs.api().context_disable_peer_access(to.handle()) == 0);
+  }
+}
+
 TEST_CASE("with detours, too, a driver that fails at any call gives an error, and nothing is left") {
   CHECK(fail_each_call([] { return std::make_unique<OneGpu>(); }) > 50);
 }

@@ -431,7 +431,10 @@ void Consumer::close() {
     stream_->synchronize();
     throw;
   }
-  if (engine_.timeline() != nullptr) engine_.timeline()->settle();
+  std::unique_lock lock(mutex_);
+  const bool has_failed = error_ != nullptr;  // which is what shall be told, then
+  lock.unlock();
+  if (engine_.timeline() != nullptr && !has_failed) engine_.timeline()->settle();
 }
 
 }  // namespace pyint8

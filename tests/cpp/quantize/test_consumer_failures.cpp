@@ -89,6 +89,27 @@ TEST_CASE("memory that is refused at any allocation is an error, and nothing is 
   }
 }
 
+TEST_CASE("a consumer that a driver's error has stopped closes without another one") {
+  const Accounts accounts;
+  Random random(8);
+  const Wish row{Kind::kInt8, ElementType::kHalf, ElementType::kHalf, 1, 21};
+  Tensors tensors({row, row}, random);
+  Callers callers(1);
+  EngineOptions options = kOptions;
+  options.timeline = true;
+  Gpus gpus(tensors, callers, kLeast, options);
+  Gate gate(callers[0]);  // so that the times of the first are still to be taken
+  fake_cuda_fail_after("cuLaunchKernel", 2, 719);
+  gpus.submit(0, tensors);
+  CHECK(code_of_wait(gpus, 1) == ErrorCode::kDriver);
+  gate.open();
+  gpus.synchronize();
+  gpus.engine.close();
+  fake_cuda_fail_after("cuEventElapsedTime", 1, 719);
+  CHECK_NOTHROW(gpus.consumers[0].close());
+  fake_cuda_fail_after("cuEventElapsedTime", 0, 0);
+}
+
 TEST_CASE("where one request is refused, none of those with it is taken") {
   const Accounts accounts;
   Random random(1);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from pyint8.errors import CancelledError, OptionError, Pyint8Error
@@ -49,12 +49,17 @@ class Detours:
         self._gpu = gpu
         self._neighbours = [neighbour for neighbour in neighbours if neighbour != gpu]
         self._library = library
-        self._thread = threading.Thread(target=self._open, name="pyint8 detours")
-        self._thread.start()
+        self._thread: threading.Thread | None = threading.Thread(target=self._open, name="pyint8 detours")
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # no more threads
+            self._thread = None
+            self._warn((neighbour, str(error)) for neighbour in self._neighbours)
 
     def join(self) -> None:
         """Waits until they are open, or the engine was closed before."""
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
     def _open(self) -> None:
         try:
@@ -63,5 +68,8 @@ class Detours:
             return
         except Pyint8Error as error:
             refused = [(neighbour, str(error)) for neighbour in self._neighbours]
+        self._warn(refused)
+
+    def _warn(self, refused: Iterable[tuple[int, str]]) -> None:
         for neighbour, reason in refused:
             logger.warning("no bytes for GPU %d take the bus of GPU %d: %s", self._gpu, neighbour, reason)

@@ -99,6 +99,20 @@ def test_a_gpu_that_is_full_is_left_out_alone(
     ]
 
 
+def test_a_thread_that_is_refused_is_a_warning(
+    driver: FakeDriver, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("threading.Thread.start", refuse)
+    transport = Transport(replace(OPTIONS, libcuda=driver.path), driver.lane)
+    with caplog.at_level(logging.WARNING, "pyint8"):
+        transport.lane(torch.device("cuda", 0))
+    transport.close()
+    assert "no bytes for GPU 0 take the bus of GPU 1: can't start new thread" in caplog.text
+
+
 def test_a_load_that_ends_at_once_gives_all_back(driver: FakeDriver) -> None:
     for _ in range(10):
         transport = Transport(replace(OPTIONS, libcuda=driver.path), driver.lane)

@@ -52,6 +52,17 @@ void PythonFailure::restore() const {
 void Fetch::fill(const py::object& ranges, std::uint64_t offset) noexcept {
   std::exception_ptr error;
   try {
+    take(ranges, offset);
+  } catch (...) {
+    error = std::current_exception();
+  }
+  const py::gil_scoped_release released;
+  end(std::move(error));
+}
+
+// In a function of its own: what is thrown while a failure is written down, for lack of memory, is its error.
+void Fetch::take(const py::object& ranges, std::uint64_t offset) {
+  try {
     const py::object chunks = ranges(offset, needed_);
     for (const py::handle chunk : chunks) {
       const Buffer buffer(chunk);
@@ -59,12 +70,8 @@ void Fetch::fill(const py::object& ranges, std::uint64_t offset) noexcept {
       if (!add(buffer.data(), buffer.size())) break;
     }
   } catch (const py::error_already_set& raised) {
-    error = std::make_exception_ptr(PythonFailure(raised));
-  } catch (...) {
-    error = std::current_exception();
+    throw PythonFailure(raised);
   }
-  const py::gil_scoped_release released;
-  end(std::move(error));
 }
 
 // With the lock held for the length of a copy, so that whoever leaves may give the memory back.
@@ -151,10 +158,24 @@ void PythonSource::cancel() const noexcept {
   }
   const py::gil_scoped_acquire held;
   try {
-    cancel_();
-  } catch (py::error_already_set& error) {
-    error.discard_as_unraisable("the cancelling of a read");
+    call_cancel();
+  } catch (...) {  // no memory to say even that: those who wait have left in any case
   }
+}
+
+// A Ctrl-C that comes in the middle is raised there, where it would get lost, and readers would go on.
+void PythonSource::call_cancel() const {
+  bool was_interrupted = false;
+  for (bool again = true; std::exchange(again, false);) {
+    try {
+      cancel_();
+    } catch (py::error_already_set& error) {
+      again = !was_interrupted && error.matches(PyExc_KeyboardInterrupt);
+      was_interrupted |= again;
+      if (!again) error.discard_as_unraisable("the cancelling of a read");
+    }
+  }
+  if (was_interrupted) PyErr_SetInterrupt();
 }
 
 }  // namespace pyint8

@@ -40,6 +40,7 @@ class Fetch {
   void leave();
 
  private:
+  void take(const pybind11::object& ranges, std::uint64_t offset);
   // False if this was left.
   bool add(const std::byte* data, std::size_t nbytes);
   void end(std::exception_ptr error);
@@ -73,6 +74,8 @@ class PythonSource final : public Source {
   void cancel() const noexcept override;
 
  private:
+  void call_cancel() const;
+
   pybind11::object ranges_;
   pybind11::object cancel_;
   pybind11::object run_;

@@ -106,6 +106,21 @@ def test_cancelling_that_fails_ends_nothing(engine: _core.Engine, monkeypatch: p
     assert isinstance(told[0].exc_value, ZeroDivisionError)
 
 
+def test_ctrl_c_in_the_midst_of_cancelling_is_raised_once_all_is_closed(engine: _core.Engine) -> None:
+    calls = []
+
+    def cancel() -> None:
+        calls.append("cancelled")
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    engine.add_source(lambda offset, nbytes: [], cancel)
+    with pytest.raises(KeyboardInterrupt):
+        engine.close()
+        time.sleep(1)  # at the latest here
+    assert len(calls) == 2
+
+
 def test_others_run_while_a_source_waits(engine: _core.Engine) -> None:
     def ranges(offset: int, nbytes: int) -> Any:
         time.sleep(0.3)

@@ -206,18 +206,24 @@ def cached_file(hub_id: str, file: str, kwargs: Mapping[str, Any]) -> str | None
     return found if isinstance(found, str) else None
 
 
+def configuration_file(path: str, kwargs: Mapping[str, Any]) -> str | None:
+    """The path of a model's config.json, in its folder or the local cache; None if there is none."""
+    inside = os.path.join(kwargs.get("subfolder") or "", "config.json")
+    try:
+        file = os.path.join(path, inside) if exists(path) else cached_file(path, inside, kwargs)
+    except ValueError:  # no hub id
+        return None
+    return file if file is not None and is_file(file) else None
+
+
 def configuration(path: str, kwargs: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
     """The path and the content of a model's config.json, in its folder or the local cache; None if there is none.
 
     Raises:
         CheckpointError: It is no JSON object.
     """
-    inside = os.path.join(kwargs.get("subfolder") or "", "config.json")
-    try:
-        file = os.path.join(path, inside) if exists(path) else cached_file(path, inside, kwargs)
-    except ValueError:  # no hub id
-        return None
-    if file is None or not is_file(file):
+    file = configuration_file(path, kwargs)
+    if file is None:
         return None
     try:
         content = _json_in(file)

@@ -16,6 +16,7 @@ from pyint8.config import Int8Config, StreamOptions
 from pyint8.errors import CheckpointError, OptionError
 from pyint8.models import checks
 from pyint8.models.assembly import Assembly, Destination, Stored
+from pyint8.models.origin import remember_origin
 from pyint8.models.reconcile import ABSENT, TIED, check_absent, check_stored, reconcile_modules
 from pyint8.models.request import LoadRequest
 from pyint8.models.unquantized import report_unquantized
@@ -65,6 +66,7 @@ def fill_module(module: nn.Module, request: LoadRequest, preparation: Preparatio
             quantizer.postprocess_model(module, locate=filler.locate)
             dispatch(module, filler.device_map, request.offload_folder, filler.left_in_files)
     report_unquantized(module, quantizer, recorder.report)
+    remember_origin(module, checkpoint.files)
     return module
 
 

@@ -16,6 +16,7 @@ from pyint8.errors import CheckpointError, first_names
 from pyint8.models import checks
 from pyint8.models.assembly import Assembly, Destination, Stored
 from pyint8.models.live import Place, live_modules, places_of
+from pyint8.models.origin import remember_reload
 from pyint8.models.reconcile import check_stored
 from pyint8.models.replacing import MOST_BYTES, Replacement, by_turns, require_alike, require_all
 from pyint8.models.request import LoadRequest
@@ -40,6 +41,7 @@ def reload_module(module: nn.Module, request: LoadRequest, preparation: Preparat
     with recorder.phase("build"):
         reload = _Reload(module, checkpoint, request, recorder)
         reload.check()
+    remember_reload(module, checkpoint.files)
     with recorder.phase("stream"):
         preparation.stop_prefetch()
         reload.run(request)

@@ -12,6 +12,7 @@ from pyint8.errors import OptionError
 from pyint8.host.files import exists, is_folder
 from pyint8.host.imports import importing
 from pyint8.models.keywords import int8_config, refuse_misplaced
+from pyint8.models.origin import origin
 from pyint8.models.transformers.parallel import refuse_split_models
 from pyint8.models.transformers.releases import require_transformers
 from pyint8.operations.common import (
@@ -154,6 +155,8 @@ def _convert(
     if fused:
         _require_experts(plan.model)
     plan = plan._replace(checksums=asked.checksums)
+    if origin(plan.model, plan.load.checkpoint.files).lost_in(target):
+        raise _is_the_source(path)
     if ranks is None:
         write_converted(plan, target, devices, preparation, recorder, complete)
         return
@@ -170,9 +173,14 @@ def _require_experts(model: Any) -> None:
 
 
 def _refuse(path: str, target: str, config: Int8Config | None, arguments: Mapping[str, Any]) -> None:
-    if is_folder(path) and os.path.realpath(path) == os.path.realpath(target):
-        raise OptionError(f"folder is the source itself, {path}, whose files would be lost; give another folder")
+    inside = os.path.join(path, arguments.get("subfolder") or "")
+    if is_folder(inside) and os.path.realpath(inside) == os.path.realpath(target):
+        raise _is_the_source(inside)
     if config is not None and config.has_fp16_weight:
         raise OptionError("config has has_fp16_weight, which keeps weights in 16 bit: there is nothing to convert")
     if arguments.get("ignore_mismatched_sizes"):
         raise OptionError("ignore_mismatched_sizes makes up weights that the checkpoint does not have; load, then save")
+
+
+def _is_the_source(path: str) -> OptionError:
+    return OptionError(f"folder is the source itself, {path}, whose files would be lost; give another folder")

@@ -6,14 +6,16 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
+from pyint8.checkpoint import checkpoint_of_files
 from pyint8.checkpoint.card import hub_id_of, model_card
-from pyint8.checkpoint.find import cached_file
+from pyint8.checkpoint.find import cached_file, find_checkpoint
 from pyint8.checkpoint.replacement import replaced_folder
 from pyint8.checkpoint.side_files import carry_side_files, is_of_a_save
-from pyint8.errors import OptionError
+from pyint8.errors import OptionError, Pyint8Error
 from pyint8.host.files import exists, is_folder
 from pyint8.host.imports import importing
 from pyint8.host.writing import write_errors
+from pyint8.models.origin import Origin, origin, origin_of, reloaded_from
 from pyint8.operations.common import decoded_folder, is_of_transformers
 from pyint8.operations.push import push_folder, require_repository
 
@@ -58,10 +60,12 @@ def save(
 
     Raises:
         ModelNotSupportedError: The model is not int8, or has adapters.
-        OptionError: An argument that cannot be used.
+        OptionError: An argument that cannot be used; or `folder` is the one that the model was loaded from, whose
+            weights are not int8, and would be lost.
         WriteError: The operating system refused, as when the disk is full; or the hub did, and `folder` is complete.
     """
     module, path = _checked(model), decoded_folder(folder)
+    _refuse_source(module, path)
     if push_to_hub is not None:
         require_repository(push_to_hub, private=private)
     if fused_experts and not is_of_transformers(module):
@@ -84,6 +88,35 @@ def _save(module: nn.Module, path: str, max_shard_size: int | str, *, checksums:
                 from pyint8.models.saving import save_module
 
             save_module(module, staging, max_shard_size, checksums=checksums)
+
+
+def _refuse_source(module: nn.Module, path: str) -> None:
+    """Of weights that are int8 already, a save puts the same kind in their place."""
+    for known in (origin_of(module) or _origin_by_name(module), reloaded_from(module)):
+        files = [] if known is None or not known.lost_in(path) else list(filter(exists, known.files))
+        if files and not _are_int8(files):
+            raise OptionError(
+                f"folder is the one that the model was loaded from, {path}, whose weights, which are not int8, would "
+                "be lost; give another folder"
+            )
+
+
+def _origin_by_name(module: nn.Module) -> Origin | None:
+    name = getattr(module, "name_or_path", None)
+    if not is_of_transformers(module) or not isinstance(name, str) or not is_folder(name):
+        return None
+    try:
+        found = find_checkpoint(name, {})
+    except Pyint8Error:
+        return None
+    return None if found is None else origin(module, found.files, name)
+
+
+def _are_int8(files: list[str]) -> bool:
+    try:
+        return checkpoint_of_files(files).has_codes
+    except Pyint8Error:  # nothing can be made of them any more
+        return True
 
 
 def describe(model: Any, folder: str, *, has_card: bool) -> None:

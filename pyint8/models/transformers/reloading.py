@@ -14,6 +14,7 @@ from pyint8.config import Int8Config
 from pyint8.errors import CheckpointError, QuantizationStateError, ShapeMismatchError
 from pyint8.models.assembly import Destination
 from pyint8.models.live import Place, live_modules, places_of
+from pyint8.models.origin import remember_reload
 from pyint8.models.replacing import MOST_BYTES, Replacement, by_turns, require_alike, require_all
 from pyint8.models.request import LoadRequest, check_dtype
 from pyint8.models.transformers.compat import tied_weights
@@ -39,6 +40,7 @@ def reload_pretrained(model: Any, request: LoadRequest, preparation: Preparation
     """
     with recorder.phase("build"):
         reload = _checked(model, request, preparation, recorder)
+    remember_reload(model, reload.plan.load.checkpoint.files)
     with recorder.phase("stream"):
         reload.run(preparation)
 

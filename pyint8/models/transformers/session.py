@@ -12,6 +12,7 @@ import torch
 
 from pyint8.checkpoint import Checkpoint, checkpoint_of_files
 from pyint8.config import StreamOptions
+from pyint8.models.origin import remember_origin
 from pyint8.models.request import LoadRequest
 from pyint8.models.transformers.compat import SkipParameters
 from pyint8.models.transformers.initialization import NoInitializationOnMeta
@@ -136,6 +137,7 @@ class LoadSession:
         """
         assert self._checkpoint is not None
         self.model_is_built()  # again: now the contexts in which transformers built it have ended
+        remember_origin(model, self._checkpoint.files)
         self.planned = PlannedLoad(model, self._checkpoint, conversions, dtype, quantizer, self.request)
         if self.device_map is not None:
             self._start(self.planned)

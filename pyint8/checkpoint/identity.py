@@ -68,3 +68,19 @@ def digest(value: object) -> str:
     import hashlib
 
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def has_digest(value: object) -> bool:
+    """Whether equal digests say that values are equal: of what JSON has, and not of other objects."""
+    try:
+        json.dumps(value, sort_keys=True)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def versions() -> list[str]:
+    """Of all that decides what becomes of a checkpoint."""
+    from importlib.metadata import version
+
+    return [version(name) for name in ("pyint8", "bitsandbytes", "torch", "transformers")]

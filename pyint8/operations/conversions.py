@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyint8 import errors
-from pyint8.checkpoint.identity import digest, identity_of
+from pyint8.checkpoint.identity import digest, identity_of, versions
 from pyint8.checkpoint.journal import Journal
 from pyint8.checkpoint.journals import gathered, journal_file, remove_all, remove_others
 from pyint8.checkpoint.replacement import emptied_unless, replaced_folder
@@ -186,12 +186,10 @@ def conversion_request(
 
 def identity_of_work(plan: ConversionPlan, device: torch.device) -> str:
     """What makes the result of the work another."""
-    from importlib.metadata import version
-
-    versions = [version(name) for name in ("pyint8", "bitsandbytes", "torch", "transformers")]
     files = {name: [str(tensor) for tensor in tensors] for name, tensors in plan.conversion.shards.files.items()}
     source = identity_of(plan.load.checkpoint, tag_of)
-    return digest([source, files, device.type, plan.request.dtype, plan.checksums, versions])
+    checks = [plan.request.strict, plan.request.options.checksums]  # what is done has passed them
+    return digest([source, files, device.type, plan.request.dtype, plan.checksums, checks, versions()])
 
 
 def _is_resumed(error: BaseException) -> bool:

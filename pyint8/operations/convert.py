@@ -65,7 +65,7 @@ def convert(
     and room for the largest tensor.
 
     A conversion that was killed or interrupted, or that could not read a file, is continued by the next call with the
-    same arguments. `folder` is as it was until all is done.
+    same arguments, strictness and comparing of checksums included. `folder` is as it was until all is done.
 
     Args:
         source: A folder, hub id or URL (see `pyint8.load`) with the checkpoint of a transformers model.

@@ -17,7 +17,7 @@ from pyint8.host.processes import processes
 from pyint8.models.keywords import int8_config, refuse_misplaced
 from pyint8.models.transformers.parallel import refuse_split_models
 from pyint8.models.transformers.releases import require_transformers
-from pyint8.operations.cached import Wanted, cache_of
+from pyint8.operations.cached import cache_of
 from pyint8.operations.common import (
     check_options,
     check_storage_options,
@@ -30,6 +30,7 @@ from pyint8.operations.common import (
     prepare,
     warn_of_own_values,
 )
+from pyint8.operations.wanted import Wanted
 from pyint8.remote.urls import refuse_url
 from pyint8.report import LoadReport, Recorder, announce
 
@@ -175,8 +176,8 @@ def load(
             switched off.
         options: How to move bytes; None for the defaults and the `PYINT8_*` environment variables.
         cache: True keeps the int8 form of a 16- or 32-bit checkpoint in the user's cache, a path in that folder. It is
-            made behind the first load, on a thread; the next load of the same files, dtype, kind of device and `config`
-            reads it instead. `PYINT8_CACHE_BYTES` bounds it.
+            made behind the first load, on a thread; the next load of the same files with the same dtype, kind of
+            device, `config` and keywords for `from_pretrained` reads it instead. `PYINT8_CACHE_BYTES` bounds it.
         storage_options: For a URL: what obstore's store of that cloud takes, such as {"region": "eu-west-1"},
             {"endpoint": "https://..."}, {"skip_signature": True}, {"client_options": {...}} or {"credential_provider":
             ...}. None finds credentials as the clouds' own tools do: in their environment variables and metadata
@@ -222,6 +223,7 @@ def load(
                 cache,
                 Wanted(source, device_map, dtype, config, model, hub_and_model_kwargs, moving, storage_options),
                 checkpoint,
+                path,
             )
             found = stack.enter_context(cached.found())
             if found is not None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -21,10 +22,15 @@ from pyint8.errors import (
 from pyint8.host.files import exists, is_file, is_folder, open_file, require_files
 
 from ._reading import os_errors
+from .checksums import CHECKSUMS
 from .index import Checkpoint, open_checkpoint
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """Where a checkpoint is found, as from_pretrained names it."""
+
+_SNAPSHOT = re.compile(
+    r"(?P<cache>.*)/models--(?P<id>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})(?:/(?P<inside>.+))?", re.DOTALL
+)
 
 
 def check_path(path: str, kwargs: Mapping[str, Any], *, is_plain: bool) -> None:
@@ -162,6 +168,21 @@ def _downloaded(hub_id: str, file: str, where: Mapping[str, Any]) -> str | None:
     except (OSError, ValueError, EntryNotFoundError):
         return None
     return str(found)
+
+
+def fetch_checksums(files: Iterable[str], path: str, kwargs: Mapping[str, Any]) -> None:
+    """Downloads the checksums that lie beside weights, which from_pretrained does not; where there are none, nothing.
+
+    Args:
+        files: The weights, where from_pretrained has just found or downloaded them.
+        path: What it was called with: of a hub id they are in the cache.
+        kwargs: Its arguments: `token` and `local_files_only` count.
+    """
+    folders = {os.path.dirname(file) for file in files}
+    for cached in filter(None, map(_SNAPSHOT.fullmatch, folders)) if path and not exists(path) else ():
+        where = {name: kwargs[name] for name in ("token", "local_files_only") if kwargs.get(name) is not None}
+        where |= {"cache_dir": cached["cache"], "revision": cached["commit"]}
+        _downloaded(cached["id"].replace("--", "/"), os.path.join(cached["inside"] or "", CHECKSUMS), where)
 
 
 def find_checkpoint(

@@ -15,6 +15,7 @@ from typing import Any
 from weakref import WeakSet
 
 from pyint8.checkpoint.agreement import weight_map_of
+from pyint8.checkpoint.checksums import CHECKSUMS
 from pyint8.checkpoint.safetensors import MAX_HEADER_BYTES
 from pyint8.checkpoint.side_files import is_weights
 from pyint8.errors import CheckpointError, CheckpointNotFoundError, OptionError, Pyint8Error, RemoteError
@@ -39,7 +40,7 @@ _KNOWN = (
     *("config.json", "generation_config.json", "README.md", "LICENSE", "chat_template.jinja", "chat_template.json"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "preprocessor_config.json", "processor_config.json"),
-    "video_preprocessor_config.json",
+    *("video_preprocessor_config.json", CHECKSUMS),
 )
 # And if there are no weights.
 _OTHERS = ("adapter_config.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -190,7 +191,8 @@ def _listed(store: Store, at: RemotePath, run: _Run) -> list[str]:
 
 
 def _described(store: Store, names: Iterable[str], run: _Run) -> list[Described]:
-    """Those that are there. Some servers refuse (403) what is not; if they refuse all, that is said."""
+    """Those that are there. Some servers refuse (403) what is not; if they refuse all that there must be some of, that
+    is said."""
 
     def described(name: str) -> Described | RemoteError | None:
         try:
@@ -200,18 +202,20 @@ def _described(store: Store, names: Iterable[str], run: _Run) -> list[Described]
                 raise
             return error
 
-    found = run(described, names)
-    there = [each for each in found if isinstance(each, Described)]
-    refused = next((each for each in found if isinstance(each, RemoteError)), None)
+    names = list(names)
+    found = dict(zip(names, run(described, names), strict=True))
+    there = [each for each in found.values() if isinstance(each, Described)]
+    refused = next((each for name, each in found.items() if isinstance(each, RemoteError) and name != CHECKSUMS), None)
     if refused is not None and not there:
         raise refused
     return there
 
 
 def _small(at: RemotePath, names: Iterable[str]) -> list[str]:
-    """What is fetched whole: of a folder all but weights, of one file its index, if it is one."""
+    """What is fetched whole: of a folder all but weights, of one file its checksums, and the file if it is an index."""
     if at.name is not None:
-        return [at.name] if at.name.endswith(".json") else []
+        beside = [name for name in names if name == CHECKSUMS]
+        return [at.name, *beside] if at.name.endswith(".json") else beside
     is_index = [name for name in names if name.endswith(".safetensors.index.json")]
     return [*is_index, *(name for name in names if not is_weights(name))]
 
@@ -274,7 +278,7 @@ def _explain_absence(store: Store, at: RemotePath, names: Collection[str], run: 
             "the folder, or save it with safetensors",
             path=at.folder,
         )
-    if not names:
+    if not set(names) - {CHECKSUMS}:
         raise CheckpointNotFoundError("nothing lies there that a checkpoint has; check the URL", path=at.folder)
 
 

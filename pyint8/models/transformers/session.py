@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pyint8.checkpoint import Checkpoint, checkpoint_of_files
+from pyint8.checkpoint.find import fetch_checksums
 from pyint8.config import StreamOptions
 from pyint8.models.origin import remember_origin
 from pyint8.models.request import LoadRequest
@@ -119,6 +120,7 @@ class LoadSession:
         known = self._checkpoint
         if known is None or set(known.files) != set(files) or known.has_changed:
             with self.recorder.phase("read headers"):
+                fetch_checksums(files, self.request.base, self.request.arguments)
                 self._checkpoint = checkpoint_of_files(files)
 
     @property

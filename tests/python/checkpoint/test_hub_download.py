@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checksums import add_checksums
 from forking import LOADING, ForkingPython
 from hub_server import COMMIT, HubServer
 from zoo import ZOO, CheckpointStore
+
+from pyint8.checkpoint.checksums import CHECKSUMS
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +28,8 @@ import pyint8
 from pyint8.checkpoint import open_checkpoint
 try:
     kwargs = json.loads(sys.argv[3])
-    model, report = pyint8.load(sys.argv[1], "cpu", cache_dir=sys.argv[2], return_report=True, **kwargs)
+    kwargs.setdefault("cache_dir", sys.argv[2])
+    model, report = pyint8.load(sys.argv[1], "cpu", return_report=True, **kwargs)
     total = sum(float(value.float().sum()) for value in model.state_dict().values() if hasattr(value, "float"))
     print(json.dumps({"sum": total, "bytes": report.checkpoint_bytes}))
 except Exception as error:
@@ -91,6 +95,23 @@ def test_everything_is_downloaded_once(hub: HubServer, folder: Path, tmp_path: P
     hub.sent.clear()
     assert load(REPO)[0] == found
     assert hub.sent == []
+
+
+def test_checksums_are_downloaded_and_compared(hub: HubServer, folder: Path, tmp_path: Path, load: Load) -> None:
+    add_checksums(folder)
+    noted = folder / CHECKSUMS
+    try:
+        assert "bytes" in load(REPO)[0]
+        assert CHECKSUMS in hub.sent
+        content = json.loads(noted.read_text())
+        shard, tensor = next((name, next(iter(tensors))) for name, tensors in content["files"].items())
+        content["files"][shard][tensor] = "00000000"
+        noted.write_text(json.dumps(content))
+        error = load(REPO, cache_dir=str(tmp_path / "other"))[0]["error"]
+    finally:
+        noted.unlink()
+    assert error.startswith("ChecksumError")
+    assert tensor in error
 
 
 def test_what_is_missing_is_downloaded(hub: HubServer, folder: Path, tmp_path: Path, load: Load) -> None:

@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from checksums import add_checksums, damage
 from range_server import Fault, RangeServer
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import pyint8
 from pyint8.checkpoint import open_checkpoint, read_header
 from pyint8.errors import (
     CheckpointError,
@@ -126,6 +128,16 @@ def test_one_file(server: RangeServer, folder: Path) -> None:
     with opened(f"{server.url}/model.safetensors") as here:
         assert os.listdir(os.path.dirname(here)) == ["model.safetensors"]
         assert sorted(open_checkpoint(here)) == ["a", "b", "c", "empty"]
+
+
+@pytest.mark.parametrize("name", ["", "/model.safetensors"])
+@pytest.mark.parametrize("absent", [404, 403])
+def test_checksums_are_compared(server: RangeServer, folder: Path, name: str, absent: int) -> None:
+    server.absent = absent
+    assert pyint8.verify(f"{server.url}{name}").is_sound  # there are none
+    damage(add_checksums(folder)["a"], 5)
+    found = pyint8.verify(f"{server.url}{name}").findings
+    assert [(each.tensor, each.path) for each in found] == [("a", f"{server.url}/model.safetensors")]
 
 
 def test_a_folder_inside(server: RangeServer, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from zoo import ZOO, CheckpointStore
 
 import pyint8
 from pyint8.checkpoint import open_checkpoint
+from pyint8.checkpoint.checksums import CHECKSUMS
 from pyint8.errors import CheckpointNotFoundError, FileChangedError, RemoteError
 from pyint8.remote.folder import opened
 from pyint8.remote.store import Store
@@ -85,6 +87,14 @@ def test_what_is_listed(url: str, folder: Path) -> None:
     with opened(url) as here:
         assert sorted(path.name for path in Path(here).iterdir()) == sorted(path.name for path in folder.iterdir())
         assert dict(open_checkpoint(here)).keys() == dict(open_checkpoint(folder)).keys()
+
+
+def test_checksums_of_one_file(s3: Any, url: str, folder: Path) -> None:
+    shard = min(path.name for path in folder.glob("*.safetensors"))
+    content = {"algorithm": "crc32c", "files": {shard: dict.fromkeys(open_checkpoint(folder / shard), "0000000a")}}
+    s3.put_object(Bucket=BUCKET, Key=f"llms/tiny-llama/{CHECKSUMS}", Body=json.dumps(content).encode())
+    with opened(f"{url}/{shard}") as here:
+        assert {entry.crc32c for entry in open_checkpoint(here).values()} == {10}
 
 
 def test_storage_options(url: str, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,17 +40,22 @@ def side_files(folder: str) -> Iterator[str]:
             yield entry.name
 
 
-def carry_side_files(source: str, folder: str) -> None:
+def carry_side_files(source: str, folder: str) -> list[str]:
     """Copies what lies beside the weights in `source` to `folder`, unless it is there already.
+
+    Returns:
+        The names of all that lies there.
 
     Raises:
         OSError: A file cannot be read or written.
     """
-    for name in side_files(source):
+    names = list(side_files(source))
+    for name in names:
         new = os.path.join(folder, name)
         if not exists(new):
             os.makedirs(os.path.dirname(new), exist_ok=True)
             shutil.copyfile(os.path.join(source, name), new)  # of links, such as the hub's cache has, what they lead to
+    return names
 
 
 def _plain_files(folder: str) -> list[str]:

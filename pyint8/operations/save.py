@@ -39,7 +39,8 @@ def save(
 
     For a transformers model, pyint8's or transformers' own: the weights as `save_pretrained` writes them, the
     configurations, and, if they are still there, the tokenizer and whatever else lies beside the weights it was loaded
-    from; and a model card, unless there is one in `folder`. For any other module the weights alone;
+    from (of a hub id what was downloaded, by `AutoTokenizer` for instance; a warning says if nothing was); and a model
+    card, unless there is one in `folder`. For any other module the weights alone;
     `pyint8.load(folder, model=module)` loads them.
 
     The new files are made in a folder beside, and take the name of `folder` all at once, when they are on the disk. An
@@ -121,24 +122,42 @@ def _are_int8(files: list[str]) -> bool:
 
 def describe(model: Any, folder: str, *, has_card: bool) -> None:
     """Adds what lies beside the weights that a transformers model was loaded from, and a card."""
-    source = _source_of(model.name_or_path)
-    if source is not None:
-        carry_side_files(source, folder)
+    name, source = str(model.name_or_path), _source_of(model)
+    carried = [] if source is None else carry_side_files(source, folder)
+    if name and not carried and (source is None or hub_id_of(name) is not None):
+        logger.warning(
+            "no tokenizer is saved with the model: nothing lies beside the weights of %s, or they are not here; save "
+            "it with tokenizer.save_pretrained(folder)",
+            name,
+        )
     if not has_card:
-        card = model_card(hub_id_of(model.name_or_path), source, type(model).__name__)
+        card = model_card(hub_id_of(name), _with_card(source, model), type(model).__name__)
         with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
             file.write(card)
 
 
-def _source_of(name: str) -> str | None:
-    """The folder a model was loaded from: that of a hub id in the local cache; None if it is not there."""
+def _source_of(model: Any) -> str | None:
+    """The folder a model was loaded from; None if that is not known, or not there any more."""
+    known = origin_of(model)
+    return known.folder if known is not None and is_folder(known.folder) else _source_by_name(model)
+
+
+def _source_by_name(model: Any) -> str | None:
+    """The folder of a model's name, or of a hub id that in the local cache; None if it is not there."""
+    name = model.name_or_path
     if is_folder(name):
-        return name
+        return str(name)
     try:
         config = cached_file(name, "config.json", {})
     except ValueError:  # no hub id
         return None
     return None if config is None else os.path.dirname(config)
+
+
+def _with_card(source: str | None, model: Any) -> str | None:
+    """The folder that has the source's card: of a folder inside of a repository it may be the repository's."""
+    has_own = source is not None and exists(os.path.join(source, "README.md"))
+    return source if has_own else _source_by_name(model) or source
 
 
 def _checked(model: Any) -> nn.Module:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import metadata_load
 from plain_models import Net, drawn
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -15,6 +18,7 @@ from zoo import ZOO, checkpoint_store
 
 import pyint8
 from pyint8.errors import OptionError
+from pyint8.operations.cached import wait_for_fills
 
 CPU = {"": "cpu"}
 
@@ -86,7 +90,7 @@ def by_pyint8(folder: Path, **where: Any) -> Any:
     return pyint8.load(folder, CPU, **where)
 
 
-def by_transformers(folder: Path, **where: Any) -> Any:
+def by_transformers(folder: Any, **where: Any) -> Any:
     config = BitsAndBytesConfig(load_in_8bit=True)
     return AutoModelForCausalLM.from_pretrained(folder, device_map=CPU, quantization_config=config, **where)
 
@@ -135,3 +139,91 @@ def test_a_module_of_ones_own_is_not_saved_over_its_source(tmp_path: Path) -> No
     with pytest.raises(OptionError, match="loaded from"):
         pyint8.save(net, tmp_path)
     assert not are_int8(tmp_path)
+
+
+# --- what lies beside -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(root: Path, tmp_path: Path) -> Path:
+    """A cache of the hub's, where a repository has two revisions, and the other one's tokenizer is another."""
+    repository = tmp_path / "hub" / "models--me--tiny"
+    for revision, commit in (("main", "1" * 40), ("v2", "2" * 40)):
+        snapshot = shutil.copytree(root, repository / "snapshots" / commit)
+        (snapshot / "tokenizer_config.json").write_text(f'{{"of": "{revision}"}}')
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+    return tmp_path / "hub"
+
+
+def saved(source: Any, folder: Path, **where: Any) -> str:
+    pyint8.save(pyint8.load(source, CPU, **where), folder)
+    return (folder / "tokenizer_config.json").read_text()
+
+
+def saved_by_transformers(source: Any, folder: Path, **where: Any) -> str:
+    pyint8.save(within_takeover(source, **where), folder)
+    return (folder / "tokenizer_config.json").read_text()
+
+
+def converted(source: Any, folder: Path, **where: Any) -> str:
+    pyint8.convert(source, folder, device="cpu", **where)
+    return (folder / "tokenizer_config.json").read_text()
+
+
+def saved_from_the_cache(source: Any, folder: Path, **where: Any) -> str:
+    for _ in range(2):
+        model, report = pyint8.load(source, CPU, cache=folder.parent / "cache", return_report=True, **where)
+        assert wait_for_fills(60)
+    assert report.from_cache
+    pyint8.save(model, folder)
+    return (folder / "tokenizer_config.json").read_text()
+
+
+WRITERS = pytest.mark.parametrize("write", [saved, saved_by_transformers, converted, saved_from_the_cache])
+
+
+@WRITERS
+def test_of_a_folder_inside_its_own_goes_along(root: Path, tmp_path: Path, write: Any) -> None:
+    (root / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert write(root, tmp_path / "int8", subfolder="sub") == '{"of": "sub"}'
+    assert metadata_load(tmp_path / "int8" / "README.md")["license"] == "mit"
+
+
+@WRITERS
+def test_of_a_revision_its_own_goes_along(hub: Path, tmp_path: Path, write: Any) -> None:
+    where = {"cache_dir": str(hub), "local_files_only": True}
+    assert write("me/tiny", tmp_path / "main", **where) == '{"of": "main"}'
+    assert write("me/tiny", tmp_path / "v2", revision="v2", **where) == '{"of": "v2"}'
+
+
+def test_a_folder_is_found_from_elsewhere(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root.parent)
+    model = pyint8.load("root", CPU)
+    monkeypatch.chdir(root / "sub")
+    pyint8.save(model, tmp_path / "int8")
+    assert (tmp_path / "int8" / "tokenizer_config.json").read_text() == '{"of": "root"}'
+    with pytest.raises(OptionError, match="loaded from"):
+        pyint8.save(model, "../../root")
+
+
+def test_a_copy_has_its_name(root: Path, tmp_path: Path) -> None:
+    pyint8.save(copy.deepcopy(pyint8.load(root, CPU)), tmp_path / "int8")
+    assert (tmp_path / "int8" / "tokenizer_config.json").read_text() == '{"of": "root"}'
+
+
+@pytest.mark.parametrize("what", ["no such folder", "not downloaded", "nothing there"])
+def test_what_is_not_saved_is_said(
+    hub: Path, root: Path, tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    if what == "not downloaded":
+        (hub / "models--me--tiny" / "snapshots" / ("1" * 40) / "tokenizer_config.json").unlink()
+        model = pyint8.load("me/tiny", CPU, cache_dir=str(hub), local_files_only=True)
+    else:
+        (root / "tokenizer_config.json").unlink()
+        model = pyint8.load(root, CPU)
+    if what == "no such folder":
+        shutil.rmtree(root)
+    with caplog.at_level(logging.WARNING, "pyint8"):
+        pyint8.save(model, tmp_path / "int8")
+    assert caplog.text.count("no tokenizer is saved") == (what != "nothing there")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from pyint8.checkpoint.identity import digest
 from pyint8.checkpoint.journal import Journal
 from pyint8.checkpoint.journals import journal_file
 from pyint8.errors import OptionError
@@ -43,8 +44,10 @@ def write_together(
         RankError: Another rank failed.
         Pyint8Error: A tensor of this rank's files cannot be read, quantized or written.
     """
+    from pyint8.models.transformers.saving import description
+
     identity = identity_of_work(plan, device)
-    _require_same(ranks.meet("the conversion", [identity, target]))
+    _require_same(ranks.meet("the conversion", [identity, digest(description(plan.model)), target]))
     part = _Part(plan, identity, device, preparation, recorder, ranks)
     if ranks.rank:
         folder, number, noted = ranks.meet("the folder", None)[0]

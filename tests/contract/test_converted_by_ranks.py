@@ -133,9 +133,18 @@ def test_a_rank_that_is_killed(two: RankProcesses, rank: int, old: Path, tmp_pat
     assert read < 0.95 * sum(path.stat().st_size for path in old.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_ranks_that_are_not_called_alike(two: RankProcesses, number: int, old: Path, tmp_path: Path) -> None:
-    other = [{"dtype": torch.float16}, {"max_shard_size": "30KB"}][number]
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"dtype": torch.float16},
+        {"max_shard_size": "30KB"},
+        {"config": pyint8.Int8Config(threshold=1.0)},
+        {"config": pyint8.Int8Config(strict=False)},
+        {"rms_norm_eps": 0.5},
+    ],
+    ids=str,
+)
+def test_ranks_that_are_not_called_alike(two: RankProcesses, other: Any, old: Path, tmp_path: Path) -> None:
     for outcome in two.run(cases.with_other_options, old, tmp_path / "int8", [{}, other]):
         assert outcome.error == "OptionError"
         assert "about to convert different things" in outcome.text

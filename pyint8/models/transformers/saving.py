@@ -143,11 +143,30 @@ def scales_as_saved(model: Any, scales: State, conversions: Any) -> State:
 
 def write_description(model: Any, folder: str) -> None:
     """Writes configuration, generation configuration and, for code that is not transformers', the code."""
-    config = copy.deepcopy(model.config)
-    config.dtype = str(model.dtype).removeprefix("torch.")
-    config.architectures = [type(model).__name__]
+    config = _config_of(model)
     if model.is_remote_code():
         custom_object_save(model, folder, config=config)
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
+
+
+def description(model: Any) -> list[dict[str, Any]]:
+    """What `write_description` says of a model, in whatever folder its checkpoint lies."""
+    said = [_config_of(model).to_diff_dict()]
+    if model.can_generate():
+        said.append(model.generation_config.to_diff_dict())
+    return [_unnamed(each) for each in said]
+
+
+def _unnamed(said: Any) -> Any:
+    if not isinstance(said, dict):
+        return said
+    return {name: _unnamed(value) for name, value in said.items() if name != "_name_or_path"}
+
+
+def _config_of(model: Any) -> Any:
+    config = copy.deepcopy(model.config)
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__]
+    return config

@@ -153,7 +153,7 @@ def cache_of(where: Any, wanted: Wanted, checkpoint: Checkpoint | None, path: st
         OptionError: `where` is no folder.
     """
     folder = opened_folder(where)
-    why_not = wanted.why_not(checkpoint)
+    why_not = wanted.why_not(checkpoint, path)
     if why_not is not None:
         logger.warning("%s is not cached: %s", wanted.source, why_not)
     return Cache(None if why_not else folder, wanted, checkpoint, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -9,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from pyint8.checkpoint import Checkpoint
-from pyint8.checkpoint.find import HUB_ARGUMENTS, configuration_file
+from pyint8.checkpoint.find import HUB_ARGUMENTS, configuration, configuration_file
 from pyint8.checkpoint.identity import digest, has_digest, identity_of, versions
 from pyint8.config import Int8Config, StreamOptions
 from pyint8.host.files import open_file
@@ -101,7 +102,7 @@ class Wanted:
         kind = kinds.pop() if len(kinds) == 1 else None
         return kind if kind in ("cuda", "cpu") else None
 
-    def why_not(self, checkpoint: Checkpoint | None) -> str | None:
+    def why_not(self, checkpoint: Checkpoint | None, path: str) -> str | None:
         """What keeps it from the cache, if anything does."""
         unfit = [name for name in _UNFIT if self.arguments.get(name)]
         if unfit:
@@ -115,7 +116,14 @@ class Wanted:
             return "the model is spread over several kinds of devices"
         if checkpoint is not None and checkpoint.has_codes:
             return "the checkpoint is int8 already"
+        if self.arguments.get("trust_remote_code") and self._has_code_elsewhere(path):
+            return "its code lies in another repository, and may be another at the next load"
         return None
+
+    def _has_code_elsewhere(self, path: str) -> bool:
+        """Whether the configuration names code in another repository: "owner/name--module.Class"."""
+        found = configuration(path, self.arguments)
+        return found is not None and "--" in json.dumps(found[1].get("auto_map"))
 
 
 def _descriptions(folder: str) -> dict[str, str]:

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from zoo import ZOO, checkpoint_store
 
 import pyint8
+from pyint8.checkpoint import open_checkpoint
 from pyint8.errors import ChecksumError
 from pyint8.operations import wanted
 from pyint8.operations.cached import wait_for_fills
@@ -114,6 +115,28 @@ def test_the_configuration_counts_wherever_the_weights_are(source: Path, cache: 
     model, was_cached = load(source, cache, **arguments)
     assert not was_cached
     assert model.model.norm.variance_epsilon == 0.5
+
+
+@pytest.mark.parametrize(("code", "is_cached"), [("own.Own", True), ("someone/else--own.Own", False)])
+def test_code_that_lies_elsewhere_may_change(source: Path, code: str, is_cached: bool) -> None:
+    config = source / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "auto_map": {"AutoModelForCausalLM": code}}))
+    asked = wanted.Wanted(str(source), CPU, "auto", None, None, {"trust_remote_code": True}, pyint8.StreamOptions())
+    why_not = asked.why_not(open_checkpoint(source), str(source))
+    assert (why_not is None) == is_cached
+    assert is_cached or "its code lies in another repository" in str(why_not)
+
+
+def test_a_revision_of_code_has_its_own_form(source: Path) -> None:
+    """In a folder around the one with the weights, too."""
+    checkpoint, keys = open_checkpoint(source), set()
+    for arguments in ({}, {"code_revision": "a"}, {"code_revision": "b"}, {"subfolder": source.name}):
+        path = source.parent if "subfolder" in arguments else source
+        asked = wanted.Wanted(str(path), CPU, "auto", None, None, arguments, pyint8.StreamOptions())
+        for text in ("one", "two"):
+            (path / "own.py").write_text(text)
+            keys.add(asked.key(checkpoint, str(path)))
+    assert len(keys) == 8
 
 
 @pytest.mark.parametrize("package", ["pyint8", "bitsandbytes", "torch", "transformers"])

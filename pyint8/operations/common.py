@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from pyint8.checkpoint.find import find_checkpoint
+from pyint8.checkpoint.find import HUB_ARGUMENTS, find_checkpoint
 from pyint8.config import StreamOptions
 from pyint8.errors import OptionError, first_names
 from pyint8.host import ending, garbage
@@ -77,13 +77,25 @@ def check_options(options: object) -> None:
         raise OptionError(f"options is {reprlib.repr(options)}; it must be a pyint8.StreamOptions or None")
 
 
-def check_storage_options(storage_options: object, *paths: str | None) -> None:
-    """Raises OptionError unless they are a mapping, or None, and one of the paths is a URL that they are for."""
+def check_whereabouts(storage_options: object, arguments: Mapping[str, Any], *paths: str | None) -> None:
+    """Raises OptionError for arguments about where checkpoints are that say nothing of any of the paths.
+
+    Args:
+        storage_options: For URLs: a mapping, or None.
+        arguments: Of from_pretrained; those that are for the hub count, for any path that is no URL.
+        paths: Of the checkpoints.
+    """
+    given = [path for path in paths if path is not None]
+    hub = [name for name in HUB_ARGUMENTS if arguments.get(name) not in (None, False) and name != "subfolder"]
+    if hub and all(map(is_url, given)):
+        raise OptionError(
+            f"{hub[0]} is for the hub, and the checkpoint is under a URL; for that there are storage_options"
+        )
     if storage_options is None:
         return
     if not isinstance(storage_options, Mapping):
         raise OptionError("storage_options must be a dict, such as {'region': 'eu-west-1'}")  # its values may be secret
-    if not any(path is not None and is_url(path) for path in paths):
+    if not any(map(is_url, given)):
         raise OptionError("storage_options are for URLs (s3://, gs://, az://, https://); leave them out")
 
 

@@ -11,14 +11,14 @@ from pyint8.config import Int8Config, StreamOptions
 from pyint8.errors import OptionError
 from pyint8.host.files import exists, is_folder
 from pyint8.host.imports import importing
-from pyint8.models.keywords import int8_config, refuse_misplaced
+from pyint8.models.keywords import called, int8_config
 from pyint8.models.origin import origin
 from pyint8.models.transformers.parallel import refuse_split_models
 from pyint8.models.transformers.releases import require_transformers
 from pyint8.operations.common import (
     begun,
     check_options,
-    check_storage_options,
+    check_whereabouts,
     decoded,
     decoded_folder,
     device_of_rank,
@@ -96,11 +96,11 @@ def convert(
     asked = _Asked(device, dtype, config, max_shard_size, checksums, fused_experts, hub_and_model_kwargs)
     with ExitStack() as stack:
         ranks = ranks_apart(stack, process_group)
-        refuse_misplaced(hub_and_model_kwargs)
+        stack.enter_context(called("convert", hub_and_model_kwargs))
         name, target = decoded(source), decoded_folder(folder)
         _refuse(name, target, int8_config(config), hub_and_model_kwargs)
         check_options(options)
-        check_storage_options(storage_options, name)
+        check_whereabouts(storage_options, hub_and_model_kwargs, name)
         require_transformers()
         refuse_split_models(hub_and_model_kwargs)
         options = options_for(name, options)

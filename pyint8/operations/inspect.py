@@ -16,10 +16,10 @@ from pyint8.errors import CheckpointNotFoundError, OptionError
 from pyint8.host import garbage
 from pyint8.host.files import exists
 from pyint8.host.imports import importing
-from pyint8.models.keywords import int8_config, refuse_misplaced
+from pyint8.models.keywords import FINDING, called, int8_config, refuse_others
 from pyint8.models.transformers.parallel import refuse_split_models
 from pyint8.models.transformers.releases import require_transformers
-from pyint8.operations.common import check_storage_options, decoded, located
+from pyint8.operations.common import check_whereabouts, decoded, located
 from pyint8.remote.objects import url_of
 from pyint8.report import Recorder
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pyint8.models.request import LoadRequest
 
 _HEADERS_ALONE = "headers alone were asked for"
+_OF_A_MODEL = ("device_map", "max_memory", "headroom", "dtype", "config")
 _NO_CONFIG = "there is no config.json, so nothing says what would become int8; these are the headers' facts alone"
 
 
@@ -125,7 +126,8 @@ def inspect(
     """Tell what is in a checkpoint, what of it would become int8, and what that would take, without reading a tensor.
 
     Everything is decided as `pyint8.load` and `pyint8.convert` decide it, by transformers' own planner too. No GPU is
-    needed, and nothing is downloaded. Of a file, or of a folder without a config.json, only headers are looked at.
+    needed, and nothing is downloaded. Of a file, or of a folder without a config.json, only headers are looked at, and
+    arguments about a model are refused.
 
     Args:
         path: A folder, a file, a hub id that is in the local cache, or a URL (see `pyint8.load`) of a folder or a file.
@@ -140,14 +142,18 @@ def inspect(
     Raises:
         Pyint8Error: One of `pyint8.errors`.
     """
-    refuse_misplaced(hub_and_model_kwargs)
     source, config = decoded(path), int8_config(config)
-    check_storage_options(storage_options, source)
+    check_whereabouts(storage_options, hub_and_model_kwargs, source)
     if config is not None and config.has_fp16_weight:
         raise OptionError("config has has_fp16_weight, which keeps weights in 16 bit: nothing would become int8")
-    with located(source, hub_and_model_kwargs, storage_options) as name:
+    with (
+        called("inspect", hub_and_model_kwargs),
+        located(source, hub_and_model_kwargs, storage_options) as name,
+    ):
         if not _has_config(name, hub_and_model_kwargs):
-            return inspect_headers(name, note=_NO_CONFIG, **hub_and_model_kwargs)
+            given: tuple[Any, ...] = (device_map, max_memory, headroom, dtype, config)
+            asked = dict(zip(_OF_A_MODEL, given, strict=True))
+            return inspect_headers(name, note=_NO_CONFIG, **asked, **hub_and_model_kwargs)
         require_transformers()
         refuse_split_models(hub_and_model_kwargs)
         _found(name, hub_and_model_kwargs, is_plain=False)
@@ -171,15 +177,24 @@ def inspect_headers(
         path: As in `inspect`.
         note: Why it is headers alone.
         storage_options: As in `inspect`.
-        hub_and_model_kwargs: As in `inspect`.
+        hub_and_model_kwargs: As in `inspect`; what is about a model is refused, but for the defaults.
 
     Raises:
         Pyint8Error: One of `pyint8.errors`.
     """
     source = decoded(path)
-    check_storage_options(storage_options, source)
+    check_whereabouts(storage_options, hub_and_model_kwargs, source)
+    _refuse_unanswered(hub_and_model_kwargs, note)
     with located(source, hub_and_model_kwargs, storage_options) as name:
         return Inspection(note=note, **_facts(name, _found(name, hub_and_model_kwargs, is_plain=True)))
+
+
+def _refuse_unanswered(arguments: Mapping[str, Any], note: str) -> None:
+    """Refuses what is about a model, of which headers know nothing."""
+    for name, value in arguments.items():
+        if name in _OF_A_MODEL and value not in (None, "auto"):
+            raise OptionError(f"{name} is about a model: {note}; leave it out")
+    refuse_others("inspect", arguments, (*FINDING, *_OF_A_MODEL), note)
 
 
 def _found(path: str, arguments: Mapping[str, Any], *, is_plain: bool) -> Checkpoint:
@@ -242,7 +257,13 @@ def _request(
     from pyint8.models.request import LoadRequest, check_dtype
 
     return LoadRequest(
-        path=path, base=path, dtype=check_dtype(dtype), budget=budget, config=config, arguments=arguments
+        path=path,
+        base=path,
+        dtype=check_dtype(dtype),
+        budget=budget,
+        config=config,
+        strict=config is None or config.strict,
+        arguments=arguments,
     )
 
 

@@ -14,13 +14,13 @@ from pyint8.errors import OptionError
 from pyint8.host import ending, garbage
 from pyint8.host.imports import importing
 from pyint8.host.processes import processes
-from pyint8.models.keywords import int8_config, refuse_misplaced
+from pyint8.models.keywords import called, int8_config
 from pyint8.models.transformers.parallel import refuse_split_models
 from pyint8.models.transformers.releases import require_transformers
 from pyint8.operations.cached import cache_of
 from pyint8.operations.common import (
     check_options,
-    check_storage_options,
+    check_whereabouts,
     decoded,
     joined_ranks,
     located,
@@ -197,7 +197,7 @@ def load(
     """
     with ExitStack() as stack:
         ranks = joined_ranks(stack, process_group, device_map, cache)
-        refuse_misplaced(hub_and_model_kwargs)
+        stack.enter_context(called("load", hub_and_model_kwargs))
         source = decoded(path)
         is_plain = model is not None and not isinstance(model, type)
         config = int8_config(config)
@@ -205,7 +205,7 @@ def load(
         if not is_plain:
             require_transformers()
             refuse_split_models(hub_and_model_kwargs)
-        check_storage_options(storage_options, source)
+        check_whereabouts(storage_options, hub_and_model_kwargs, source)
         moving = options_for(source, options)
         recorder = stack.enter_context(Recorder(progress, timeline=moving.timeline))
         stack.enter_context(ending.awaited(recorder))

@@ -12,12 +12,12 @@ from pyint8.config import StreamOptions
 from pyint8.errors import OptionError
 from pyint8.host import garbage
 from pyint8.host.imports import importing
-from pyint8.models.keywords import refuse_misplaced
+from pyint8.models.keywords import FINDING, called, refuse_others
 from pyint8.models.transformers.releases import require_transformers
 from pyint8.operations.common import (
     begun,
     check_options,
-    check_storage_options,
+    check_whereabouts,
     decoded,
     is_of_transformers,
     located,
@@ -32,7 +32,13 @@ if TYPE_CHECKING:
     from pyint8.models.request import LoadRequest
     from pyint8.streaming.preparation import Preparation
 
-_OF_THE_MODEL = ("config", "device_map", "dtype", "headroom", "max_memory", "model", "offload_folder", "return_report")
+_OF_THE_MODEL = (
+    *("config", "device", "device_map", "dtype", "headroom", "max_memory", "model", "offload_folder"),
+    *("quantization_config", "return_report", "torch_dtype"),
+)
+_ABSENT = object()
+_UNFIT = "ignore_mismatched_sizes"
+_READ = (*FINDING, "key_mapping", _UNFIT)
 
 
 def reload(
@@ -66,7 +72,8 @@ def reload(
         progress: Whether to show a bar; None shows one on a terminal.
         options: How to move bytes.
         storage_options: For a URL, as in `pyint8.load`.
-        hub_kwargs: Where a checkpoint is found: revision, subfolder, variant, token and so on.
+        hub_kwargs: Where a checkpoint is found (revision, subfolder, variant, token and so on), `key_mapping`, and what
+            the model's configuration has, such as num_labels, with the value that it has there.
 
     Returns:
         What was done.
@@ -76,14 +83,15 @@ def reload(
         Pyint8Error: Another of `pyint8.errors`; the model is as it was. All that can be known without reading tensors
             (names, shapes, dtypes, what is int8 on both sides) is checked before the first is written.
     """
-    refuse_misplaced(hub_kwargs)
     source = decoded(path)
     inside = _checked(model, hub_kwargs)
     is_plain = not is_of_transformers(inside)
     check_options(options)
-    check_storage_options(storage_options, source)
+    check_whereabouts(storage_options, hub_kwargs, source)
     options = options_for(source, options)
     with ExitStack() as stack:
+        stack.enter_context(called("reload", hub_kwargs))
+        _refuse_changes(inside, hub_kwargs, is_plain=is_plain)
         path = stack.enter_context(located(source, hub_kwargs, storage_options))
         _check_path(path, hub_kwargs, is_plain=is_plain)
         begin = begun(path, hub_kwargs, options, progress=progress)
@@ -122,6 +130,21 @@ def _checked(model: Any, arguments: dict[str, Any]) -> Any:
     inside = without_adapters(model)
     require_int8(inside)
     return inside
+
+
+def _refuse_changes(model: Any, arguments: dict[str, Any], *, is_plain: bool) -> None:
+    """Refuses what would change the model: its configuration stays; what it says already is taken."""
+    if arguments.get(_UNFIT):
+        raise OptionError(f"{_UNFIT} makes up weights that the checkpoint does not have; load, instead of reloading")
+    for name in () if is_plain else sorted(arguments.keys() - {*_READ}):
+        own = getattr(model.config, "_attn_implementation" if name == "attn_implementation" else name, _ABSENT)
+        if own is _ABSENT:
+            refuse_others("reload", [name], _READ, "neither the files nor the model's configuration have such a thing")
+        if own != arguments[name]:
+            raise OptionError(
+                f"{name} is {arguments[name]!r:.80}, and {own!r:.80} in the model's configuration, which pyint8.reload "
+                "does not change: the model stays as it is but for its values"
+            )
 
 
 def _check_path(path: str, arguments: dict[str, Any], *, is_plain: bool) -> None:

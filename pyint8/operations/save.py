@@ -67,6 +67,8 @@ def save(
     """
     module, path = _checked(model), decoded_folder(folder)
     _refuse_source(module, path)
+    if private and push_to_hub is None:
+        raise OptionError("private is for push_to_hub, which makes a repository, and was not given")
     if push_to_hub is not None:
         require_repository(push_to_hub, private=private)
     if fused_experts and not is_of_transformers(module):

@@ -17,11 +17,11 @@ from pyint8.errors import CheckpointError, CheckpointNotFoundError, OptionError,
 from pyint8.host import ending, garbage
 from pyint8.host.files import is_file
 from pyint8.host.imports import importing
-from pyint8.models.keywords import refuse_misplaced
+from pyint8.models.keywords import FINDING, called, refuse_others
 from pyint8.models.transformers.releases import require_transformers
 from pyint8.operations.common import (
     check_options,
-    check_storage_options,
+    check_whereabouts,
     decoded,
     devices_of,
     located,
@@ -122,11 +122,12 @@ def verify(
         against: The folder, hub id or URL of the 16- or 32-bit checkpoint that an int8 one of a transformers model was
             made of.
         device: Where its weights are quantized, whose bits depend on the kind of device: the kind that `path` was made
-            on. "cpu", "cuda", "cuda:1"; None for all visible GPUs, or the CPU where there is none.
+            on. "cpu", "cuda", "cuda:1"; None for all visible GPUs, or the CPU where there is none. Only with `against`.
         progress: Whether to show a bar; None shows one on a terminal.
-        options: How to move bytes.
+        options: How to move bytes; there is no report that a timeline would be in.
         storage_options: For URLs, as in `pyint8.load`.
-        hub_kwargs: Where both are found, and how they are loaded: revision, subfolder, trust_remote_code and so on.
+        hub_kwargs: Where both are found: revision, subfolder, trust_remote_code and so on. With `against` also how that
+            is loaded.
 
     Returns:
         What was found; errors of `path` are findings.
@@ -136,13 +137,17 @@ def verify(
         Pyint8Error: Another of `pyint8.errors`, about the arguments, or about `against`.
     """
     start = time.perf_counter()
-    refuse_misplaced(hub_kwargs)
     name, other = decoded(path), None if against is None else decoded(against)
     check_options(options)
-    check_storage_options(storage_options, name, other)
+    check_whereabouts(storage_options, hub_kwargs, name, other)
+    if options is not None and options.timeline:
+        raise OptionError("timeline is for what returns a LoadReport, which would have it; pyint8.verify returns none")
     options = options_for(other if other is not None and is_url(other) else name, options)
     problems: list[Pyint8Error] = []
     with ExitStack() as stack:
+        stack.enter_context(called("verify", hub_kwargs))
+        if other is None:
+            _refuse_unread(device, hub_kwargs)
         path = stack.enter_context(located(name, hub_kwargs, storage_options))
         source = None if other is None else stack.enter_context(located(other, hub_kwargs, storage_options))
         check_path(path, hub_kwargs, is_plain=source is None)
@@ -172,6 +177,13 @@ def verify(
         findings=findings,
         seconds=time.perf_counter() - start,
     )
+
+
+def _refuse_unread(device: Any, arguments: Mapping[str, Any]) -> None:
+    """Refuses what is for the source alone, where there is none."""
+    if device is not None:
+        raise OptionError("device says where the weights of `against` are quantized; give that, or leave device out")
+    refuse_others("verify", arguments, FINDING, "without `against` no model is made, and nothing would read it")
 
 
 def _opened(path: str, arguments: Mapping[str, Any], problems: list[Pyint8Error]) -> Checkpoint:

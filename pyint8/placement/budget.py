@@ -12,6 +12,9 @@ from accelerate.utils import convert_file_size_to_int, get_max_memory
 from pyint8.errors import OptionError
 from pyint8.placement.device_map import PLANNED_MAPS, is_planned
 
+_NAMED_DEVICES = ("cpu", "disk", "mps")
+"""What accelerate's planner has beside numbers of GPUs."""
+
 
 @dataclass(frozen=True)
 class MemoryBudget:
@@ -38,7 +41,7 @@ def memory_budget(max_memory: Any, headroom: Any, device_map: Any, load_bytes: i
     Raises:
         OptionError: A value is no size, or the device map is not planned.
     """
-    check_max_memory(max_memory)
+    check_max_memory(max_memory, device_map)
     headroom_bytes = check_headroom(headroom, device_map)
     if headroom_bytes is None:
         return MemoryBudget(max_memory)
@@ -85,14 +88,24 @@ def _free_bytes(gpu: int) -> int | None:
     return None
 
 
-def check_max_memory(max_memory: Any) -> None:
-    """Raises OptionError unless it is a dict of devices to sizes, or None."""
+def check_max_memory(max_memory: Any, device_map: Any) -> None:
+    """Raises OptionError unless it is a dict of devices to sizes, for a map that is planned, or None."""
     if max_memory is None:
         return
+    _require_planned("max_memory", device_map)
     if not isinstance(max_memory, Mapping):
         raise OptionError(f'max_memory is {max_memory!r}; it must be a dict such as {{0: "20GiB", "cpu": "64GiB"}}')
     for device, size in max_memory.items():
+        if (not isinstance(device, int) or isinstance(device, bool)) and device not in _NAMED_DEVICES:
+            raise OptionError(
+                f"max_memory has the key {device!r}; keys are numbers of GPUs, and {', '.join(_NAMED_DEVICES)}"
+            )
         size_in_bytes(f"max_memory of {device!r}", size)
+
+
+def _require_planned(name: str, device_map: Any) -> None:
+    if not is_planned(device_map):
+        raise OptionError(f"{name} is for planned device maps ({', '.join(PLANNED_MAPS)}), not for {device_map!r}")
 
 
 def check_headroom(headroom: Any, device_map: Any) -> int | None:
@@ -103,8 +116,7 @@ def check_headroom(headroom: Any, device_map: Any) -> int | None:
     """
     if headroom is None:
         return None
-    if not is_planned(device_map):
-        raise OptionError(f"headroom is for planned device maps ({', '.join(PLANNED_MAPS)}), not for {device_map!r}")
+    _require_planned("headroom", device_map)
     if isinstance(headroom, float):
         raise _no_size("headroom", headroom)
     return int(size_in_bytes("headroom", headroom))

@@ -27,9 +27,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     args.add_progress(parser)
     args.add_quantization(parser)
     args.add_hub(parser)
+    parser.set_defaults(refuse=parser.error)
 
 
 def _run(arguments: argparse.Namespace, out: Output) -> int:
+    if arguments.private and arguments.push_to_hub is None:
+        arguments.refuse("--private is for --push-to-hub")
     with launched_group() as (group, rank):
         if arguments.push_to_hub is not None and rank == 0:  # before hours of work
             require_repository(arguments.push_to_hub, private=arguments.private)

@@ -22,7 +22,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace, out: Output) -> int:
     if arguments.headers:
-        found = inspect_headers(arguments.path, **args.hub(arguments))
+        found = inspect_headers(arguments.path, **args.placement(arguments))
     else:
         found = inspect(arguments.path, **args.placement(arguments))
     out.value(found.to_dict())

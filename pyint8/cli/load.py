@@ -14,11 +14,13 @@ from pyint8.operations.generate import generate
 from pyint8.operations.load import load
 from pyint8.report.timeline import require_drawable
 
+_TOKENS = 20
+
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     args.add_path(parser)
     parser.add_argument("--generate", metavar="TEXT", help="go on with this text, by the likeliest tokens")
-    parser.add_argument("--tokens", type=int, default=20, metavar="NUMBER", help="how many to generate; 20")
+    parser.add_argument("--tokens", type=int, metavar="NUMBER", help=f"how many to generate; {_TOKENS}")
     parser.add_argument("--offload-folder", metavar="DIR", help='for modules that a device map puts on "disk"')
     parser.add_argument(
         "--cache", nargs="?", const=True, default=False, metavar="DIR", help="keep the int8 form, and use it"
@@ -30,12 +32,16 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     args.add_placement(parser, plans_only=False)
     args.add_quantization(parser)
     args.add_hub(parser)
+    parser.set_defaults(refuse=parser.error)
 
 
 def _run(arguments: argparse.Namespace, out: Output) -> int:
+    if arguments.tokens is not None and arguments.generate is None:
+        arguments.refuse("--tokens is for --generate")
     if arguments.timeline is not None:
         require_drawable(arguments.timeline)  # before the load
-    options = replace(StreamOptions.from_environment(), timeline=arguments.timeline is not None)
+    options = StreamOptions.from_environment()
+    options = replace(options, timeline=options.timeline or arguments.timeline is not None)
     model, report = load(
         arguments.path,
         return_report=True,
@@ -51,7 +57,8 @@ def _run(arguments: argparse.Namespace, out: Output) -> int:
         out.line(field("timeline", arguments.timeline))
     text = None
     if arguments.generate is not None:
-        text = generate(model, arguments.path, arguments.generate, arguments.tokens, **args.hub(arguments))
+        tokens = _TOKENS if arguments.tokens is None else arguments.tokens
+        text = generate(model, arguments.path, arguments.generate, tokens, **args.hub(arguments))
         out.line(field("generated", text))
     wait_for_fills()  # what was asked for
     out.value({"model": type(model).__name__, "generated": text, "report": report.to_dict()})

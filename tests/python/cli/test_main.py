@@ -88,6 +88,8 @@ def test_the_console_script_is_the_same_program() -> None:
         ["plan", "path", "--max-memory", "20GiB"],
         ["convert", "source"],
         ["load", "path", "--tokens", "many"],
+        ["load", "path", "--tokens", "4"],
+        ["convert", "source", "folder", "--private"],
         ["run"],
         ["run", "-m"],
         ["run", "-x", "y"],

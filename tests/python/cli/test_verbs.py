@@ -92,6 +92,9 @@ def test_there_is_no_plan_for_headers(llama: Path, command: Command) -> None:
     done = command("plan", llama / "model.safetensors")
     assert done.returncode == 1
     assert "there is no plan" in done.stderr
+    done = command("inspect", llama, "--headers", "--experts")
+    assert done.returncode == 1
+    assert "config is about a model: headers alone were asked for; leave it out" in done.stderr
 
 
 # --- convert ----------------------------------------------------------------------------------------------------------
@@ -222,6 +225,9 @@ def test_a_timeline(llama: Path, tmp_path: Path, command: Command) -> None:
     value = value_of(command("load", llama, "--device-map", "cpu", "--timeline", trace, "--json"))
     names = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
     assert names >= {"reading", "build", "stream"}
+    assert value["report"]["timeline"]["Python"]
+    by_environment = "import os; os.environ['PYINT8_TIMELINE'] = '1'"
+    value = value_of(command("load", llama, "--device-map", "cpu", "--json", before=by_environment))
     assert value["report"]["timeline"]["Python"]
     done = command("load", llama, "--timeline", tmp_path / "load.gif")
     assert done.returncode == 1

@@ -177,8 +177,8 @@ class StreamOptions:
         checksums: Compare what is read with the checksums of the checkpoint, where it has some. Default True.
         borrow_gpus: Numbers of other GPUs, as torch counts them, over whose buses a load onto one GPU may read too:
             each takes an equal share of the bytes into at most 128 MiB of its memory, and hands them on over NVLink.
-            One that cannot is left out, with a warning. Seven at most; default none. Loads onto several GPUs, or by
-            ranks, have no use for it, and say so.
+            One that cannot is left out, with a warning. Seven at most; default none. Loads onto several GPUs or the
+            CPU, or by ranks, have no use for it, and say so.
 
     Raises:
         OptionError: A value out of its range, naming the option.

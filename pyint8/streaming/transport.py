@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_NOTHING_TO_BORROW = "borrow_gpus is for loads onto one GPU by one process: here it has no effect"
+
 
 @dataclass(frozen=True, slots=True)
 class ReadRequest:
@@ -67,6 +69,7 @@ class Transport:
         self._files: dict[tuple[str, FileStamp | None], int] = {}
         self._borrows = gpus == 1 and bool(options.borrow_gpus)
         self._detours: list[Detours] = []
+        self._is_closed = False
         threads = options.worker_threads(gpus + len(options.borrow_gpus) if self._borrows else gpus)
         if self._borrows:
             check_staging(options, threads)
@@ -103,10 +106,15 @@ class Transport:
         if not options.borrow_gpus or not lane.on_gpu or self._detours:
             return
         if not self._borrows:
-            logger.warning("borrow_gpus is for loads onto one GPU by one process: here it has no effect")
+            if len(self._lanes) == 1:
+                logger.warning(_NOTHING_TO_BORROW)
             return
         gpu = torch.cuda.current_device() if device.index is None else device.index
         self._detours.append(Detours(self.engine, lane.index, gpu, options.borrow_gpus, options.libcuda))
+
+    def _tell_of_no_gpu(self) -> None:
+        if not any(lane.on_gpu for lane in self._opened):
+            logger.warning(_NOTHING_TO_BORROW)
 
     def submit(self, lane: Lane, reads: list[ReadRequest], *, first: bool = False) -> int:
         """Submits `reads` in order; returns the ticket of the first, the others' follow one by one.
@@ -205,6 +213,9 @@ class Transport:
         """Stops reading, joins the workers, waits for copies under way, gives back pinned memory and scratch."""
         if os.getpid() != self._process:  # a forked child has no part in any of it
             return
+        if self._options.borrow_gpus and self._opened and not self._is_closed:
+            self._tell_of_no_gpu()
+        self._is_closed = True
         with ExitStack() as stack:
             for lane in self._opened:
                 stack.callback(lane.release)

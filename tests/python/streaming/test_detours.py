@@ -137,6 +137,20 @@ def test_several_gpus_and_ranks_have_no_use_for_it(driver: FakeDriver, caplog: p
     assert calls(driver) == 0
 
 
+def test_the_cpu_has_no_use_for_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_file({"one": torch.ones(3), "two": torch.ones(5)}, tmp_path / "model.safetensors")
+    entries = open_checkpoint(tmp_path).values()
+    requests = [TensorRequest(entry, torch.device("cpu")) for entry in entries]
+    with open_stream(requests, OPTIONS) as stream:
+        assert [float(stream.whole(entry.name).sum()) for entry in entries] == [3.0, 5.0]
+    transport = Transport(OPTIONS)  # as for one device, before it is known which
+    transport.lane(torch.device("cpu"))
+    transport.close()
+    transport.close()
+    says = "borrow_gpus is for loads onto one GPU by one process: here it has no effect"
+    assert [record.message for record in caplog.records] == [says, says]
+
+
 def test_staging_memory_has_a_limit() -> None:
     options = replace(OPTIONS, threads=64, slots_per_thread=4, slot_bytes=4 << 20)
     with pytest.raises(OptionError, match=r"borrow_gpus would take 536870912 bytes of each GPU, 134217728 at most"):

@@ -49,7 +49,7 @@ class Int8Quantizer:
     """
 
     def __init__(self, config: Int8Config, *, pre_quantized: bool = False, strict: bool = True) -> None:
-        requirements.refuse_contradictions(config)
+        requirements.refuse_contradictions(config, pre_quantized=pre_quantized)
         self.config = config
         self.pre_quantized = pre_quantized
         self.strict = strict

@@ -56,8 +56,13 @@ def refuse_other_frameworks(arguments: dict[str, Any]) -> None:
             )
 
 
-def refuse_contradictions(config: Int8Config) -> None:
-    """Raises OptionError for options that cannot hold together."""
+def refuse_contradictions(config: Int8Config, *, pre_quantized: bool = False) -> None:
+    """Raises OptionError for options that cannot hold together, or not with a checkpoint that is int8 already."""
+    if config.has_fp16_weight and pre_quantized:
+        raise OptionError(
+            "has_fp16_weight keeps weights in 16 bit, and the checkpoint is int8 already; leave it out, or load the "
+            "checkpoint that the int8 one was made of"
+        )
     if config.has_fp16_weight and config.experts:
         raise OptionError("has_fp16_weight keeps weights in 16 bit, and experts makes some int8: give one of them")
 

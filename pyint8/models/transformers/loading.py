@@ -15,7 +15,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 
 from pyint8.checkpoint.find import HUB_ARGUMENTS, cached_file, named_by_adapter
 from pyint8.config import METHOD, Int8Config
-from pyint8.errors import CheckpointNotFoundError, ModelNotSupportedError, OptionError
+from pyint8.errors import CheckpointError, CheckpointNotFoundError, ModelNotSupportedError, OptionError
 from pyint8.host import garbage
 from pyint8.host.files import exists, is_folder
 from pyint8.models.request import LoadRequest
@@ -239,6 +239,12 @@ def _pre_quantized_fields(stored: Any, asked: Int8Config | None, path: str) -> d
         )
     if asked is not None:
         raise OptionError("the checkpoint is int8 already and brings its own configuration; leave `config` out")
+    if fields.get("llm_int8_has_fp16_weight"):
+        raise CheckpointError(
+            "it says llm_int8_has_fp16_weight, which keeps weights in 16 bit, and that they are int8; take that out of "
+            "its quantization_config, if the weights are int8",
+            path=os.path.join(path, "config.json"),
+        )
     fields = copy.deepcopy(
         {k: v for k, v in fields.items() if k not in ("_load_in_8bit", "_load_in_4bit", "load_in_4bit")}
     )

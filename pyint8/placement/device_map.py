@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
-from pyint8.errors import PlacementError
+from pyint8.errors import PlacementError, first_names
+from pyint8.placement.names import listed_with_nearest, nearest_name
+
+logger = logging.getLogger(__name__)
 
 DeviceMap = Mapping[str, Any]
 PLANNED_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -89,6 +94,38 @@ def off_device(device_map: Any) -> list[str]:
 def landing_device(device: Any) -> torch.device:
     """Where a tensor is loaded to: its device, or the CPU for what accelerate will offload to the disk."""
     return torch.device("cpu" if device == "disk" else device)
+
+
+def check_entries(model: nn.Module, device_map: DeviceMap) -> None:
+    """Warns of entries that name nothing in a model of transformers', and of parameters without one.
+
+    transformers puts the latter on the CPU, and refuses them once all is loaded if the map has several devices.
+
+    Raises:
+        PlacementError: It would.
+    """
+    warn_of_dead_entries(model, device_map)
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    if len({*device_map.values()}) > 1 or "disk" in device_map.values():
+        require_complete(names, device_map)
+    lost = [name for name in names if device_of(name, device_map) is None]
+    if lost:
+        logger.warning("the device map has no entry for %s: transformers puts them on the CPU", first_names(lost))
+
+
+def warn_of_dead_entries(model: nn.Module, device_map: DeviceMap) -> None:
+    """One warning for all entries that are no module's, parameter's or buffer's name, each with the nearest that is."""
+    if {*device_map} == {""}:
+        return
+    every = (model.named_modules, model.named_parameters, model.named_buffers)
+    names = {name for named in every for name, _ in named(remove_duplicate=False)}
+    nearest = {name: nearest_name(name, names - {""}) for name in device_map if name and name not in names}
+    if nearest:
+        logger.warning(
+            "of the device map, these name nothing in this %s, so they have no effect: %s",
+            type(model).__name__,
+            listed_with_nearest(nearest),
+        )
 
 
 def require_complete(names: Iterable[str], device_map: DeviceMap) -> None:

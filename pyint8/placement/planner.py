@@ -11,7 +11,7 @@ from accelerate.utils import get_balanced_memory, get_max_memory, infer_auto_dev
 from torch import nn
 
 from pyint8.placement.budget import MemoryBudget
-from pyint8.placement.device_map import DeviceMap, is_planned, require_complete
+from pyint8.placement.device_map import DeviceMap, is_planned, require_complete, warn_of_dead_entries
 from pyint8.placement.tight import tight_memory
 
 
@@ -54,6 +54,7 @@ def plan_device_map(
     if is_planned(device_map):
         return _planned(model, device_map, budget, sizes, keep_free)
     if isinstance(device_map, Mapping):
+        warn_of_dead_entries(model, device_map)
         require_complete((name for name, _ in model.named_parameters()), device_map)
         return dict(device_map)
     return {"": torch.device(device_map)}

@@ -10,14 +10,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from torch import nn
 
 from pyint8.errors import OptionError
+from pyint8.placement.names import ANY_NUMBER, listed_with_nearest, with_numbers, without_numbers
 from pyint8.quantizer.modules import is_linear
 
 logger = logging.getLogger(__name__)
 
 # Whether a module's name is in a list.
 Matches = Callable[[str, list[str]], bool]
-
-_ANY_NUMBER = r"\d+"
 
 
 def name_matches(name: str, patterns: Iterable[str]) -> bool:
@@ -68,7 +67,7 @@ def warn_of_dead_entries(model: nn.Module, entries: Sequence[str], matches: Matc
         "of skip_modules (llm_int8_skip_modules), these match no linear module of this %s, so they have no effect: %s; "
         "an entry matches a module's full name from its start, or at its end",
         type(model).__name__,
-        ", ".join(f"'{entry}'" + (f" (nearest: '{near}')" if near else "") for entry, near in nearest.items()),
+        listed_with_nearest(nearest),
     )
 
 
@@ -91,23 +90,15 @@ def dead_entries(model: nn.Module, entries: Sequence[str], linear: Collection[st
 def nearest_entry(entry: str, linear: Iterable[str]) -> str | None:
     """The entry most like `entry` that matches linear modules; None if none is like it."""
     meant: dict[str, set[str]] = {}
-    for name in dict.fromkeys(_without_numbers(name) for name in linear):
+    for name in dict.fromkeys(without_numbers(name) for name in linear):
         for part, whole in _parts(name):
             meant.setdefault(part, set()).add(whole)
-    found = difflib.get_close_matches(_without_numbers(entry), meant, n=1)
+    found = difflib.get_close_matches(without_numbers(entry), meant, n=1)
     if not found:
         return None
     wholes = meant[found[0]]
     nearest = wholes.pop() if len(wholes) == 1 else rf".*\.{found[0]}"
-    numbers = re.findall(r"\d+", entry)
-    if nearest.count(_ANY_NUMBER) == len(numbers):
-        for number in numbers:
-            nearest = nearest.replace(_ANY_NUMBER, number, 1)
-    return nearest
-
-
-def _without_numbers(name: str) -> str:
-    return re.sub(r"(?<![^.])\d+(?![^.])", lambda _: _ANY_NUMBER, name)
+    return with_numbers(nearest, entry)
 
 
 def _parts(name: str) -> Iterator[tuple[str, str]]:
@@ -116,5 +107,5 @@ def _parts(name: str) -> Iterator[tuple[str, str]]:
     for end in range(1, len(parts) + 1):
         for start in range(end):
             part = ".".join(parts[start:end])
-            is_suffix = end == len(parts) and _ANY_NUMBER not in part
+            is_suffix = end == len(parts) and ANY_NUMBER not in part
             yield part, part if is_suffix else ".".join(parts[:end])

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
+from torch import nn
+from transformers import LlamaForCausalLM
+from zoo import ZOO, CheckpointStore
 
 import pyint8
 from pyint8 import Int8Config, StreamOptions
-from pyint8.errors import CheckpointError, OptionError, RemoteError
+from pyint8.errors import CheckpointError, OptionError, PlacementError, RemoteError
 from pyint8.models.keywords import OWN
 
 URL = "http://127.0.0.1:9/nothing-is-here"
@@ -135,10 +140,8 @@ def test_the_hub_s_arguments_are_of_use_where_one_of_two_is_no_url(int8: Path) -
 
 
 def test_drop_in_loads_take_max_memory_as_transformers_does(source: Path) -> None:
-    import transformers
-
     for how in ({"device_map": "cpu"}, {"device_map": {"": "cpu"}}):
-        model = transformers.LlamaForCausalLM.from_pretrained(
+        model = LlamaForCausalLM.from_pretrained(
             source, quantization_config=Int8Config(), max_memory={"cpu": "1KB"}, **how
         )
         assert model.lm_head.weight.device.type == "cpu"
@@ -154,3 +157,80 @@ def test_inspect_is_as_strict_as_its_config(copy_of: Callable[..., Path]) -> Non
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
         pyint8.inspect(folder)
     assert pyint8.inspect(folder, config=Int8Config(strict=False)).fits
+
+
+# --- what is said, since it may be meant ------------------------------------------------------------------------------
+
+
+def told(caplog: pytest.LogCaptureFixture, word: str) -> list[str]:
+    return [record.getMessage() for record in caplog.records if word in record.getMessage()]
+
+
+@pytest.mark.parametrize("drop_in", [False, True])
+@pytest.mark.parametrize(
+    ("device_map", "says"),
+    [
+        ({"": "cpu", "model.layerz.1": "cpu"}, ["have no effect: 'model.layerz.1' (nearest: 'model.layers.1')"]),
+        (
+            {"model": "cpu", "lm_haed": "cpu"},
+            ["have no effect: 'lm_haed' (nearest: 'lm_head')", "no entry for lm_head.weight: transformers puts"],
+        ),
+        ({"model": "cpu", "lm_head": "cpu"}, []),
+        ({"model": "cpu", "lm_head.weight": "cpu"}, []),
+        ({"": "cpu"}, []),
+    ],
+    ids=str,
+)
+def test_entries_of_a_device_map_that_name_nothing(
+    device_map: dict[str, str], says: list[str], drop_in: bool, source: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if drop_in:
+        model = LlamaForCausalLM.from_pretrained(source, device_map=device_map, quantization_config=Int8Config())
+    else:
+        model = pyint8.load(source, device_map)
+    found = told(caplog, "device map")
+    assert len(found) == len(says)
+    assert all(part in message for part, message in zip(says, found, strict=True))
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
+def test_a_map_of_several_devices_has_an_entry_for_all(source: Path, tmp_path: Path) -> None:
+    """transformers refuses it too, once all is loaded."""
+    offload = Int8Config(fp32_cpu_offload=True)
+    with pytest.raises(PlacementError, match=r"no entry for lm_head\.weight"):
+        pyint8.load(source, {"model": "cpu", "model.norm": "disk"}, config=offload, offload_folder=tmp_path)
+
+
+def test_a_module_s_own_map(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    net = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    save_file(net.state_dict(), tmp_path / "model.safetensors")
+    pyint8.load(tmp_path, {"0": "cpu", "1": "cpu", "first": "cpu"}, model=net)
+    assert told(caplog, "device map") == [
+        "of the device map, these name nothing in this Sequential, so they have no effect: 'first'"
+    ]
+
+
+@pytest.mark.parametrize(("name", "said"), [("llama", 1), ("mixtral", 0)])
+def test_experts_of_a_model_without_them(
+    name: str, said: int, checkpoints: CheckpointStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    pyint8.load(checkpoints.folder(ZOO[name], "bf16"), "cpu", config=Int8Config(experts=True))
+    assert len(told(caplog, "experts=True has no effect")) == said
+
+
+def test_sixteen_bit_weights_of_an_int8_checkpoint(int8: Path, tmp_path: Path) -> None:
+    sixteen = Int8Config(has_fp16_weight=True)
+    net = nn.Sequential(nn.Linear(32, 32))
+    save_file(net.state_dict(), tmp_path / "model.safetensors")
+    pyint8.save(pyint8.load(tmp_path, "cpu", model=net, config=Int8Config(skip_modules=[])), tmp_path / "int8")
+    with pytest.raises(OptionError, match="has_fp16_weight keeps weights in 16 bit, and the checkpoint is int8"):
+        pyint8.load(tmp_path / "int8", "cpu", model=nn.Sequential(nn.Linear(32, 32)), config=sixteen)
+    copy = shutil.copytree(int8, tmp_path / "copy")
+    described = json.loads((copy / "config.json").read_text())
+    described["quantization_config"]["llm_int8_has_fp16_weight"] = True
+    (copy / "config.json").write_text(json.dumps(described))
+    with pytest.raises(CheckpointError, match=r"llm_int8_has_fp16_weight.*take that out") as caught:
+        pyint8.load(copy, "cpu")
+    assert caught.value.path == str(copy / "config.json")
+    with pytest.raises(OptionError, match="has_fp16_weight"), pyint8.takeover():
+        LlamaForCausalLM.from_pretrained(copy, device_map="cpu")

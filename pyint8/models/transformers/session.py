@@ -18,6 +18,7 @@ from pyint8.models.request import LoadRequest
 from pyint8.models.transformers.compat import SkipParameters
 from pyint8.models.transformers.initialization import NoInitializationOnMeta
 from pyint8.models.transformers.planned import PlannedLoad
+from pyint8.placement.device_map import check_entries
 from pyint8.quantizer import Int8Quantizer
 from pyint8.report import Recorder
 from pyint8.streaming.preparation import Preparation
@@ -135,11 +136,14 @@ class LoadSession:
         """Takes transformers' conversions; decides what every tensor is for, and which modules are put back.
 
         Raises:
-            Pyint8Error: See `PlannedLoad`.
+            PlacementError: The device map that was given leaves parameters out (see `check_entries`).
+            Pyint8Error: Another; see `PlannedLoad`.
         """
         assert self._checkpoint is not None
         self.model_is_built()  # again: now the contexts in which transformers built it have ended
         remember_origin(model, self._checkpoint.files)
+        if self.device_map is not None:
+            check_entries(model, self.device_map)
         self.planned = PlannedLoad(model, self._checkpoint, conversions, dtype, quantizer, self.request)
         if self.device_map is not None:
             self._start(self.planned)

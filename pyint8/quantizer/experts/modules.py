@@ -7,6 +7,7 @@ with a buffer of scales beside them. All else, biases and gates among them, is w
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -20,6 +21,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from pyint8.errors import ModelNotSupportedError
 from pyint8.quantizer.experts.kinds import Kind, kind_of
 from pyint8.quantizer.experts.names import SCALES, WEIGHTS
+
+logger = logging.getLogger(__name__)
 
 
 class Int8Experts(nn.Module):
@@ -131,7 +134,10 @@ def make_int8(module: nn.Module) -> None:
 
 
 def convert_experts(model: nn.Module, wanted: Callable[[str], bool]) -> tuple[dict[str, Int8Experts], dict[str, str]]:
-    """Makes experts of a model on meta int8 ones: modules by name, and those that stay as they are, with reasons."""
+    """Makes experts of a model on meta int8 ones: modules by name, and those that stay as they are, with reasons.
+
+    Where there are none, a warning says so.
+    """
     converted: dict[str, Int8Experts] = {}
     skipped: dict[str, str] = {}
     for name, module in list(model.named_modules()):
@@ -141,4 +147,8 @@ def convert_experts(model: nn.Module, wanted: Callable[[str], bool]) -> tuple[di
             converted[name] = cast(Int8Experts, module)
         elif reason != "":
             skipped[name] = reason or "in the list of modules to skip"
+    if not converted and not skipped:
+        logger.warning(
+            "experts=True has no effect: this %s has no experts but, at most, linear modules", type(model).__name__
+        )
     return converted, skipped

@@ -179,9 +179,10 @@ def joined_ranks(stack: ExitStack, process_group: Any, device_map: Any, cache: A
     return ranks
 
 
-def warn_of_own_values(report: LoadReport) -> None:
-    """Of weights that ranks which load together have each for itself."""
-    if missing := report.loading_info.get("missing_keys"):
+def warn_of_own_values(ranks: Ranks | None, report: LoadReport) -> None:
+    """Of weights that ranks which load together, if there are any, have each for itself."""
+    missing = report.loading_info.get("missing_keys")
+    if ranks is not None and missing:
         logger.warning(
             "not in the checkpoint, so each rank has its own values of %s: broadcast them from one rank to the others "
             "(DistributedDataParallel does, unless it is told init_sync=False)",

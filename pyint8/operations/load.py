@@ -254,8 +254,7 @@ def load(
             cached.loaded(result, found, recorder.report)
         if path != source and not is_plain:
             name_after(source, path, result)
-        if ranks is not None:
-            warn_of_own_values(recorder.report)
+        warn_of_own_values(ranks, recorder.report)
     announce(recorder.report, source)
     return (result, recorder.report) if return_report else result
 

@@ -114,10 +114,13 @@ def test_ctrl_c_in_the_midst_of_cancelling_is_raised_once_all_is_closed(engine: 
         if len(calls) == 1:
             raise KeyboardInterrupt
 
-    engine.add_source(lambda offset, nbytes: [], cancel)
-    with pytest.raises(KeyboardInterrupt):
+    def close() -> None:
         engine.close()
         time.sleep(1)  # at the latest here
+
+    engine.add_source(lambda offset, nbytes: [], cancel)
+    with pytest.raises(KeyboardInterrupt):
+        close()
     assert len(calls) == 2
 
 

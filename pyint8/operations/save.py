@@ -11,7 +11,7 @@ from pyint8.checkpoint.card import hub_id_of, model_card
 from pyint8.checkpoint.find import cached_file, find_checkpoint
 from pyint8.checkpoint.replacement import replaced_folder
 from pyint8.checkpoint.side_files import carry_side_files, is_of_a_save
-from pyint8.errors import OptionError, Pyint8Error
+from pyint8.errors import CheckpointError, OptionError
 from pyint8.host.files import exists, is_folder
 from pyint8.host.imports import importing
 from pyint8.host.writing import write_errors
@@ -63,6 +63,7 @@ def save(
         ModelNotSupportedError: The model is not int8, or has adapters.
         OptionError: An argument that cannot be used; or `folder` is the one that the model was loaded from, whose
             weights are not int8, and would be lost.
+        ReadError: Whether they are cannot be read.
         WriteError: The operating system refused, as when the disk is full; or the hub did, and `folder` is complete.
     """
     module, path = _checked(model), decoded_folder(folder)
@@ -110,7 +111,7 @@ def _origin_by_name(module: nn.Module) -> Origin | None:
         return None
     try:
         found = find_checkpoint(name, {})
-    except Pyint8Error:
+    except CheckpointError:
         return None
     return None if found is None else origin(module, found.files, name)
 
@@ -118,7 +119,7 @@ def _origin_by_name(module: nn.Module) -> Origin | None:
 def _are_int8(files: list[str]) -> bool:
     try:
         return checkpoint_of_files(files).has_codes
-    except Pyint8Error:  # nothing can be made of them any more
+    except CheckpointError:  # nothing can be made of them any more
         return True
 
 

@@ -133,6 +133,25 @@ def test_an_int8_model_is_saved_over_itself(llama: Path, tmp_path: Path) -> None
     assert content(tmp_path / "int8")["model.safetensors"] == before
 
 
+@pytest.mark.parametrize("kind", ["gone", "damaged"])
+def test_what_is_lost_already_can_be_saved_over(root: Path, kind: str) -> None:
+    model = pyint8.load(root, CPU)
+    (root / "model.safetensors").unlink()
+    if kind == "damaged":
+        (root / "model.safetensors").write_bytes(b"no header")
+    pyint8.save(model, root)
+    assert are_int8(root)
+
+
+def test_a_form_of_the_cache_is_not_saved_over_its_source(root: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        model, report = pyint8.load(root, CPU, cache=tmp_path / "cache", return_report=True)
+        assert wait_for_fills(60)
+    assert report.from_cache
+    with pytest.raises(OptionError, match="loaded from"):
+        pyint8.save(model, root)
+
+
 def test_a_module_of_ones_own_is_not_saved_over_its_source(tmp_path: Path) -> None:
     save_file(drawn(Net()).state_dict(), tmp_path / "model.safetensors")
     net = pyint8.load(tmp_path, "cpu", model=Net().eval())

@@ -96,15 +96,22 @@ def landing_device(device: Any) -> torch.device:
     return torch.device("cpu" if device == "disk" else device)
 
 
-def check_entries(model: nn.Module, device_map: DeviceMap) -> None:
+def check_entries(model: nn.Module, device_map: DeviceMap, *, are_all: bool) -> None:
     """Warns of entries that name nothing in a model of transformers', and of parameters without one.
 
     transformers puts the latter on the CPU, and refuses them once all is loaded if the map has several devices.
 
+    Args:
+        model: On meta.
+        device_map: That was given for it.
+        are_all: Whether all parameters need an entry; False looks for entries that name nothing alone.
+
     Raises:
-        PlacementError: It would.
+        PlacementError: transformers would refuse it.
     """
     warn_of_dead_entries(model, device_map)
+    if not are_all:
+        return
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     if len({*device_map.values()}) > 1 or "disk" in device_map.values():
         require_complete(names, device_map)

@@ -234,3 +234,13 @@ def test_sixteen_bit_weights_of_an_int8_checkpoint(int8: Path, tmp_path: Path) -
     assert caught.value.path == str(copy / "config.json")
     with pytest.raises(OptionError, match="has_fp16_weight"), pyint8.takeover():
         LlamaForCausalLM.from_pretrained(copy, device_map="cpu")
+
+
+def test_a_class_whose_maps_leave_out_what_transformers_places_itself(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "_no_placement_params", ["lm_head.weight"], raising=False)
+    kwargs: dict[str, Any] = {"config": Int8Config(fp32_cpu_offload=True), "offload_folder": tmp_path}
+    modules = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb")
+    model = pyint8.load(source, {**dict.fromkeys(modules, "cpu"), "model.layers.1": "disk"}, **kwargs)
+    assert model.lm_head.weight.device.type == "cpu"

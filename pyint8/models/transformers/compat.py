@@ -104,6 +104,11 @@ def unsplit_modules(model: Any) -> list[str]:
     return list(getattr(model, "_no_split_modules", None) or ())
 
 
+def may_leave_parameters_out(model: Any) -> bool:
+    """Whether transformers takes device maps of several devices that leave out what it places itself (Qwen 4)."""
+    return getattr(model, "_no_placement_params", None) is not None
+
+
 def tied_weights(model: Any) -> Mapping[str, str]:
     """Names of parameters to the name of the one whose memory they share."""
     ties: Mapping[str, str] = model.all_tied_weights_keys

@@ -15,7 +15,7 @@ from pyint8.checkpoint.find import fetch_checksums
 from pyint8.config import StreamOptions
 from pyint8.models.origin import remember_origin
 from pyint8.models.request import LoadRequest
-from pyint8.models.transformers.compat import SkipParameters
+from pyint8.models.transformers.compat import SkipParameters, may_leave_parameters_out
 from pyint8.models.transformers.initialization import NoInitializationOnMeta
 from pyint8.models.transformers.planned import PlannedLoad
 from pyint8.placement.device_map import check_entries
@@ -143,7 +143,7 @@ class LoadSession:
         self.model_is_built()  # again: now the contexts in which transformers built it have ended
         remember_origin(model, self._checkpoint.files)
         if self.device_map is not None:
-            check_entries(model, self.device_map)
+            check_entries(model, self.device_map, are_all=not may_leave_parameters_out(model))
         self.planned = PlannedLoad(model, self._checkpoint, conversions, dtype, quantizer, self.request)
         if self.device_map is not None:
             self._start(self.planned)

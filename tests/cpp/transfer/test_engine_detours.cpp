@@ -300,7 +300,9 @@ TEST_CASE("where a context cannot be made current, access that others have is no
 }
 
 TEST_CASE("with detours, too, a driver that fails at any call gives an error, and nothing is left") {
-  CHECK(fail_each_call([] { return std::make_unique<OneGpu>(); }) > 50);
+  EngineOptions options = kOptions;
+  options.timeline = true;
+  CHECK(fail_each_call([&] { return std::make_unique<OneGpu>(options, std::vector{2, 1}); }) > 50);
 }
 
 }  // namespace pyint8::testing

@@ -60,6 +60,8 @@ def check_dtype(dtype: Any) -> Any:
     """
     if isinstance(dtype, Mapping) and dtype:
         by_part = {part: check_dtype(value) for part, value in dtype.items()}
+        if not all(isinstance(value, torch.dtype) for value in by_part.values()):
+            raise OptionError(f'dtype is {dtype!r}; "auto" and None stand alone, not in a dict')
         if parts := [part for part in by_part if part]:
             logger.warning(
                 "transformers loads all parts of a model in one dtype, here %s: what dtype says of %s has no effect",

@@ -191,6 +191,7 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"device_map": "auto", "max_memory": {0: -1}}, "max_memory of 0 is -1; it must be"),
     ({"dtype": {"": torch.float16, "vision_config": 5}}, "dtype is 5; it must be"),
+    ({"dtype": {"": "auto"}}, "dtype is {'': 'auto'}; \"auto\" and None stand alone"),
 ]
 
 

@@ -7,9 +7,10 @@ import os
 import random
 from collections.abc import Callable, Sequence
 
+from pyint8.errors import TruncatedError
 from pyint8.host.files import open_unbuffered
 
-from ._reading import os_errors
+from ._reading import DOWNLOAD_AGAIN, os_errors
 from .entry import Entry, EntryInMemory
 from .index import Checkpoint
 
@@ -41,6 +42,7 @@ def sample_of(entries: Sequence[Entry], tag_of: Callable[[str], str | None]) -> 
 
     Raises:
         ReadError: A file cannot be read.
+        TruncatedError: It ends too early.
     """
     import hashlib
 
@@ -60,7 +62,10 @@ def _middle(entry: Entry) -> bytes:
         return entry.value.reshape(-1).view(torch.uint8)[start : start + count].numpy().tobytes()
     with os_errors(entry.path), open_unbuffered(entry.path) as file:
         file.seek(entry.offset + start)
-        return file.read(count)
+        found = file.read(count)
+    if len(found) < count:
+        raise TruncatedError(f"the file ends within this tensor; {DOWNLOAD_AGAIN}", **entry.location)
+    return found
 
 
 def digest(value: object) -> str:

@@ -12,6 +12,7 @@ meetings is the same on all ranks, since it follows from the same plan; when eac
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 import time
@@ -20,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pyint8.errors import CancelledError, Pyint8Error, RankError
+from pyint8.errors import CancelledError, Pyint8Error, RankError, ReadError
 from pyint8.streaming.ranks.agenda import MOST_PIECES, Agenda
 from pyint8.streaming.ranks.gathering import INTERVAL_MS, Gathering
 from pyint8.streaming.ranks.group import Group
@@ -149,7 +150,10 @@ class Conductor:
             self._failure = error
 
         self.notify(note)
-        self._start()
+        try:
+            self._start()
+        except ReadError:  # there is no other thread to tell them
+            self._run()
         self.join()
         self._failure = self._doubt = None  # breaks reference cycles
 
@@ -164,9 +168,15 @@ class Conductor:
         if self._thread is None:
             # No more than a second Ctrl-C shall be needed to leave, whatever the others do.
             self._thread = threading.Thread(target=self._run, name="pyint8 ranks", daemon=True)
-        if not self._is_running.locked():
-            with suppress(RuntimeError):  # it was started, but does not run yet
-                self._thread.start()
+        if self._is_running.locked():
+            return
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            if self._thread.ident is None and "new thread" in str(error):  # else it was started, but does not run yet
+                self._thread = None
+                problem = "cannot start a thread (raise `ulimit -u`, or end other processes)"
+                raise ReadError(problem, errno=errno.EAGAIN) from error
 
     # --- the thread --------------------------------------------------------------------------------------------------
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from typing import Any
 
 import pytest
 import torch
 from local_ranks import on_ranks
 
+from pyint8.errors import RankError, ReadError
 from pyint8.streaming.ranks import pieces
 from pyint8.streaming.ranks.conductor import Conductor
 from pyint8.streaming.ranks.meetings import Meeting
@@ -47,3 +50,23 @@ def test_some_meetings_need_not_wait_for_pieces_before_them(monkeypatch: pytest.
         return values
 
     assert on_ranks(2, load) == [[0, 1]] * 2
+
+
+@pytest.mark.parametrize("meets", [True, False])
+def test_a_rank_that_is_refused_a_thread_tells_the_others(meets: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, refused = threading.Thread.start, []
+
+    def refuse_the_first(thread: threading.Thread) -> None:
+        if thread.name == "pyint8 ranks" and not refused:
+            refused.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def meet(ranks: Ranks, rank: int) -> Any:
+        return ranks.meet("here", rank) if meets else None
+
+    monkeypatch.setattr(threading.Thread, "start", refuse_the_first)
+    own, other = sorted(on_ranks(2, meet), key=lambda error: isinstance(error, RankError))
+    assert isinstance(own, ReadError)
+    assert "cannot start a thread (raise `ulimit -u`" in str(own)
+    assert str(other).endswith(f" of 2 failed: ReadError: {own}")

@@ -45,8 +45,20 @@ Error miscounted(std::size_t needed, const std::string& got) {
 PythonFailure::PythonFailure(const py::error_already_set& error)
     : raised_(py::object(error.value()).release().ptr(), let_go) {}
 
+// A copy: what is raised gets a traceback, and with it the frames of whoever waited, who hold the engine,
+// which holds this. Nothing would ever let go of them.
 void PythonFailure::restore() const {
-  PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(raised_.get())), raised_.get());
+  PyObject* const raised = raised_.get();
+  py::object error = py::reinterpret_borrow<py::object>(raised);
+  try {
+    const py::object copied = py::module_::import("copy").attr("copy")(error);
+    PyException_SetCause(copied.ptr(), PyException_GetCause(raised));
+    const auto traceback = py::reinterpret_steal<py::object>(PyException_GetTraceback(raised));
+    if (traceback) PyException_SetTraceback(copied.ptr(), traceback.ptr());
+    error = copied;
+  } catch (const py::error_already_set&) {  // it is of a kind that cannot be copied
+  }
+  PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
 }
 
 void Fetch::fill(const py::object& ranges, std::uint64_t offset) noexcept {

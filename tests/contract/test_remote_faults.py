@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from collected import of_kinds
 from oracle import compare_models, show
 from plain_models import Net, drawn, on_meta, saved
 from range_server import Fault, RangeServer, serving
@@ -19,6 +21,7 @@ from range_server import Fault, RangeServer, serving
 import pyint8
 from pyint8.checkpoint import open_checkpoint
 from pyint8.errors import CheckpointNotFoundError, FileChangedError, OptionError, PlacementError, RemoteError
+from pyint8.streaming.stream import TensorStream
 
 pytest.importorskip("obstore")
 
@@ -58,11 +61,15 @@ def test_faults_that_pass(changeable: RangeServer, kind: int | str) -> None:
 def test_faults_that_stay(changeable: RangeServer, kind: int | str, kind_of_error: type, nothing_left: None) -> None:
     pyint8.inspect(changeable.url, config=None)
     changeable.faults = [Fault(kind, beyond=20_000)]
+    before = of_kinds([TensorStream])
     with pytest.raises(kind_of_error) as caught:
         pyint8.load(changeable.url, CPU, storage_options=IMPATIENT)
     assert caught.value.path == f"{changeable.url}/model.safetensors"
     assert caught.value.offset >= 20_000
     assert caught.value.tensor in open_checkpoint(changeable.folder)
+    del caught
+    gc.collect()
+    assert of_kinds([TensorStream], but=before) == []
 
 
 @pytest.mark.usefixtures("threads_of_obstore", "nothing_left")

@@ -2,6 +2,7 @@
 
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -64,7 +65,8 @@ def test_what_is_no_buffer_is_an_error(engine: _core.Engine) -> None:
         read(engine, lambda offset, nbytes: [17], 0, 100)
 
 
-def test_the_very_exception_reaches_all_who_wait(engine: _core.Engine) -> None:
+def test_all_who_wait_get_the_exception_each_a_copy(engine: _core.Engine) -> None:
+    """The engine keeps the first, and must not keep, by its traceback, whoever waits and has the engine."""
     error = RemoteError("no", path="s3://bucket/shard", offset=12)
 
     def ranges(offset: int, nbytes: int) -> Any:
@@ -76,8 +78,11 @@ def test_the_very_exception_reaches_all_who_wait(engine: _core.Engine) -> None:
     for ticket in range(first, first + 10):
         with pytest.raises(RemoteError, match=r"s3://bucket/shard, byte 12: no") as caught:
             engine.wait(ticket, 0)
-        assert caught.value is error
+        assert caught.value is not error
+        assert caught.value.__cause__ is error.__cause__
         assert isinstance(error.__cause__, KeyError)
+    frames = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    assert not any(name.startswith("test_") for name in frames)
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -174,7 +179,7 @@ def test_what_another_thread_raises_is_the_waiters_error(engine: _core.Engine) -
     ticket = engine.submit(0, [(file, 0, 100, memory.data_ptr())], 0, first=False)
     with pytest.raises(RemoteError) as caught:
         engine.wait(ticket, 0)
-    assert caught.value is error
+    assert (str(caught.value), caught.value.path, caught.value.offset) == (str(error), error.path, error.offset)
 
 
 @pytest.mark.usefixtures("nothing_left")

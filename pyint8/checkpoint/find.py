@@ -27,6 +27,10 @@ from .index import Checkpoint, open_checkpoint
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """Where a checkpoint is found, as from_pretrained names it."""
+FILE_ARGUMENTS = (*HUB_ARGUMENTS, "variant", "use_safetensors")
+"""The same, and which of its files are taken."""
+CODE_ARGUMENTS = ("trust_remote_code", "code_revision")
+"""Whether code that comes with it is run, and which."""
 
 _SNAPSHOT = re.compile(
     r"(?P<cache>.*)/models--(?P<id>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})(?:/(?P<inside>.+))?", re.DOTALL

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from dataclasses import fields
 from typing import Any
 
-from pyint8.checkpoint.find import HUB_ARGUMENTS
+from pyint8.checkpoint.find import CODE_ARGUMENTS, FILE_ARGUMENTS
 from pyint8.config import Int8Config, StreamOptions, int8_config_of
 from pyint8.errors import OptionError, first_names
 
@@ -29,7 +29,7 @@ OWN: Mapping[str, tuple[str, ...]] = {
 }
 """The arguments that each verb has by name."""
 
-FINDING = (*HUB_ARGUMENTS, "variant", "use_safetensors", "trust_remote_code", "code_revision")
+FINDING = (*FILE_ARGUMENTS, *CODE_ARGUMENTS)
 """Arguments of from_pretrained that say where a checkpoint's files and its code are found."""
 
 # Arguments of from_pretrained and others that pyint8 has not at all.

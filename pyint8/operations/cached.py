@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from pyint8.checkpoint import Checkpoint
 from pyint8.checkpoint.cache import CacheFolder, seal
+from pyint8.checkpoint.find import FILE_ARGUMENTS
 from pyint8.config import StreamOptions, cache_bytes, cache_folder
 from pyint8.errors import CancelledError, OptionError, Pyint8Error
 from pyint8.host.files import exists, is_folder
 from pyint8.models.origin import remember_origin
 from pyint8.operations.common import begun, devices_of, located, name_after
-from pyint8.operations.wanted import FINDING, Wanted
+from pyint8.operations.wanted import Wanted
 from pyint8.remote.urls import refuse_url
 from pyint8.report import LoadReport
 
@@ -60,7 +61,7 @@ class Cache:
     def request_for(found: Checkpoint, request: LoadRequest) -> LoadRequest:
         """The same request, of the int8 form."""
         folder = os.path.dirname(found.files[0])
-        behind = FINDING | {"code_revision"}  # of which it has the code
+        behind = (*FILE_ARGUMENTS, "code_revision")  # of which it has the code
         arguments = {name: value for name, value in request.arguments.items() if name not in behind}
         return replace(request, path=folder, base=folder, config=None, arguments=arguments)
 

@@ -96,6 +96,8 @@ def _save(module: nn.Module, path: str, max_shard_size: int | str, *, checksums:
 
 def _refuse_source(module: nn.Module, path: str) -> None:
     """Of weights that are int8 already, a save puts the same kind in their place."""
+    if not exists(path):
+        return  # nothing lies there, so no header need be looked at
     for known in (origin_of(module) or _origin_by_name(module), reloaded_from(module)):
         files = [] if known is None or not known.lost_in(path) else list(filter(exists, known.files))
         if files and not _are_int8(files):

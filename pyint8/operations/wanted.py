@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 from pyint8.checkpoint import Checkpoint
-from pyint8.checkpoint.find import HUB_ARGUMENTS, configuration, configuration_file
+from pyint8.checkpoint.find import FILE_ARGUMENTS, configuration, configuration_file
 from pyint8.checkpoint.identity import digest, has_digest, identity_of, versions
 from pyint8.config import Int8Config, StreamOptions
 from pyint8.host.files import open_file
 from pyint8.remote.objects import tag_of
 
-# Of `from_pretrained`: where files are found, which the int8 form has behind it. What is found is in its name.
-FINDING = frozenset({*HUB_ARGUMENTS, "variant", "use_safetensors"})
 # What changes which tensor is which, in a way that the int8 form has behind it.
 _UNFIT = ("key_mapping", "state_dict", "gguf_file", "ignore_mismatched_sizes", "num_labels", "id2label")
 
@@ -74,18 +72,18 @@ class Wanted:
     @property
     def _changing(self) -> dict[str, Any]:
         """The arguments that may change the model, or its configuration, which the int8 form has as the first load had
-        it."""
-        return {name: value for name, value in self.arguments.items() if name not in FINDING}
+        it. What those about files find is in its name."""
+        return {name: value for name, value in self.arguments.items() if name not in FILE_ARGUMENTS}
 
     def home(self, checkpoint: Checkpoint, path: str) -> str:
         """The folder of the source's configuration, which may name weights in a folder inside of it."""
         return os.path.dirname(configuration_file(path, self.arguments) or checkpoint.files[0])
 
-    def _folders(self, checkpoint: Checkpoint, path: str) -> list[str]:
+    def _folders(self, checkpoint: Checkpoint, path: str) -> Iterable[str]:
         """Those with what describes the source; code lies in the folder around a subfolder."""
         home = self.home(checkpoint, path)
         inside = os.path.normpath(self.arguments.get("subfolder") or "")
-        return [home, home.removesuffix(os.sep + inside)]
+        return dict.fromkeys([home, home.removesuffix(os.sep + inside)])
 
     @cached_property
     def device(self) -> str | None:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from forking import LOADING
+
 _TIMEOUT = 120.0
-IMPORTED = ["torch.distributed", "pyint8.models.transformers.loading", "transformers.models.auto.modeling_auto"]
+IMPORTED = ["torch.distributed", *LOADING]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 
-from pyint8.checkpoint.find import HUB_ARGUMENTS, cached_file, named_by_adapter
+from pyint8.checkpoint.find import CODE_ARGUMENTS, HUB_ARGUMENTS, cached_file, named_by_adapter
 from pyint8.config import METHOD, Int8Config
 from pyint8.errors import CheckpointError, CheckpointNotFoundError, ModelNotSupportedError, OptionError
 from pyint8.host import garbage
@@ -48,7 +48,7 @@ def _renew_lock() -> None:
 os.register_at_fork(after_in_child=_renew_lock)
 
 # For finding a checkpoint and its code; the other arguments may be for the configuration or the model.
-_FINDING_ARGUMENTS = frozenset({*HUB_ARGUMENTS, "code_revision", "trust_remote_code"})
+_FINDING_ARGUMENTS = frozenset({*HUB_ARGUMENTS, *CODE_ARGUMENTS})
 
 
 def load_pretrained(

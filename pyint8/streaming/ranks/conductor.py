@@ -173,7 +173,7 @@ class Conductor:
         try:
             self._thread.start()
         except RuntimeError as error:
-            if self._thread.ident is None and "new thread" in str(error):  # else it was started, but does not run yet
+            if "new thread" in str(error):  # else it was started, but does not run yet
                 self._thread = None
                 problem = "cannot start a thread (raise `ulimit -u`, or end other processes)"
                 raise ReadError(problem, errno=errno.EAGAIN) from error

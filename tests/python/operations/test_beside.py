@@ -14,7 +14,7 @@ from huggingface_hub import metadata_load
 from plain_models import Net, drawn
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-from zoo import ZOO, checkpoint_store
+from zoo import ZOO, CheckpointStore
 
 import pyint8
 from pyint8.errors import OptionError
@@ -23,9 +23,9 @@ from pyint8.operations.cached import wait_for_fills
 CPU = {"": "cpu"}
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoint_store(tmp_path_factory.mktemp("checkpoints")).folder(ZOO["llama"], "bf16")
+@pytest.fixture
+def llama(checkpoints: CheckpointStore) -> Path:
+    return checkpoints.folder(ZOO["llama"], "bf16")
 
 
 @pytest.fixture

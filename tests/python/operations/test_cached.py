@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from checksums import add_checksums, damage
 from transformers import GenerationConfig
-from zoo import ZOO, checkpoint_store
+from zoo import ZOO, CheckpointStore
 
 import pyint8
 from pyint8.checkpoint import open_checkpoint
@@ -22,9 +22,9 @@ from pyint8.operations.cached import wait_for_fills
 CPU = {"": "cpu"}
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoint_store(tmp_path_factory.mktemp("checkpoints")).folder(ZOO["llama"], "bf16")
+@pytest.fixture
+def llama(checkpoints: CheckpointStore) -> Path:
+    return checkpoints.folder(ZOO["llama"], "bf16")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 from checksums import add_checksums, damage
 from safetensors.torch import load_file, save_file
-from zoo import ZOO, checkpoint_store
+from zoo import ZOO, CheckpointStore
 
 import pyint8
 from pyint8.errors import ChecksumError, NonFiniteWeightError
@@ -21,9 +21,8 @@ NAME = "model.layers.0.mlp.gate_proj.weight"
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
-    store = checkpoint_store(tmp_path / "checkpoints")
-    return Path(shutil.copytree(store.folder(ZOO["llama"], "bf16"), tmp_path / "source"))
+def source(checkpoints: CheckpointStore, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoints.folder(ZOO["llama"], "bf16"), tmp_path / "source"))
 
 
 def interrupted(source: Path, target: Path, after: int, **options: Any) -> None:

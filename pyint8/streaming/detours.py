@@ -21,11 +21,11 @@ _MOST_STAGING_BYTES = 128 << 20
 
 def check_staging(options: StreamOptions, threads: int) -> None:
     """Raises OptionError where the slots of those who take another GPU's bus are too much memory to take there."""
-    takers = -(-threads // (1 + len(options.borrow_gpus)))
+    takers = -(-threads // 2)  # as if only one could be borrowed: whether more can is not known yet
     nbytes = takers * options.slots_per_thread * options.slot_size(threads)
     if nbytes > _MOST_STAGING_BYTES:
         raise OptionError(
-            f"borrow_gpus would take {nbytes} bytes of each GPU, {_MOST_STAGING_BYTES} at most; make threads, "
+            f"borrow_gpus could take {nbytes} bytes of a GPU, {_MOST_STAGING_BYTES} at most; make threads, "
             "slots_per_thread or slot_bytes smaller"
         )
 

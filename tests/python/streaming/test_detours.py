@@ -152,6 +152,6 @@ def test_the_cpu_has_no_use_for_it(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 
 def test_staging_memory_has_a_limit() -> None:
-    options = replace(OPTIONS, threads=64, slots_per_thread=4, slot_bytes=4 << 20)
-    with pytest.raises(OptionError, match=r"borrow_gpus would take 536870912 bytes of each GPU, 134217728 at most"):
+    options = replace(OPTIONS, threads=64, slots_per_thread=4, slot_bytes=4 << 20, borrow_gpus=(1, 2, 3))
+    with pytest.raises(OptionError, match=r"borrow_gpus could take 536870912 bytes of a GPU, 134217728 at most"):
         Transport(options).close()

@@ -62,6 +62,13 @@ class Engine:
         its wait raises ChecksumError, which names `path`, if they have another.
         """
 
+    def add_shared_checksum(self, file: int, offset: int, nbytes: int) -> int:
+        """The same for ranks that share out what they read, for what each reads of the bytes: nothing is compared."""
+
+    def sums_of(self, checksum: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(CRC-32C, bytes) of what this rank read of a shared checksum's so far: of what all ranks read, and of its own
+        parts. The exclusive or of the first and of all ranks' second is the CRC-32C of all bytes."""
+
     def add_host_device(self, threads: int) -> int:
         """Adds a lane for host memory and returns its number; `threads` may transpose one weight together."""
 
@@ -95,13 +102,7 @@ class Engine:
         """Pins the ring, which the first submission to a GPU would do otherwise; DeviceError if that cannot be."""
 
     def submit(
-        self,
-        lane: int,
-        reads: list[tuple[int, int, int, int]],
-        stream: int,
-        *,
-        first: bool,
-        checksums: list[int] = [],
+        self, lane: int, reads: list[tuple[int, int, int, int]], stream: int, *, first: bool, checksums: list[int] = []
     ) -> int:
         """Asks for ranges of files, in order.
 
@@ -121,9 +122,8 @@ class Engine:
         """
 
     def wait(self, ticket: int, stream: int) -> None:
-        """Blocks until a read is on its way, then makes `stream` wait for its arrival. A ticket is waited for once.
-
-        Ctrl-C interrupts it; the ticket can then be waited for again.
+        """Blocks until a read is on its way, then makes `stream` wait for its arrival. A ticket is waited for once;
+        again after Ctrl-C, which interrupts it.
 
         Raises:
             ReadError: The first error of any worker, which stops them all; with its file and offset.
@@ -138,10 +138,8 @@ class Engine:
         Raises as `wait`."""
 
     def promise(self, lane: int, count: int) -> int:
-        """Makes tickets for bytes that someone else brings to a lane's memory: other ranks' parts of a tensor.
-
-        They are waited for like a read's. Returns the first; CancelledError if the engine was closed.
-        """
+        """Makes tickets for bytes that someone else brings to a lane's memory: other ranks' parts of a tensor. They are
+        waited for like a read's. Returns the first; CancelledError if the engine was closed."""
 
     def keep_promise(self, first: int, count: int, stream: int) -> None:
         """Says that the bytes of promised tickets are there once all that was put on `stream` so far is done.
@@ -183,10 +181,8 @@ class Engine:
         """Raises FileChangedError if one of the files is in another state than when it was opened."""
 
     def close(self) -> None:
-        """Discards what has not begun, joins the workers, waits for copies under way, unpins memory. Idempotent.
-
-        Waits for tickets raise from then on.
-        """
+        """Discards what has not begun, joins the workers, waits for copies under way, unpins memory. Waits for tickets
+        raise from then on. Idempotent."""
 
     def stats(self) -> dict[str, float]:
         """So far: `bytes_read` (gaps and alignment included), `bytes_delivered`, `bytes_detoured` (of these), `pieces`,
@@ -215,8 +211,8 @@ class Share:
     def part_of(self, nbytes: int) -> int:
         """The bytes that each rank reads of so many, in the order of ranks, and all what is behind; 0: all, whole."""
 
-    def spans_of(self, nbytes: int) -> list[tuple[int, int]]:
-        """(begin, end) of what this rank reads of so many bytes."""
+    def spans_of(self, nbytes: int) -> list[tuple[int, int, bool]]:
+        """(begin, end, whether it is its own part) of what this rank reads of so many bytes."""
 
 class Consumer:
     """Makes int8 weights, and casts, on one GPU of an engine's, by a thread and a stream of its own.
@@ -307,6 +303,9 @@ class Consumer:
 
 UNCHECKED: int
 """The number of no checksum."""
+
+def checksum_of_parts(checksum: int) -> int:
+    """The number, for `submit`, of a shared checksum where a rank reads its own part."""
 
 def crc32c(bytes: bytes | bytearray | memoryview, before: int = 0) -> int:
     """The CRC-32C of contiguous bytes (else OptionError), or of those that have the checksum `before` and these behind

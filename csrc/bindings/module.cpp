@@ -163,10 +163,12 @@ std::optional<std::vector<SharedTuple>> await_parts(Consumer& consumer, std::siz
   return tuples;
 }
 
-std::vector<std::pair<std::size_t, std::size_t>> spans_of(const Share& share, std::size_t nbytes) {
-  std::vector<std::pair<std::size_t, std::size_t>> pairs;
-  for (const auto [begin, end] : share.spans_of(nbytes)) pairs.emplace_back(begin, end);
-  return pairs;
+using PartTuple = std::tuple<std::size_t, std::size_t, bool>;
+
+std::vector<PartTuple> spans_of(const Share& share, std::size_t nbytes) {
+  std::vector<PartTuple> tuples;
+  for (const auto [begin, end, is_part] : share.spans_of(nbytes)) tuples.emplace_back(begin, end, is_part);
+  return tuples;
 }
 
 Ticket wait_for_request(Consumer& consumer, Ticket ticket, StreamHandle stream) {
@@ -254,6 +256,13 @@ std::uint32_t checksum_of(const py::buffer& bytes, std::uint32_t before) {
   return crc32c(span, before);
 }
 
+using SumTuple = std::pair<std::uint32_t, std::uint64_t>;
+
+std::pair<SumTuple, SumTuple> sums_of(const Engine& engine, std::uint32_t checksum) {
+  const Checksum::Sum whole = engine.sum_of(checksum), parts = engine.sum_of(checksum_of_parts(checksum));
+  return {{whole.value, whole.nbytes}, {parts.value, parts.nbytes}};
+}
+
 const char* name_of(Doing doing) {
   switch (doing) {
     case Doing::kWaiting:
@@ -314,6 +323,13 @@ PYBIND11_MODULE(_core, module) {
           },
           "path"_a, "file"_a, "offset"_a, "nbytes"_a, "expected"_a, py::call_guard<py::gil_scoped_release>())
       .def(
+          "add_shared_checksum",
+          [](Engine& engine, std::uint32_t file, std::uint64_t offset, std::uint64_t nbytes) {
+            return engine.add_shared_checksum({file, offset, nbytes});
+          },
+          "file"_a, "offset"_a, "nbytes"_a, py::call_guard<py::gil_scoped_release>())
+      .def("sums_of", &sums_of, "checksum"_a)
+      .def(
           "add_host_device",
           [](Engine& engine, std::size_t threads) {
             return engine.add_device(std::make_unique<HostDevice>(threads));
@@ -359,6 +375,7 @@ PYBIND11_MODULE(_core, module) {
       .def("close", &Consumer::close, py::call_guard<py::gil_scoped_release>());
 
   module.attr("UNCHECKED") = kUnchecked;
+  module.def("checksum_of_parts", &checksum_of_parts, "checksum"_a);
   module.def("crc32c", &checksum_of, "bytes"_a, "before"_a = 0);
   module.def("has_kernels", [] { return !kernel_images().empty(); });
   module.def("pinned_bytes_in_use", &pinned_bytes_in_use);

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import rank_cases as cases
 import torch
+from checksums import add_checksums, damage
 from plain_models import Net
 from range_server import serving
 from rank_processes import Outcome, RankProcesses
@@ -188,6 +189,18 @@ def test_bad_values_are_every_ranks_own_error(ranks: RankProcesses, llama: Path,
         for outcome in times:
             assert outcome.error == "NonFiniteWeightError"
             assert "mlp" in outcome.text
+
+
+def test_damaged_bytes_are_every_ranks_own_error(ranks: RankProcesses, llama: Path, tmp_path: Path) -> None:
+    """Whoever read them."""
+    folder = Path(shutil.copytree(llama, tmp_path / "damaged"))
+    entry = add_checksums(folder)["model.layers.1.mlp.up_proj.weight"]
+    values(ranks.run(cases.same_as_alone, [folder]))
+    damage(entry, entry.nbytes // 2 - 1)
+    for times in values(ranks.run(cases.failing, llama, dict.fromkeys(range(ranks.size), folder), 1, "nothing", 3, {})):
+        for outcome in times:
+            assert outcome.error == "ChecksumError"
+            assert entry.name in outcome.text
 
 
 def test_ctrl_c_at_any_moment(two: RankProcesses, llama: Path) -> None:

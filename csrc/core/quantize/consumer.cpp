@@ -133,8 +133,9 @@ void Consumer::add_reads(Asking& asking, const Asked& asked) {
   const Band& band = *asked.band;
   const std::size_t part = part_of(*asked.task, band);
   if (const auto* range = std::get_if<Range>(&asked.task->request.from)) {
-    for (const auto [begin, end] : options_.share.spans_of(band.nbytes)) {
-      const Range own{range->file, range->offset + band.start + begin, end - begin, range->checksum};
+    for (const auto [begin, end, is_part] : options_.share.spans_of(band.nbytes)) {
+      const std::uint32_t checksum = is_part ? checksum_of_parts(range->checksum) : range->checksum;
+      const Range own{range->file, range->offset + band.start + begin, end - begin, checksum};
       asking.reads.push_back({own, asked.memory + begin});
       asking.of_reads.push_back(asking.bands.size());
     }

@@ -18,7 +18,7 @@ std::size_t Share::part_of(std::size_t nbytes) const {
 std::vector<Share::Span> Share::spans_of(std::size_t nbytes) const {
   const std::size_t part = part_of(nbytes);
   std::vector<Span> spans;
-  for (const Span span : {Span{rank * part, (rank + 1) * part}, Span{ranks * part, nbytes}}) {
+  for (const Span span : {Span{rank * part, (rank + 1) * part, true}, Span{ranks * part, nbytes, false}}) {
     if (span.begin < span.end) spans.push_back(span);
   }
   return spans;

@@ -18,6 +18,7 @@ struct Share {
 
   struct Span {
     std::size_t begin, end;
+    bool is_part;  // of which each rank has another; else all read these bytes
   };
   // What this rank reads of them.
   std::vector<Span> spans_of(std::size_t nbytes) const;

@@ -22,10 +22,16 @@ void Checksum::add(std::uint64_t offset, std::span<const std::byte> bytes) {
   sum_.fetch_xor(crc32c_shift(crc32c(bytes), behind));
   if (left_.fetch_sub(bytes.size()) != bytes.size()) return;
   const std::uint32_t found = sum_;
-  if (found == expected_) return;
+  if (!expected_ || found == *expected_) return;
   throw Error(ErrorCode::kDamaged,
-              "its bytes have the CRC-32C " + hexadecimal(found) + ", and had " + hexadecimal(expected_))
+              "its bytes have the CRC-32C " + hexadecimal(found) + ", and had " + hexadecimal(*expected_))
       .at(path_, offset_);
+}
+
+Checksum::Sum Checksum::sum() const {
+  const std::uint64_t nbytes =
+      nbytes_ - left_;  // first: what is added meanwhile is then not taken for complete
+  return {sum_, nbytes};
 }
 
 }  // namespace pyint8

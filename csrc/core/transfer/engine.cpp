@@ -86,6 +86,20 @@ std::uint32_t Engine::add_checksum(std::string path, const Range& whole, std::ui
   return static_cast<std::uint32_t>(checksums_.size() - 1);
 }
 
+std::uint32_t Engine::add_shared_checksum(const Range& whole) {
+  require_own_process();
+  const std::lock_guard lock(mutex_);
+  const auto number = static_cast<std::uint32_t>(checksums_.size());
+  for (int i = 0; i < 2; ++i) checksums_.emplace_back("", whole.offset, whole.nbytes, std::nullopt);
+  return number;
+}
+
+Checksum::Sum Engine::sum_of(std::uint32_t checksum) const {
+  const std::lock_guard lock(mutex_);
+  if (checksum < checksums_.size()) return checksums_[checksum].sum();
+  throw Error(ErrorCode::kInvalidArgument, "there is no checksum " + std::to_string(checksum));
+}
+
 std::uint32_t Engine::add_device(std::unique_ptr<Device> device) {
   require_own_process();
   Device& added = *device;

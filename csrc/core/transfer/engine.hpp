@@ -64,6 +64,10 @@ class Engine {
   // have the CRC-32C `expected`. The ranges that name it are parts of `whole`, and have each byte once; the
   // last to arrive does not, and stops the engine with kDamaged, if the bytes are others.
   std::uint32_t add_checksum(std::string path, const Range& whole, std::uint32_t expected);
+  // The same for ranks that share out what they read, and compare nothing but their sums, once all is read.
+  // The number is for bytes that every rank reads; `checksum_of_parts` has the other.
+  std::uint32_t add_shared_checksum(const Range& whole);
+  Checksum::Sum sum_of(std::uint32_t checksum) const;
   // Returns the lane's number.
   std::uint32_t add_device(std::unique_ptr<Device> device);
 

@@ -11,6 +11,11 @@ namespace pyint8 {
 // No checksum.
 inline constexpr std::uint32_t kUnchecked = 0xffffffff;
 
+// Where ranks share out what they read: the number for a rank's own parts, by that for what all read.
+inline std::uint32_t checksum_of_parts(std::uint32_t checksum) {
+  return checksum == kUnchecked ? kUnchecked : checksum + 1;
+}
+
 // A requested range of a file.
 struct Range {
   std::uint32_t file;

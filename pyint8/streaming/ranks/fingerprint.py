@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from pyint8.streaming.requests import TensorRequest
 
 
-def fingerprint(requests: Sequence[TensorRequest], early: Iterable[str], facts: Sequence[Any]) -> dict[str, str]:
+def fingerprint(
+    requests: Sequence[TensorRequest], early: Iterable[str], facts: Sequence[Any], *, checksums: bool
+) -> dict[str, str]:
     """Everything that the order and the sizes of what is gathered depend on, and by which people know it; and whether
     all have the same values, of which each reads a part.
 
@@ -26,6 +28,7 @@ def fingerprint(requests: Sequence[TensorRequest], early: Iterable[str], facts: 
         requests: Of the stream, in order.
         early: What the head start asked for.
         facts: What else decides who makes something of the bytes, and in which bands.
+        checksums: Whether they are compared.
 
     Raises:
         ReadError: A file cannot be read.
@@ -35,6 +38,7 @@ def fingerprint(requests: Sequence[TensorRequest], early: Iterable[str], facts: 
     return {
         "the tensors' names, dtypes and shapes": _digest((e.name, e.dtype, e.shape, e.stride) for e in entries),
         "the tensors' values": sample_of(entries, state_of)[:12],
+        "the tensors' checksums": _digest(e.crc32c if checksums else None for e in entries),
         "what becomes of them, and in which order": _digest(ways),
         "what the head start asked for": _digest(early),
         "scratch, kernels and quantizer": _digest([_core.has_kernels(), *facts]),

@@ -29,11 +29,6 @@ def part_of(nbytes: int, ranks: int) -> int:
     return share_of(0, ranks).part_of(nbytes)
 
 
-def own_ranges(nbytes: int, rank: int, ranks: int) -> list[tuple[int, int]]:
-    """(begin, end) of what a rank reads of a piece."""
-    return share_of(rank, ranks).spans_of(nbytes)
-
-
 @dataclass(frozen=True)
 class Piece:
     """What is gathered at once, while this rank's part of it is on its way.
@@ -78,11 +73,12 @@ def own_reads(reads: Sequence[ReadRequest], rank: int, ranks: int) -> list[ReadR
     """What a rank reads of a piece that several reads make."""
     starts = list(accumulate((read.nbytes for read in reads), initial=0))
     found = []
-    for begin, end in own_ranges(starts[-1], rank, ranks):
+    for begin, end, is_part in share_of(rank, ranks).spans_of(starts[-1]):
         for start, read in zip(starts, reads, strict=False):
             low, high = max(begin, start), min(end, start + read.nbytes)
             if low < high:
-                found.append(_cut(read, low - start, high - low))
+                cut = _cut(read, low - start, high - low)
+                found.append(replace(cut, checksum=_core.checksum_of_parts(cut.checksum)) if is_part else cut)
     return found
 
 

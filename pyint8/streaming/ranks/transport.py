@@ -12,6 +12,7 @@ from pyint8.errors import RankError
 from pyint8.host.switches import quick_switches
 from pyint8.streaming.extension import _core
 from pyint8.streaming.lane import LaneOpener, open_lane
+from pyint8.streaming.ranks.checksums import SharedChecksums
 from pyint8.streaming.ranks.conductor import Conductor
 from pyint8.streaming.ranks.consumer import SharedConsumer
 from pyint8.streaming.ranks.fingerprint import differences, fingerprint
@@ -48,6 +49,7 @@ class SharedTransport(Transport):
         self._switches.enter_context(quick_switches())  # for the conductor's thread, beside one that builds the model
         self._conductor = conductor
         self._number = number
+        self._checksums = SharedChecksums(self.engine)
         conductor.attach(self.engine)
 
     def submit(self, lane: Lane, reads: list[ReadRequest], *, first: bool = False) -> int:
@@ -70,8 +72,10 @@ class SharedTransport(Transport):
         return first_promised
 
     def checksum_of(self, entry: Entry) -> int:
-        """None: no rank reads all bytes of a tensor."""
-        return _core.UNCHECKED
+        """As any transport's, but that `drain` compares: no rank reads all bytes of a tensor."""
+        if entry.crc32c is None or not self._options.checksums:
+            return _core.UNCHECKED
+        return self._checksums.add(entry, self.file(entry.path, entry.stamp))
 
     def make_consumer(
         self, lane: Lane, scratch: torch.Tensor, half: torch.Tensor, quantizer: int, share: _core.Share | None = None
@@ -90,7 +94,7 @@ class SharedTransport(Transport):
         gpus = dict.fromkeys(request.device for request in requests if request.device.type == "cuda")
         lanes = [(lane.on_gpu, lane.scratch_bytes) for lane in map(self.lane, gpus)]
         facts = [lanes, self._options.host_scratch, quantizer is not None]
-        heard = self._meet("its plan", fingerprint(requests, early, facts))
+        heard = self._meet("its plan", fingerprint(requests, early, facts, checksums=self._options.checksums))
         if any(of_rank != heard[0] for of_rank in heard):
             raise RankError(f"the ranks are about to load different things: {differences(heard)}")
 
@@ -98,7 +102,14 @@ class SharedTransport(Transport):
         return self._conductor.meet(Meeting(f"{stage} of load {self._number}", value))
 
     def drain(self) -> None:
+        """As any transport's.
+
+        Raises:
+            ChecksumError: The bytes of a tensor are not those that were saved.
+        """
         self._conductor.wait_for(self._conductor.is_done)
+        if self._checksums:
+            self._checksums.compare(self._meet("the checksums", self._checksums.of_parts()))
 
     def close(self) -> None:
         if hasattr(self, "_conductor"):  # else `__init__` was interrupted

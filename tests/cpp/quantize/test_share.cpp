@@ -19,7 +19,8 @@ TEST_CASE("parts of all ranks, and what is behind them, cover every byte once") 
       CHECK((part == 0) == (nbytes < 100 || nbytes < ranks * 16));
       std::vector<std::uint32_t> readers(nbytes);
       for (std::uint32_t rank = 0; rank < ranks; ++rank) {
-        for (const auto [begin, end] : Share{rank, ranks, 100}.spans_of(nbytes)) {
+        for (const auto [begin, end, is_part] : Share{rank, ranks, 100}.spans_of(nbytes)) {
+          CHECK(is_part == (begin < ranks * part));
           for (std::size_t byte = begin; byte < end; ++byte) ++readers[byte];
         }
       }
@@ -34,6 +35,7 @@ TEST_CASE("one rank alone reads everything, whole") {
   CHECK(Share{}.part_of(std::size_t{1} << 30) == 0);
   REQUIRE(Share{}.spans_of(77).size() == 1);
   CHECK(Share{}.spans_of(77)[0].end == 77);
+  CHECK(!Share{}.spans_of(77)[0].is_part);
 }
 
 TEST_CASE("a rank that there is not") {

@@ -75,6 +75,19 @@ TEST_CASE("the last part says what is wrong, and where") {
   CHECK(contains(error.message(), "CRC-32C"));
 }
 
+TEST_CASE("ranks' sums of their parts, and of what all read, make the whole") {
+  const Bytes bytes = random_bytes(1000, 1);
+  const auto parts = std::span(bytes);
+  Checksum whole("", 7, bytes.size(), std::nullopt);
+  Checksum first("", 7, bytes.size(), std::nullopt);
+  Checksum second("", 7, bytes.size(), std::nullopt);
+  first.add(7, parts.first(480));
+  second.add(487, parts.subspan(480, 480));
+  whole.add(967, parts.subspan(960));
+  CHECK(first.sum().nbytes + second.sum().nbytes + whole.sum().nbytes == bytes.size());
+  CHECK((first.sum().value ^ second.sum().value ^ whole.sum().value) == crc32c(bytes));
+}
+
 TEST_CASE("the engine checks what it reads, on its way to memory of any kind") {
   const Checkpoint checkpoint({200001});
   for (const bool on_gpu : {false, true}) {

@@ -21,7 +21,9 @@ def test_parts_cover_a_piece_once(nbytes: int, size: int) -> None:
     assert (part == 0) == (nbytes < 4096)
     covered = [byte for rank in range(size) for byte in range(rank * part, (rank + 1) * part)]
     for rank in range(size):
-        mine = [byte for begin, end in pieces.own_ranges(nbytes, rank, size) for byte in range(begin, end)]
+        spans = pieces.share_of(rank, size).spans_of(nbytes)
+        mine = [byte for begin, end, _ in spans for byte in range(begin, end)]
+        assert [is_part for *_, is_part in spans if is_part] == [True] * bool(part)
         assert mine == sorted(set(mine))
         assert set(mine) <= set(range(nbytes))
         assert len(mine) < nbytes / size + 16 * size if part else len(mine) == nbytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,8 +52,18 @@ def os_errors(path: str) -> Iterator[None]:
     except OSError as error:
         advice = _ADVICE.get(error.errno or 0, "check the disk, then try again")
         raise ReadError(f"cannot be read: {error.strerror or error}; {advice}", path=path, errno=error.errno) from error
-    except ValueError as error:  # NUL, or half of a surrogate pair
+    except ValueError as error:
+        if _can_be_a_name(path):
+            raise
         raise CheckpointNotFoundError(f"no file can have the name {path!r} ({error}); correct it") from error
+
+
+def _can_be_a_name(path: str) -> bool:
+    """Not with NUL, or half of a surrogate pair."""
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
 
 
 _DIGITS_AS_0 = bytes.maketrans(b"123456789", b"000000000")

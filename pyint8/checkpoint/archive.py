@@ -131,13 +131,28 @@ def require_whole(path: str, file: BinaryIO) -> None:
     file.seek(0)
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
-        try:
-            damaged = archive.testzip() if any(record.compress_type for record in records) else None
-        except (zlib.error, RuntimeError, EOFError) as error:  # NotImplementedError is a RuntimeError
-            damaged = str(error)
+        damaged = _damage(archive) if any(record.compress_type for record in records) else None
         damaged = damaged or next((record.filename for record in records if record.external_attr & _FOLDER), None)
     if damaged is not None:
         raise CheckpointError(f"the archive is damaged ({damaged}); {AGAIN}", path=path)
+
+
+def _damage(archive: zipfile.ZipFile) -> str | None:
+    """What is wrong with the first record that is not as the directory says, of those in a form that torch can read."""
+    for record in archive.infolist():
+        if record.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            try:
+                _read_through(archive, record)
+            # NotImplementedError is a RuntimeError; ValueErrors are of names in no known encoding.
+            except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError) as error:
+                return f"{record.filename}: {error}"
+    return None
+
+
+def _read_through(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> None:
+    with archive.open(record) as content:
+        while content.read(1 << 20):
+            pass
 
 
 def _records(path: str, file: BinaryIO) -> dict[int, _Record]:

@@ -99,6 +99,15 @@ void* operator new(std::size_t nbytes) {
   return memory;
 }
 
+// The C++ library's would call the above, AddressSanitizer's does not.
+void* operator new(std::size_t nbytes, const std::nothrow_t&) noexcept {
+  try {
+    return operator new(nbytes);
+  } catch (const std::bad_alloc&) {
+    return nullptr;
+  }
+}
+
 void operator delete(void* memory) noexcept {
   std::free(memory);
 }

@@ -149,7 +149,7 @@ def archive(raw: bytes, folder: Path) -> bool:
     if isinstance(mine, Pyint8Error):
         assert mine.path == str(path)
         return False
-    if zipfile.is_zipfile(path) and any(each.external_attr & 0x10 for each in zipfile.ZipFile(path).infolist()):
+    if any(record.external_attr & 0x10 for record in records(path)):
         return True  # of records that say they are folders, torch gives memory that nobody has written to
     assert isinstance(theirs, dict), theirs
     tensors = {name: value for name, value in theirs.items() if isinstance(value, torch.Tensor)}
@@ -157,6 +157,14 @@ def archive(raw: bytes, folder: Path) -> bool:
     for name, entry in mine.items():
         assert_same(entry, tensors[name])
     return True
+
+
+def records(path: Path) -> list[zipfile.ZipInfo]:
+    """Of an archive; none of what is not one, or only seems so from behind."""
+    try:
+        return zipfile.ZipFile(path).infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):
+        return []
 
 
 def pickled(raw: bytes, folder: Path) -> bool:

@@ -1,8 +1,8 @@
 """Source distribution and wheels, built, checked and tried: `make wheels [PYTHONS="python3.12 /opt/python3.14"]`.
 
 One source distribution, and from it, as an installer would, a manylinux wheel for each Python: those named, or one of
-each release that is at hand. Each wheel is checked (check_wheel.py), installed into an environment of its own, with
-nothing else on PATH, compared with its stub (check_stub.py) and tried (try_wheel.py).
+each release that is at hand, two at once. Each wheel is checked (check_wheel.py), installed into an environment of its
+own, with nothing else on PATH, compared with its stub (check_stub.py) and tried (try_wheel.py).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 TOOLS = Path(__file__).parent
@@ -84,12 +85,18 @@ def debian_headers(folder: Path) -> str:
     return f"-isystem {folder}"
 
 
-def build_wheel(python: Path, sdist: Path, folder: Path) -> Path:
+def unpacked(sdist: Path, folder: Path) -> Path:
+    """Once for all wheels: a cache of the compiler's, where there is one, knows files by their paths."""
+    shutil.unpack_archive(sdist, folder, filter="data")
+    return folder / sdist.name.removesuffix(".tar.gz")
+
+
+def build_wheel(python: Path, source: Path, flags: str, folder: Path) -> Path:
     """For manylinux, by Zig."""
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
-    zig = {"CXX": str(TOOLS / "zig-c++"), "CXXFLAGS": debian_headers(folder / "headers")}
+    zig = {"CXX": str(TOOLS / "zig-c++"), "CXXFLAGS": flags}
     raw = folder / "raw"
-    run(python, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", raw, sdist, PATH=path, **zig)
+    run(python, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", raw, source, PATH=path, **zig)
     wheel = next(raw.glob("pyint8-*.whl"))
     repaired = folder / "repaired"
     repair = (sys.executable, "-m", "auditwheel", "repair", "--plat", PLATFORM, "--only-plat")
@@ -113,12 +120,12 @@ def try_wheel(python: str, wheel: Path, folder: Path) -> None:
     print(run(clean, "-I", TOOLS / "check_stub.py", PATH=path), flush=True)
 
 
-def make_wheel(python: str, sdist: Path, out: Path) -> None:
+def make_wheel(python: str, source: Path, flags: str, out: Path) -> None:
     """One wheel, from the source distribution to the tried file in `out`."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        wheel = build_wheel(environment(python, folder / "builder"), sdist, folder)
+        wheel = build_wheel(environment(python, folder / "builder"), source, flags, folder)
         print(run(sys.executable, TOOLS / "check_wheel.py", wheel))
         try_wheel(python, wheel, folder / "clean")
         shutil.copy(wheel, out)
@@ -134,8 +141,9 @@ def main(pythons: list[str]) -> None:
     shutil.rmtree(out, ignore_errors=True)
     sdist = build_sdist(out)
     print(f"{sdist.name}: {size_of(sdist)} bytes")
-    for python in pythons or at_hand():
-        make_wheel(python, sdist, out)
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as two_at_once:
+        source, flags = unpacked(sdist, Path(name)), debian_headers(Path(name, "headers"))
+        list(two_at_once.map(lambda python: make_wheel(python, source, flags, out), pythons or at_hand()))
 
 
 if __name__ == "__main__":

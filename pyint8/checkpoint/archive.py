@@ -155,6 +155,11 @@ def _read_through(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> None:
             pass
 
 
+def _most_inflated(record: zipfile.ZipInfo) -> int:
+    """How many bytes may come of one in the file; the deflate format's limit."""
+    return 1 if record.compress_type == zipfile.ZIP_STORED else 1032
+
+
 def _records(path: str, file: BinaryIO) -> dict[int, _Record]:
     """The archive's records, by the offset of their first byte in the file."""
     end = os.fstat(file.fileno()).st_size
@@ -174,6 +179,13 @@ def _records(path: str, file: BinaryIO) -> dict[int, _Record]:
         start = record.header_offset + _LOCAL_HEADER_BYTES + names
         if start + record.compress_size > end:
             raise TruncatedError(f"the file ends within {record.filename}; {AGAIN}", path=path, offset=end)
+        if record.file_size > record.compress_size * _most_inflated(record):  # for which torch would take memory
+            raise CheckpointError(
+                f"the archive is damaged ({record.filename} cannot have {record.file_size} bytes, of which there are "
+                f"{record.compress_size} in the file); {AGAIN}",
+                path=path,
+                offset=start,
+            )
         is_stored = record.compress_type == zipfile.ZIP_STORED and not record.flag_bits & _NOT_PLAIN
         records[start] = _Record(record.file_size, is_stored and header.startswith(ARCHIVE_PREFIX))
     return records

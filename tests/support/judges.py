@@ -145,10 +145,11 @@ def archive(raw: bytes, folder: Path) -> bool:
     """Of a whole file that torch.save may have written."""
     path = folder / "w.bin"
     path.write_bytes(raw)
-    mine, theirs = attempted(lambda: read_pickled(path).entries), torch_load(path)
+    mine = attempted(lambda: read_pickled(path).entries)
     if isinstance(mine, Pyint8Error):
         assert mine.path == str(path)
         return False
+    theirs = torch_load(path)
     if any(record.external_attr & 0x10 for record in records(path)):
         return True  # of records that say they are folders, torch gives memory that nobody has written to
     assert isinstance(theirs, dict), theirs

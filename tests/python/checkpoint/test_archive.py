@@ -82,6 +82,21 @@ def test_compressed_records_are_read_into_memory(tmp_path: Path) -> None:
     assert same(values(path), expected)
 
 
+def test_no_memory_is_taken_for_what_cannot_inflate_to_it(tmp_path: Path) -> None:
+    path = saved(tmp_path / "x.bin", zeros=torch.zeros(10_000_000))
+    rewrite(path, lambda _, content: content, DEFLATED)
+    assert values(path)["zeros"].numel() == 10_000_000
+    with zipfile.ZipFile(path) as archive:
+        (record,) = (each for each in archive.infolist() if each.filename.endswith("data/0"))
+    raw = path.read_bytes()
+    directory = raw.rindex(b"x/data/0") - 46  # of its entry, 24 bytes before the size it inflates to
+    path.write_bytes(raw[: directory + 24] + (0xEFFFFFFF).to_bytes(4, "little") + raw[directory + 28 :])
+    with pytest.raises(
+        CheckpointError, match=rf"data/0 cannot have 4026531839 bytes, of which .* {record.compress_size}"
+    ):
+        read_pickled(path)
+
+
 def test_numbers_of_the_other_byte_order(tmp_path: Path) -> None:
     path = saved(tmp_path / "x.bin", x=torch.randn(30), y=torch.arange(7))
     expected = torch.load(path)

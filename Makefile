@@ -119,10 +119,13 @@ fuzz: $(VENV)/.fuzz
 	$(BIN)/python tests/tools/fuzz.py build/fuzz $(SECONDS) $(TARGETS)
 
 # Every call of the system, and of the driver, that a small load makes fails in turn, in every way it can; takes an hour.
+# They wait more than they work, so each is a process of its own.
+faults: export PYINT8_TEST_EVERY_FAULT = 1
 faults: $(VENV)/.tests build/plain/tests/cpp/libfakecuda.so
-	cd build/plain && PYINT8_TEST_EVERY_FAULT=1 tests/cpp/core_tests --test-case="*at any call*,*memory*refused*"
-	PYINT8_TEST_EVERY_FAULT=1 PYINT8_TEST_LIBCUDA=$(CURDIR)/build/plain/tests/cpp/libfakecuda.so \
-	  $(BIN)/pytest -s $(CURDIR)/tests/contract/test_faults.py
+	cd build/plain && printf '%s\n' engine_failures engine_detours consumer_failures timeline | xargs -P 4 -I{} \
+	  tests/cpp/core_tests --source-file="*{}*" --test-case="*at any call*,*memory*refused*"
+	PYINT8_TEST_LIBCUDA=$(CURDIR)/build/plain/tests/cpp/libfakecuda.so \
+	  $(BIN)/pytest -rP -n 2 --dist worksteal $(CURDIR)/tests/contract/test_faults.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-clients $(VENV)-matrix $(VENV)-wheel $(VENV)-wheels build wheelhouse

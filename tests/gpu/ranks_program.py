@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from contextlib import ExitStack
@@ -15,15 +16,19 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
+from checksums import add_checksums, damage
 from oracle import assert_same
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import pyint8
+from pyint8.checkpoint import Entry
+from pyint8.errors import ChecksumError
 from pyint8.streaming.ranks import pieces
 
 DEVICE = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -85,6 +90,26 @@ def fail(folder: str) -> dict[str, float]:
     return {"seconds_between_ranks": slowest}
 
 
+def find_damage(folder: str) -> None:
+    """A tensor with a checksum that it does not have is every rank's own error, whoever read it."""
+    copied, damaged = Path(folder).with_suffix(".damaged"), list[Entry]()
+    if dist.get_rank() == 0:
+        shutil.copytree(folder, copied)
+        damaged += [entry for name, entry in add_checksums(copied).items() if "up_proj" in name]
+    dist.barrier()
+    assert_same(load(str(copied), process_group=dist.group.WORLD)[0], load(str(copied))[0])
+    dist.barrier()
+    for entry in damaged:
+        damage(entry, entry.nbytes - 2)
+    dist.barrier()
+    with pytest.raises(ChecksumError) as caught:
+        load(str(copied), process_group=dist.group.WORLD)
+    assert "up_proj" in str(caught.value.tensor)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(copied)
+
+
 @record
 def main(folders: list[str]) -> None:
     torch.cuda.set_device(DEVICE)
@@ -92,6 +117,7 @@ def main(folders: list[str]) -> None:
     with mock.patch.object(pieces, "_LEAST_BYTES", 256):  # of tiny models, too
         found: dict[str, Any] = {Path(folder).name: compare(folder) for folder in folders}
         found["failures"] = fail(folders[0])
+        find_damage(folders[0])
     if dist.get_rank() == 0:
         print(json.dumps(found), flush=True)
     dist.destroy_process_group()

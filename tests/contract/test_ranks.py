@@ -141,10 +141,15 @@ def put_nan(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
+def flip_a_bit(folder: Path) -> None:
+    damage(add_checksums(folder)["model.layers.0.mlp.up_proj.weight"], 1000)
+
+
 FOLDERS = {
     "a file is cut": (cut, "TruncatedError"),
     "a file is missing": (take_away, "CheckpointNotFoundError"),
 }
+EVERYBODYS = {"NonFiniteWeightError": put_nan, "ChecksumError": flip_a_bit}
 MISHAPS = {
     "an exception": ("RuntimeError", {}),
     "Ctrl-C": ("KeyboardInterrupt", {}),
@@ -182,25 +187,13 @@ def test_a_mishap_of_one_rank(ranks: RankProcesses, llama: Path, how: str, broke
     check_failures(ranks.run(cases.failing, llama, {}, broken, how, TIMES, arguments), broken, error)
 
 
-def test_bad_values_are_every_ranks_own_error(ranks: RankProcesses, llama: Path, tmp_path: Path) -> None:
-    other = copy_for_rank_1(llama, tmp_path, put_nan)
-    folders = dict.fromkeys(range(ranks.size), other)
+@pytest.mark.parametrize("error", EVERYBODYS)
+def test_bad_values_are_every_ranks_own_error(ranks: RankProcesses, llama: Path, tmp_path: Path, error: str) -> None:
+    folders = dict.fromkeys(range(ranks.size), copy_for_rank_1(llama, tmp_path, EVERYBODYS[error]))
     for times in values(ranks.run(cases.failing, llama, folders, 1, "nothing", TIMES, {})):
         for outcome in times:
-            assert outcome.error == "NonFiniteWeightError"
+            assert outcome.error == error
             assert "mlp" in outcome.text
-
-
-def test_damaged_bytes_are_every_ranks_own_error(ranks: RankProcesses, llama: Path, tmp_path: Path) -> None:
-    """Whoever read them."""
-    folder = Path(shutil.copytree(llama, tmp_path / "damaged"))
-    entry = add_checksums(folder)["model.layers.1.mlp.up_proj.weight"]
-    values(ranks.run(cases.same_as_alone, [folder]))
-    damage(entry, entry.nbytes // 2 - 1)
-    for times in values(ranks.run(cases.failing, llama, dict.fromkeys(range(ranks.size), folder), 1, "nothing", 3, {})):
-        for outcome in times:
-            assert outcome.error == "ChecksumError"
-            assert entry.name in outcome.text
 
 
 def test_ctrl_c_at_any_moment(two: RankProcesses, llama: Path) -> None:
@@ -226,12 +219,8 @@ def test_ranks_that_do_not_load_the_same(
     others = {1: copy_for_rank_1(models[how], tmp_path, put_nan)} if how in models else {}
     arguments = {"options": pyint8.StreamOptions(host_scratch=1 << 20)} if how == "other options" else {}
     outcomes = ranks.run(cases.failing, llama, others, 1, how if how in cases.BREAKS else "nothing", TIMES, arguments)
-    named = {
-        "other transformers": "transformers (",
-        "other options": "scratch",
-        "other values": "the tensors' values (",
-    }
-    named["another model"] = "the tensors' names"
+    named = {"other transformers": "transformers (", "other options": "scratch", "another model": "the tensors' names"}
+    named["other values"] = "the tensors' values ("
     for at_once in zip(*values(outcomes), strict=True):
         for outcome in at_once:
             assert outcome.error == "RankError"

@@ -1,12 +1,34 @@
 #include "storage/open_files.hpp"
 
+#include <sys/resource.h>
+
 #include <algorithm>
 #include <cerrno>
+#include <filesystem>
 #include <utility>
 
 #include "error.hpp"
 
 namespace pyint8 {
+namespace {
+
+std::size_t open_descriptors() {
+  std::error_code error;
+  std::size_t count = 0;
+  std::filesystem::directory_iterator at("/proc/self/fd", error);
+  for (; !error && at != std::filesystem::directory_iterator(); at.increment(error)) ++count;
+  return count;
+}
+
+}  // namespace
+
+std::size_t descriptors_to_take(std::size_t most) {
+  rlimit limit{};
+  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return most;
+  const std::size_t open = open_descriptors();
+  const std::size_t left = limit.rlim_cur > open ? limit.rlim_cur - open : 0;
+  return std::clamp(left / 4, std::size_t{1}, most);
+}
 
 class OpenFiles::Entry final : public Source {
  public:

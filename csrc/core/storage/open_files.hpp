@@ -16,6 +16,10 @@
 
 namespace pyint8 {
 
+// `most`, or fewer, so that half of the descriptors that this process may still have are left to others; a
+// file may take two.
+std::size_t descriptors_to_take(std::size_t most);
+
 // Thread-safe.
 class OpenFiles {
  public:

@@ -46,7 +46,7 @@ Engine::Engine(const EngineOptions& options)
     : options_(validated(options)),
       timeline_(options_.timeline ? std::make_unique<Timeline>() : nullptr),
       process_(::getpid()),
-      open_files_(kMostOpenFiles),
+      open_files_(descriptors_to_take(kMostOpenFiles)),
       workers_(options_.threads, {.get_ready = [this](std::size_t worker) { await_slot(worker); },
                                   .run = [this](const Job& job, std::size_t worker) { run(job, worker); },
                                   .on_failure =

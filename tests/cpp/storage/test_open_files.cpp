@@ -124,6 +124,30 @@ TEST_CASE("where the process may open no more, those that nobody reads are close
   for (std::size_t i = 0; i < found.size(); ++i) CHECK(found[i] == i);
 }
 
+TEST_CASE("half of the descriptors that are left are left to others") {
+  const Numbered numbered(20);
+  rlimit usual{};
+  REQUIRE(::getrlimit(RLIMIT_NOFILE, &usual) == 0);
+  const auto allow = [&](std::size_t left) {
+    const rlimit limit{open_files() + left, usual.rlim_max};
+    REQUIRE(::setrlimit(RLIMIT_NOFILE, &limit) == 0);
+  };
+  CHECK(descriptors_to_take(kMost) == kMost);
+  allow(12);
+  CHECK(descriptors_to_take(64) >= 2);
+  CHECK(descriptors_to_take(64) <= 3);
+  {
+    const std::size_t before = open_files();
+    OpenFiles files(descriptors_to_take(64));
+    const auto sources = numbered.open(files, true);
+    CHECK(read(*sources[0]) == 0);
+    CHECK(open_files() <= before + 6);
+  }
+  allow(1);
+  CHECK(descriptors_to_take(64) == 1);
+  REQUIRE(::setrlimit(RLIMIT_NOFILE, &usual) == 0);
+}
+
 TEST_CASE("threads that read at once") {
   const Numbered numbered(20);
   OpenFiles files(kMost);

@@ -275,7 +275,7 @@ def test_a_rank_that_is_somewhere_else_is_no_deadlock(mixed: Checkpoint) -> None
 
 def test_pieces_of_different_sizes_are_never_gathered(mixed: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Should the plans have agreed, and something else not."""
-    monkeypatch.setattr("pyint8.streaming.ranks.transport.fingerprint", lambda *_: {})
+    monkeypatch.setattr("pyint8.streaming.ranks.transport.fingerprint", lambda *_, **__: {})
 
     def load(ranks: Ranks, rank: int) -> None:
         options = replace(OPTIONS, host_scratch=(rank + 1) << 20)

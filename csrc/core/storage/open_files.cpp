@@ -1,10 +1,10 @@
 #include "storage/open_files.hpp"
 
+#include <dirent.h>
 #include <sys/resource.h>
 
 #include <algorithm>
 #include <cerrno>
-#include <filesystem>
 #include <utility>
 
 #include "error.hpp"
@@ -13,10 +13,10 @@ namespace pyint8 {
 namespace {
 
 std::size_t open_descriptors() {
-  std::error_code error;
+  // Not std::filesystem's, which ends the process where memory is refused.
+  const std::unique_ptr<DIR, int (*)(DIR*)> folder(::opendir("/proc/self/fd"), &::closedir);
   std::size_t count = 0;
-  std::filesystem::directory_iterator at("/proc/self/fd", error);
-  for (; !error && at != std::filesystem::directory_iterator(); at.increment(error)) ++count;
+  while (folder != nullptr && ::readdir(folder.get()) != nullptr) ++count;
   return count;
 }
 

@@ -118,8 +118,8 @@ fuzz: $(VENV)/.fuzz
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/fuzz --target fuzz_plan fuzz_file fuzz_engine fuzz_consumer
 	$(BIN)/python tests/tools/fuzz.py build/fuzz $(SECONDS) $(TARGETS)
 
-# Every call of the system, and of the driver, that a small load makes fails in turn, in every way it can; takes an hour.
-# They wait more than they work, so each is a process of its own.
+# Every call of the system, and of the driver, that a small load makes fails in turn, in every way it can; takes an hour
+# or two. The core's tests wait more than they work, so they run side by side.
 faults: export PYINT8_TEST_EVERY_FAULT = 1
 faults: $(VENV)/.tests build/plain/tests/cpp/libfakecuda.so
 	cd build/plain && printf '%s\n' engine_failures engine_detours consumer_failures timeline | xargs -P 4 -I{} \

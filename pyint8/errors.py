@@ -231,7 +231,7 @@ _FROM_CORE: dict[str, type[Pyint8Error]] = {
 
 
 def from_core(code: str, message: str, path: str, offset: int | None, errno: int) -> Pyint8Error:
-    """Build the Python error of an error of the extension; called by the extension itself."""
+    """Build the Python error of an error of the extension, which calls it, or of what ranks find of its sums."""
     if code == "io":
         return ReadError(message, path=path or None, offset=offset, errno=errno or None)
     if code == "truncated":

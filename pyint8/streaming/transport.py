@@ -243,8 +243,11 @@ class Transport:
         """
         if entry.crc32c is None or not self._options.checksums:
             return _core.UNCHECKED
-        file, path = self.file(entry.path, entry.stamp), os.fsencode(entry.path)
-        return self.engine.add_checksum(path, file, entry.offset, entry.nbytes, entry.crc32c)
+        return self.add_checksum(entry, entry.crc32c, self.file(entry.path, entry.stamp))
+
+    def add_checksum(self, entry: Entry, expected: int, file: int) -> int:
+        """The same, for an entry that has a checksum to compare with, and the engine's number of its file."""
+        return self.engine.add_checksum(os.fsencode(entry.path), file, entry.offset, entry.nbytes, expected)
 
     def file(self, path: str, stamp: FileStamp | None) -> int:
         """The engine's number of a file, which it opens.

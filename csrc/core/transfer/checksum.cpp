@@ -29,8 +29,8 @@ void Checksum::add(std::uint64_t offset, std::span<const std::byte> bytes) {
 }
 
 Checksum::Sum Checksum::sum() const {
-  const std::uint64_t nbytes =
-      nbytes_ - left_;  // first: what is added meanwhile is then not taken for complete
+  // First: what is added meanwhile is then not taken for complete.
+  const std::uint64_t nbytes = nbytes_ - left_;
   return {sum_, nbytes};
 }
 

@@ -244,7 +244,7 @@ class Consumer:
         quantizer: int,
         share: Share = ...,
     ) -> None: ...
-    def submit(self, requests: list[RequestTuple], stream: int) -> int:
+    def submit(self, requests: list[RequestTuple], stream: int, *, first: bool) -> int:
         """Takes requests, to be served in order.
 
         Args:
@@ -258,6 +258,7 @@ class Consumer:
                 marks: Address of uint8, or 0: 1 is written where an output row has a value that is not finite in
                     fp16, or, one for all values that are cast to fp16, where infinity is new.
             stream: Destinations are written only after what was put on this stream so far.
+            first: Read what these need ahead of all that the engine was asked for.
 
         Returns:
             The first request's ticket; the others' follow, one by one, counted from 0.

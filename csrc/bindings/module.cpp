@@ -139,12 +139,13 @@ Request request_of(const RequestTuple& tuple) {
   return request;
 }
 
-Ticket submit_requests(Consumer& consumer, const std::vector<RequestTuple>& tuples, StreamHandle stream) {
+Ticket submit_requests(Consumer& consumer, const std::vector<RequestTuple>& tuples, StreamHandle stream,
+                       bool first) {
   const py::gil_scoped_release released;
   std::vector<Request> requests;
   requests.reserve(tuples.size());
   for (const RequestTuple& tuple : tuples) requests.push_back(request_of(tuple));
-  return consumer.submit(requests, stream);
+  return consumer.submit(requests, stream, first);
 }
 
 // (address, bytes, each rank's part of them), in order; nothing if the time ran out.
@@ -366,7 +367,7 @@ PYBIND11_MODULE(_core, module) {
   py::class_<Consumer, ConsumerHolder>(module, "Consumer")
       .def(py::init(&make_consumer), "engine"_a, "lane"_a, py::kw_only(), "scratch"_a, "scratch_bytes"_a,
            "transposed"_a, "transposed_bytes"_a, "quantizer"_a, "share"_a = Share{}, py::keep_alive<1, 2>())
-      .def("submit", &submit_requests, "requests"_a, "stream"_a)
+      .def("submit", &submit_requests, "requests"_a, "stream"_a, py::kw_only(), "first"_a)
       .def("wait", &wait_for_request, "ticket"_a, "stream"_a)
       .def("done", &Consumer::done)
       .def("sizes_ahead", &Consumer::sizes_ahead, "skipped"_a, "most"_a)

@@ -101,6 +101,7 @@ class Pour:
         self._recorder = recorder
         self._early = early
         self._early_bytes = sum(tensor.entry.nbytes for tensor in early.values())
+        self._read_first = 1 + max((self._tickets[name] for name in early), default=-1)
         self._made: dict[int, Made] = {}
         self._wholes: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}  # of which entries are parts, by name
         self._made_bytes = 0
@@ -210,11 +211,12 @@ class Pour:
         return request.allocated_bytes
 
     def _submit(self, end: int) -> None:
-        if end <= self._submitted:
-            return
-        tuples = [self._written_down(number) for number in range(self._submitted, end)]
-        self._consumer.submit(tuples, self._lane.stream)
-        self._submitted = end
+        """Requests are served in order: what is not early, but is before something that is, is read first."""
+        for until, first in ((min(end, self._read_first), True), (end, False)):
+            if until > self._submitted:
+                tuples = [self._written_down(number) for number in range(self._submitted, until)]
+                self._consumer.submit(tuples, self._lane.stream, first=first)
+                self._submitted = until
 
     def _written_down(self, ticket: int) -> _core.RequestTuple:
         """A request as the extension takes it; allocates what it makes."""

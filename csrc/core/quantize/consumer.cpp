@@ -88,18 +88,18 @@ Consumer::~Consumer() {
   }
 }
 
-Ticket Consumer::submit(std::span<const Request> requests, StreamHandle stream) {
+Ticket Consumer::submit(std::span<const Request> requests, StreamHandle stream, bool first) {
   engine_.require_own_process();
   std::vector<Task> tasks;
   tasks.reserve(requests.size());
   const Room room{band_bytes_, options_.transposed_bytes, options_.share.ranks > 1};
-  for (const Request& request : requests) tasks.push_back({request, bands_of(request, room)});
+  for (const Request& request : requests) tasks.push_back({request, bands_of(request, room), first});
 
   const std::lock_guard lock(mutex_);
   throw_if_over();
   device_.record_on(stream, *reached_);
   device_.stream_waits_for(stream_->handle(), *reached_);
-  const Ticket first = tasks_.size();
+  const Ticket ticket = tasks_.size();
   tasks_.insert(tasks_.end(), std::make_move_iterator(tasks.begin()), std::make_move_iterator(tasks.end()));
   try {
     ask();
@@ -108,7 +108,7 @@ Ticket Consumer::submit(std::span<const Request> requests, StreamHandle stream) 
     throw;
   }
   changed_.notify_all();
-  return first;
+  return ticket;
 }
 
 // Asks for all that has room, in order; once a whole band has, so that small tensors are asked for together.
@@ -119,6 +119,10 @@ void Consumer::ask() {
     const Task& task = tasks_[next_task_];
     std::optional<Asked> asked = place(task, task.bands[next_band_]);
     if (!asked) break;
+    if (task.first != asking.first) {
+      submit(asking);
+      asking = {.first = task.first};
+    }
     add_reads(asking, *asked);
     if (++next_band_ == task.bands.size()) {
       ++next_task_;
@@ -150,12 +154,12 @@ void Consumer::add_reads(Asking& asking, const Asked& asked) {
 }
 
 void Consumer::submit(Asking& asking) {
-  auto& [bands, reads, of_reads, to_gather, of_bands] = asking;
+  auto& [is_first, bands, reads, of_reads, to_gather, of_bands] = asking;
   if (!to_gather.empty()) {
     const Ticket first = engine_.promise(lane_, to_gather.size());
     for (std::size_t i = 0; i < to_gather.size(); ++i) to_gather[i].whole = first + i;
   }
-  const Ticket first = reads.empty() ? 0 : engine_.submit(lane_, reads, stream_->handle(), false);
+  const Ticket first = reads.empty() ? 0 : engine_.submit(lane_, reads, stream_->handle(), is_first);
   for (std::size_t i = 0; i < reads.size(); ++i) {
     const std::optional<std::size_t> place = of_bands[of_reads[i]];
     if (place) to_gather[*place].own.push_back(first + i);

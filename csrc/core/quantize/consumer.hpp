@@ -76,9 +76,11 @@ class Consumer {
   Consumer& operator=(const Consumer&) = delete;
 
   // Takes requests, to be served in this order; returns the first one's ticket: they count up from 0.
-  // Destinations are written only after what the caller has put on `stream` so far. Throws kInvalidArgument,
-  // and takes none, where one cannot be served (see `bands_of`); a band is an eighth of scratch.
-  Ticket submit(std::span<const Request> requests, StreamHandle stream);
+  // Destinations are written only after what the caller has put on `stream` so far. `first`: what these read
+  // is read ahead of everything that the engine was asked for, as what has landed behind it waits for it.
+  // Throws kInvalidArgument, and takes none, where one cannot be served (see `bands_of`); a band is an eighth
+  // of scratch.
+  Ticket submit(std::span<const Request> requests, StreamHandle stream, bool first = false);
 
   // Waits up to `timeout` until all work for `ticket` is on the consumer's stream, then makes `stream` wait
   // for it; returns how many requests, from the first one on, `stream` waits for now, or nothing if the time
@@ -111,6 +113,7 @@ class Consumer {
   struct Task {
     Request request;
     std::vector<Band> bands;
+    bool first;  // its bytes are read ahead of others
   };
   struct Asked {  // one band of one task
     const Task* task;
@@ -128,6 +131,7 @@ class Consumer {
   };
   // What is asked for at once.
   struct Asking {
+    bool first = false;
     std::vector<Asked> bands{};
     std::vector<Read> reads{};
     std::vector<std::size_t> of_reads{};  // their places in `bands`

@@ -35,9 +35,9 @@ class SharedConsumer:
 
     # --- as a consumer -----------------------------------------------------------------------------------------------
 
-    def submit(self, requests: list[_core.RequestTuple], stream: int) -> int:
+    def submit(self, requests: list[_core.RequestTuple], stream: int, *, first: bool) -> int:
         """As the consumer's."""
-        ticket = self._consumer.submit(requests, stream)
+        ticket = self._consumer.submit(requests, stream, first=first)
         self._conductor.notify()
         return ticket
 

@@ -1,6 +1,7 @@
 // What becomes of tensors, and in what order with the caller's work, over the fake driver: which counts as a
 // violation whatever two streams do to the same memory in no order, scratch included.
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <thread>
 
@@ -88,6 +89,22 @@ void slowly(const void* half, void* codes, void* scales, float threshold, int ro
 void at_once(const void* half, void* codes, void* scales, float, int rows, int columns, StreamHandle) {
   fake_cuda::quantize_rows(half, codes, scales, rows, columns);
 }
+
+// Bytes that are zero; says in which order they were asked for, the first of them once it is let to.
+class Ordered final : public Source {
+ public:
+  void read_at(std::byte* out, std::size_t needed, std::size_t, std::uint64_t offset) const override {
+    begun = true;
+    while (!open) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    std::fill_n(out, needed, std::byte{0});
+    offsets.push_back(offset);  // by the only worker
+  }
+  void require_unchanged() const override {}
+
+  std::atomic<bool> open = false;
+  mutable std::atomic<bool> begun = false;
+  mutable std::vector<std::uint64_t> offsets;
+};
 
 }  // namespace
 
@@ -246,6 +263,36 @@ TEST_CASE("what landed in its place is only waited for") {
   gpus.synchronize();
   CHECK(tensors.came());
   CHECK(fake_cuda_calls("cuMemcpyDtoDAsync_v2") == 0);
+}
+
+TEST_CASE("what is wanted first is read ahead of what was asked for before, and stays in its own order") {
+  constexpr std::size_t kTensor = 2 * kSlot;
+  const Accounts accounts;
+  Random random(12);
+  Tensors none({}, random);
+  Bytes early(kTensor), values(3 * kTensor);
+  const auto source = std::make_shared<Ordered>();
+  Callers callers(1);
+  Gpus gpus(none, callers, kLeast, {.threads = 1, .slots_per_thread = 1, .slot_bytes = kSlot});
+  const std::uint32_t file = gpus.engine.add_source(source);
+  const StreamHandle stream = callers[0].stream();
+  const auto at = [](Bytes& memory, std::size_t number) {
+    return reinterpret_cast<Address>(memory.data()) + number * kTensor;
+  };
+  const auto wanted = [&](std::variant<Range, Landed> from, std::size_t number) {
+    return Request{from, {}, 1, kTensor, ToValues{{}, at(values, number)}, 0};
+  };
+  const Read read{{file, 0, kTensor}, at(early, 0)};
+  const Landed landed{gpus.engine.submit(0, {&read, 1}, stream, false), read.to};
+  while (!source->begun) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  const std::array first = {wanted(Range{file, kTensor, kTensor}, 0), wanted(landed, 1)};
+  const std::array after = {wanted(Range{file, 2 * kTensor, kTensor}, 2)};
+  gpus.consumers[0].submit(first, stream, true);
+  const Ticket last = gpus.consumers[0].submit(after, stream, false);
+  source->open = true;
+  gpus.wait(0, last);
+  gpus.synchronize();
+  CHECK(source->offsets == std::vector<std::uint64_t>{0, 2 * kSlot, 3 * kSlot, kSlot, 4 * kSlot, 5 * kSlot});
 }
 
 TEST_CASE("nothing at all may be submitted") {

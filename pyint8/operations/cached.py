@@ -141,6 +141,14 @@ class Cache:
         return replace(request, strict=True)
 
 
+def refuse_cache(*, is_plain: bool, is_adapter: bool) -> None:
+    """Raises OptionError for what is not cached."""
+    if is_plain:
+        raise OptionError("cache is for transformers models; save a module of your own with pyint8.save")
+    if is_adapter:
+        raise OptionError("cache is for models, not for adapters; load the base model with it, then the adapter")
+
+
 def cache_of(where: Any, wanted: Wanted, checkpoint: Checkpoint | None, path: str) -> Cache:
     """The cache for a load; where it is of no use, with a warning that says why.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from pyint8.checkpoint import Checkpoint
+    from pyint8.streaming.head_start import HeadStart
     from pyint8.streaming.preparation import Preparation
     from pyint8.streaming.ranks.ranks import Ranks
 
@@ -137,7 +138,12 @@ def located(path: str, arguments: Mapping[str, Any], storage_options: Mapping[st
 
 @contextmanager
 def begun(
-    path: str, arguments: Mapping[str, Any], options: StreamOptions, *, progress: bool | None
+    path: str,
+    arguments: Mapping[str, Any],
+    options: StreamOptions,
+    *,
+    progress: bool | None,
+    opened: HeadStart | None = None,
 ) -> Iterator[tuple[Preparation, Recorder]]:
     """What begins before anything heavy is imported: bad folders fail at once, and the disk has something to do.
 
@@ -146,20 +152,66 @@ def begun(
         arguments: Where the checkpoint is found.
         options: How to move bytes.
         progress: Whether to show a bar.
+        opened: See `prepare`.
     """
     with ExitStack() as stack:
         recorder = stack.enter_context(Recorder(progress, timeline=options.timeline))
         stack.enter_context(ending.awaited(recorder))
         with garbage.paused(), recorder.phase("read headers"):
             checkpoint = find_checkpoint(path, arguments)
-        yield stack.enter_context(prepare(checkpoint, options)), recorder
+        yield stack.enter_context(prepare(checkpoint, options, opened=opened)), recorder
 
 
-def prepare(checkpoint: Checkpoint | None, options: StreamOptions, ranks: Ranks | None = None) -> Preparation:
+def prepare(
+    checkpoint: Checkpoint | None,
+    options: StreamOptions,
+    ranks: Ranks | None = None,
+    opened: HeadStart | None = None,
+) -> Preparation:
     """What begins before anything heavy is imported (see `Preparation`)."""
     from pyint8.streaming.preparation import Preparation  # here, since `import pyint8` does not load the extension
 
-    return Preparation(checkpoint, options, ranks)
+    return Preparation(checkpoint, options, ranks, opened)
+
+
+def opened_engine(
+    stack: ExitStack, device_map: Any, options: StreamOptions, ranks: Ranks | None, *, is_bounded: bool
+) -> HeadStart | None:
+    """Opens an engine and pins its memory while headers are read, until the stack ends; a load may take it over.
+
+    None where it would take longer than they do, as torch is not imported yet or has no context on a GPU, and where no
+    GPU will be used, or it is not known which.
+
+    Args:
+        stack: Closes it, unless it was taken.
+        device_map: Of the load.
+        options: How to move bytes.
+        ranks: Those that load together.
+        is_bounded: Whether GPUs may use only a part of their memory.
+    """
+    torch = imported("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    from pyint8.placement.device_map import check_device_map
+    from pyint8.streaming.first_tensors import open_head_start
+
+    check_device_map(device_map)
+    opened = open_head_start(device_map, {} if is_bounded else None, options, ranks)
+    if opened is not None:
+        stack.callback(opened.close)
+    return opened
+
+
+def opened_engine_for(stack: ExitStack, devices: Iterable[torch.device], options: StreamOptions) -> HeadStart | None:
+    """The same for the GPUs among some devices, which have contexts; None if there are none."""
+    from pyint8.streaming.head_start import HeadStart
+
+    gpus = sorted({device for device in devices if device.type == "cuda"}, key=str)
+    if not gpus:
+        return None
+    opened = HeadStart(gpus, options, gpus=len(gpus))
+    stack.callback(opened.close)
+    return opened
 
 
 def joined_ranks(stack: ExitStack, process_group: Any, device_map: Any, cache: Any) -> Ranks | None:

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from pyint8.checkpoint.find import base_of_adapter, check_path, find_checkpoint
 from pyint8.config import Int8Config, StreamOptions
-from pyint8.errors import OptionError
 from pyint8.host import ending, garbage
 from pyint8.host.imports import importing
 from pyint8.host.processes import processes
 from pyint8.models.keywords import called, int8_config
 from pyint8.models.transformers.parallel import refuse_split_models
 from pyint8.models.transformers.releases import require_transformers
-from pyint8.operations.cached import cache_of
+from pyint8.operations.cached import cache_of, refuse_cache
 from pyint8.operations.common import (
     check_options,
     check_whereabouts,
@@ -26,12 +25,13 @@ from pyint8.operations.common import (
     located,
     measured_memory,
     name_after,
+    opened_engine,
     options_for,
     prepare,
     warn_of_own_values,
 )
 from pyint8.operations.wanted import Wanted
-from pyint8.remote.urls import refuse_url
+from pyint8.remote.urls import is_url, refuse_url
 from pyint8.report import LoadReport, Recorder, announce
 
 if TYPE_CHECKING:
@@ -212,13 +212,17 @@ def load(
         with recorder.phase("read headers"):
             path = stack.enter_context(located(source, hub_and_model_kwargs, storage_options))
         check_path(path, hub_and_model_kwargs, is_plain=is_plain)
+        opened = None
+        if not (is_plain or is_url(source)):
+            is_bounded = max_memory is not None or headroom is not None
+            opened = opened_engine(stack, device_map, moving, ranks, is_bounded=is_bounded)
         base = None if is_plain else base_of_adapter(path, hub_and_model_kwargs)
         # Before anything heavy is imported: bad folders fail at once, and the disk has something to do.
         with garbage.paused(), recorder.phase("read headers"):
             checkpoint = find_checkpoint(base or path, hub_and_model_kwargs)
         cached, found = None, None
         if cache is not False:
-            _refuse_cache(is_plain=is_plain, is_adapter=base is not None)
+            refuse_cache(is_plain=is_plain, is_adapter=base is not None)
             cached = cache_of(
                 cache,
                 Wanted(source, device_map, dtype, config, model, hub_and_model_kwargs, moving, storage_options),
@@ -231,7 +235,7 @@ def load(
         if checkpoint is not None:
             garbage.collect_if_short(checkpoint.most_bytes_loaded)
             stack.enter_context(garbage.paused())  # not while files are downloaded
-        preparation = stack.enter_context(prepare(checkpoint, moving, ranks))
+        preparation = stack.enter_context(prepare(checkpoint, moving, ranks, opened))
         _import_libraries(is_plain=is_plain)
         request = _request(
             path=path,
@@ -257,13 +261,6 @@ def load(
         warn_of_own_values(ranks, recorder.report)
     announce(recorder.report, source)
     return (result, recorder.report) if return_report else result
-
-
-def _refuse_cache(*, is_plain: bool, is_adapter: bool) -> None:
-    if is_plain:
-        raise OptionError("cache is for transformers models; save a module of your own with pyint8.save")
-    if is_adapter:
-        raise OptionError("cache is for models, not for adapters; load the base model with it, then the adapter")
 
 
 def _import_libraries(*, is_plain: bool) -> None:

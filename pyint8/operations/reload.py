@@ -22,6 +22,7 @@ from pyint8.operations.common import (
     is_of_transformers,
     located,
     measured_memory,
+    opened_engine_for,
     options_for,
 )
 from pyint8.report import LoadReport, Recorder
@@ -94,7 +95,10 @@ def reload(
         _refuse_changes(inside, hub_kwargs, is_plain=is_plain)
         path = stack.enter_context(located(source, hub_kwargs, storage_options))
         _check_path(path, hub_kwargs, is_plain=is_plain)
-        begin = begun(path, hub_kwargs, options, progress=progress)
+        opened = None
+        if not is_plain:
+            opened = opened_engine_for(stack, (parameter.device for parameter in inside.parameters()), options)
+        begin = begun(path, hub_kwargs, options, progress=progress, opened=opened)
         preparation, recorder = stack.enter_context(begin)
         stack.enter_context(garbage.paused())
         stack.enter_context(measured_memory(recorder.report))

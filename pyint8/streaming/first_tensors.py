@@ -31,36 +31,54 @@ _BORDER = 0.2
 _SPREAD_PART = 0.8
 
 
-def start_head_start(
-    checkpoint: Checkpoint,
-    device_map: Any,
-    max_memory: Mapping[Any, Any] | None,
-    options: StreamOptions,
-    ranks: Ranks | None = None,
+def open_head_start(
+    device_map: Any, max_memory: Mapping[Any, Any] | None, options: StreamOptions, ranks: Ranks | None = None
 ) -> HeadStart | None:
-    """A head start for a load of `checkpoint`; None if no GPU will be used, or if it is not known which.
+    """A head start for a load with this device map; None if no GPU will be used, or if it is not known which.
 
-    Tensors are read only if all of them go to one GPU, or a map will be planned ("auto") that spreads them evenly over
-    all there are; of several GPUs, each begins with what it is likely to get, and what another one gets is read again.
-    A planned map depends on the memory that is free: GPUs must be so large that it will be the same with what landed
-    before. `ranks` load onto one GPU each.
+    `ranks` load onto one GPU each.
     """
     found = first_gpu(device_map)
     if found is None:
         return None
     gpu, takes_all = found
+    gpus = 1 if takes_all else torch.cuda.device_count()
+    spreads = not takes_all and _spreads_evenly(device_map, max_memory)
+    devices = [torch.device("cuda", index) for index in range(gpus)] if spreads else [gpu]
+    return HeadStart(devices, options, gpus=gpus, ranks=ranks)
+
+
+def first_tensors(checkpoint: Checkpoint, device_map: Any, max_memory: Mapping[Any, Any] | None) -> list[FirstTensors]:
+    """What the devices of a head start begin with.
+
+    Tensors are read only if all of them go to one GPU, or a map will be planned ("auto") that spreads them evenly over
+    all there are; of several GPUs, each begins with what it is likely to get, and what another one gets is read again.
+    A planned map depends on the memory that is free: GPUs must be so large that it will be the same with what landed
+    before.
+    """
+    found = first_gpu(device_map)
+    if found is None:
+        return []
+    gpu, takes_all = found
     entries = sorted(checkpoint.values(), key=lambda entry: _natural_key(entry.name))
     least = sum(entry.numel if entry.is_floating else entry.nbytes for entry in entries)  # that the model takes
     early = _most_early(entries, least)
     if takes_all:
-        return HeadStart([FirstTensors(gpu, entries, early, least)], options, ranks=ranks)
+        return [FirstTensors(gpu, entries, early, least)]
+    if not _spreads_evenly(device_map, max_memory):
+        return []
+    if_free = int((checkpoint.most_bytes_loaded + early) / _PLANNED_PART)
     gpus = torch.cuda.device_count()
-    if max_memory is None and is_planned(device_map) and (gpus == 1 or device_map in _EVEN_MAPS):
-        if_free = int((checkpoint.most_bytes_loaded + early) / _PLANNED_PART)
-        if gpus == 1:
-            return HeadStart([FirstTensors(gpu, entries, early, least, if_free)], options)
-        return HeadStart(_spread(entries, gpus, least, if_free), options, gpus=gpus)
-    return HeadStart([FirstTensors(gpu)], options, gpus=gpus)
+    if gpus == 1:
+        return [FirstTensors(gpu, entries, early, least, if_free)]
+    return _spread(entries, gpus, least, if_free)
+
+
+def _spreads_evenly(device_map: Any, max_memory: Mapping[Any, Any] | None) -> bool:
+    """Whether a map will be planned that gives every GPU about as much."""
+    if max_memory is not None or not is_planned(device_map):
+        return False
+    return torch.cuda.device_count() == 1 or device_map in _EVEN_MAPS
 
 
 def _most_early(entries: Sequence[Entry], least: int) -> int:

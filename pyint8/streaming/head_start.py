@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -63,10 +63,10 @@ class FirstTensors:
 
 
 class HeadStart:
-    """Opens an engine, pins its memory and asks for the first tensors, in a thread.
+    """Opens an engine, pins its memory and, once it is told of them, asks for the first tensors: in threads.
 
     Args:
-        parts: What each device begins with.
+        devices: Those that it opens lanes of.
         options: How to move bytes.
         gpus: How many GPUs tensors may land on.
         opener: Makes the lane of a device (another one for tests).
@@ -78,27 +78,36 @@ class HeadStart:
 
     def __init__(
         self,
-        parts: Sequence[FirstTensors],
+        devices: Sequence[torch.device],
         options: StreamOptions,
         *,
         gpus: int = 1,
         opener: LaneOpener = open_lane,
         ranks: Ranks | None = None,
     ) -> None:
-        self._parts = parts
         self._error: BaseException | None = None
         self._early: dict[str, EarlyTensor] = {}
         self._transport = Transport(options, opener, gpus) if ranks is None else ranks.transport(options, opener)
         self._taken = False
         self.reserves = False
         # A thread begins on the default streams; the caller may be on others.
-        devices = [part.device for part in parts] if torch.cuda.is_initialized() else []
-        self._streams = [torch.cuda.current_stream(device) for device in devices]
-        self._thread: threading.Thread | None = threading.Thread(target=self._run, name="pyint8 head start")
+        is_there = torch.cuda.is_initialized()
+        self._streams = [torch.cuda.current_stream(device) for device in devices] if is_there else []
+        self._thread: threading.Thread | None = None
+        self._start(lambda: list(map(self._open, devices)))
+
+    def begin(self, parts: Sequence[FirstTensors]) -> None:
+        """Asks for what each device begins with; called once, for some or all of the devices."""
+        self._start(lambda: list(map(self._begin, parts)))
+
+    def _start(self, work: Callable[[], object]) -> None:
+        """Has a thread do `work`, behind what was begun before."""
+        thread = threading.Thread(target=self._run, args=(work, self._thread), name="pyint8 head start")
         try:
-            self._thread.start()
+            thread.start()
         except RuntimeError:  # no more threads: the load then asks for everything itself
-            self._thread = None
+            return
+        self._thread = thread
 
     def take(self) -> tuple[Transport, dict[str, EarlyTensor]]:
         """The transport, now the caller's to close, and by name the tensors that are under way.
@@ -129,22 +138,27 @@ class HeadStart:
         if self._thread is not None:
             self._thread.join()
 
-    def _run(self) -> None:
+    def _run(self, work: Callable[[], object], before: threading.Thread | None) -> None:
+        if before is not None:
+            before.join()
+        if self._error is not None:
+            return
         try:
             with ExitStack() as streams:
                 for stream in self._streams:
                     streams.enter_context(torch.cuda.stream(stream))
-                for part in self._parts:
-                    self._begin(part)
+                work()
         except BaseException as error:  # for whoever takes it
             self._error = error
 
+    def _open(self, device: torch.device) -> None:
+        lane = self._transport.lane(device)
+        if lane.device == device:
+            self._transport.engine.prepare(lane.index)
+
     def _begin(self, part: FirstTensors) -> None:
         lane = self._transport.lane(part.device)
-        if lane.device != part.device:
-            return
-        self._transport.engine.prepare(lane.index)
-        if not part.entries:
+        if lane.device != part.device or not part.entries:
             return
         wanted = []
         if _has_room(part):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pyint8.streaming.prefetch import PageCachePrefetch
 
 if TYPE_CHECKING:
-    import torch
-
     from pyint8.checkpoint import Checkpoint
     from pyint8.config import StreamOptions
     from pyint8.placement.budget import MemoryBudget
@@ -26,6 +23,7 @@ class Preparation:
         checkpoint: The checkpoint, if it is known yet; from now on its cold parts are read into the page cache.
         options: How to move bytes.
         ranks: Those that load together. Nothing is read into the page cache for them: each would read everything.
+        opened: A head start that knows of no tensors yet, for the device map of the load; closed by its owner.
 
     Attributes:
         checkpoint: As given.
@@ -33,13 +31,19 @@ class Preparation:
         ranks: As given.
     """
 
-    def __init__(self, checkpoint: Checkpoint | None, options: StreamOptions, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint | None,
+        options: StreamOptions,
+        ranks: Ranks | None = None,
+        opened: HeadStart | None = None,
+    ) -> None:
         self.checkpoint = checkpoint
         self.options = options
         self.ranks = ranks
         reads_ahead = checkpoint if ranks is None else None
         self._prefetch = None if reads_ahead is None else PageCachePrefetch(reads_ahead, options)
-        self._head_start: HeadStart | None = None
+        self._head_start = opened
 
     def __enter__(self) -> Preparation:
         return self
@@ -53,20 +57,14 @@ class Preparation:
 
     def start_head_start(self, device_map: Any, budget: MemoryBudget) -> None:
         """Requests the first tensors, if it is known where they go; imports torch."""
-        from pyint8.streaming.first_tensors import start_head_start
+        from pyint8.streaming.first_tensors import first_tensors, open_head_start
 
-        if self.checkpoint is not None:
-            self._head_start = start_head_start(
-                self.checkpoint, device_map, budget.per_device, self.options, self.ranks
-            )
-
-    def open_engine(self, devices: Iterable[torch.device]) -> None:
-        """Opens the engine and pins its memory, for tensors that will go to these devices, and asks for none."""
-        from pyint8.streaming.head_start import FirstTensors, HeadStart
-
-        gpus = sorted({device for device in devices if device.type == "cuda"}, key=str)
-        if gpus and self._head_start is None:
-            self._head_start = HeadStart([FirstTensors(gpu) for gpu in gpus], self.options, gpus=len(gpus))
+        if self.checkpoint is None:
+            return
+        if self._head_start is None:
+            self._head_start = open_head_start(device_map, budget.per_device, self.options, self.ranks)
+        if self._head_start is not None:
+            self._head_start.begin(first_tensors(self.checkpoint, device_map, budget.per_device))
 
     @property
     def reserves_memory(self) -> bool:

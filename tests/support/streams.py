@@ -14,7 +14,7 @@ import torch
 
 from pyint8 import StreamOptions
 from pyint8.checkpoint import DTYPES, Checkpoint, Entry, open_checkpoint
-from pyint8.streaming.head_start import EarlyTensor
+from pyint8.streaming.head_start import EarlyTensor, FirstTensors, HeadStart
 from pyint8.streaming.requests import TensorRequest
 from pyint8.streaming.stream import TensorStream
 from pyint8.streaming.transport import Transport
@@ -52,6 +52,13 @@ def bytes_of(tensor: torch.Tensor) -> bytes:
 def unstamped(checkpoint: Checkpoint) -> dict[str, Entry]:
     """Entries that are read of the file in whatever state."""
     return {name: replace(entry, stamp=None) for name, entry in checkpoint.items()}
+
+
+def head_start(entries: Sequence[Entry], nbytes: int = 1 << 30, *, options: StreamOptions = TINY) -> HeadStart:
+    """In host memory, of as many entries as fit in `nbytes`."""
+    start = HeadStart([CPU], options)
+    start.begin([FirstTensors(CPU, entries, nbytes)])
+    return start
 
 
 def requests(checkpoint: Mapping[str, Entry], *, in_bands: bool = False) -> list[TensorRequest]:

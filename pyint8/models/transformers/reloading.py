@@ -47,7 +47,6 @@ def reload_pretrained(model: Any, request: LoadRequest, preparation: Preparation
 
 def _checked(model: Any, request: LoadRequest, preparation: Preparation, recorder: Recorder) -> _Reload:
     """What can begin; planned only where the last reload of the model did not plan the same."""
-    preparation.open_engine(parameter.device for parameter in model.parameters())
     modules = dict(live_modules(model))
     places = places_of(modules)
     planning = replace(request, device_map={"": "cpu"}, dtype=_dtype(model), config=_config(modules, places))

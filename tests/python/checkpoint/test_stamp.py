@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
-from streams import over
+from streams import head_start, over
 from torch import nn
 
 import pyint8
@@ -20,7 +20,6 @@ from pyint8 import _core
 from pyint8.checkpoint import Checkpoint, open_checkpoint, read_header, read_pickled, stamp
 from pyint8.errors import FileChangedError
 from pyint8.operations import load as operation
-from pyint8.streaming.head_start import FirstTensors, HeadStart
 from pyint8.streaming.prefetch import PageCachePrefetch
 from pyint8.streaming.reading import read_tensor
 from pyint8.streaming.requests import TensorRequest
@@ -178,7 +177,7 @@ def test_early_tensors_of_the_file_as_it_was_are_not_used(tmp_path: Path, monkey
     monkeypatch.setattr("pyint8.streaming.head_start._WORTHWHILE_BYTES", 1)
     options = pyint8.StreamOptions(threads=2)
     save(tmp_path / FILE, {"x": torch.zeros(1000)})
-    start = HeadStart([FirstTensors(CPU, list(open_checkpoint(tmp_path).values()), 1 << 30)], options)
+    start = head_start(list(open_checkpoint(tmp_path).values()), options=options)
     transport, early = start.take()
     replaced(tmp_path / FILE)
     wanted = [TensorRequest(entry, CPU) for entry in open_checkpoint(tmp_path).values()]
@@ -271,7 +270,7 @@ def test_reading_ahead(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_head_start(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyint8.streaming.head_start._WORTHWHILE_BYTES", 1)
-    start = HeadStart([FirstTensors(CPU, list(checkpoint.values()), 1 << 30)], pyint8.StreamOptions(threads=1))
+    start = head_start(list(checkpoint.values()), options=pyint8.StreamOptions(threads=1))
     with pytest.raises(FileChangedError, match=SAYS):
         start.take()
 

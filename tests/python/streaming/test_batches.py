@@ -16,7 +16,7 @@ from pyint8 import StreamOptions
 from pyint8.checkpoint import Checkpoint, Entry
 from pyint8.errors import TruncatedError
 from pyint8.report import Recorder
-from pyint8.streaming.head_start import EarlyTensor, FirstTensors, HeadStart
+from pyint8.streaming.head_start import EarlyTensor, HeadStart
 from pyint8.streaming.reading import open_stream
 from pyint8.streaming.requests import TensorRequest
 from pyint8.streaming.transport import ReadRequest
@@ -77,7 +77,7 @@ def test_what_is_not_contiguous_is_in_no_batch(experts: Checkpoint, number: int)
 
 
 def test_what_landed_early_is_in_no_batch(experts: Checkpoint) -> None:
-    start = HeadStart([FirstTensors(CPU, (), 0)], TINY)
+    start = HeadStart([CPU], TINY)
     transport, early = start.take()
     lane = transport.lane(CPU)
     entry = experts["gate.7"]

@@ -39,18 +39,25 @@ def begun(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
 
-        def head_start(parts: Sequence[FirstTensors], _: Any, ranks: None = None, **more: int) -> Any:
-            made = [told(part) | more for part in parts]
+        def head_start(devices: Sequence[torch.device], _: Any, *, gpus: int, ranks: None) -> Any:
+            parts = first_tensors.first_tensors(checkpoint, device_map, max_memory)
+            assert [part.device for part in parts] in (devices, [])
+            made = [told(part) | {"gpus": gpus} for part in parts or map(FirstTensors, devices)]
             return made[0] if len(made) == 1 else made
 
         monkeypatch.setattr(first_tensors, "HeadStart", head_start)
-        return first_tensors.start_head_start(checkpoint, device_map, max_memory, StreamOptions())  # type: ignore[return-value]
+        return first_tensors.open_head_start(device_map, max_memory, StreamOptions())  # type: ignore[return-value]
 
     return begin
 
 
 IN_ORDER = ["a.weight", "h.9.bias", "h.9.weight", "h.10.weight"]
-ALL = {"names": IN_ORDER, "nbytes": 3000, "reserved": 4000}  # 4000 elements: at least as many bytes in the model
+ALL = {
+    "gpus": 1,
+    "names": IN_ORDER,
+    "nbytes": 3000,
+    "reserved": 4000,
+}  # 4000 elements: as many bytes at least
 NOTHING: dict[str, Any] = {"names": [], "nbytes": 0}
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from streams import CPU, MIB, TINY, bytes_of, over, requests, stored, unstamped, write
+from streams import CPU, MIB, bytes_of, head_start, over, requests, stored, unstamped, write
 
 from pyint8.checkpoint import Checkpoint
 from pyint8.errors import ReadError, TruncatedError
-from pyint8.streaming.head_start import FirstTensors, HeadStart, _has_room
+from pyint8.streaming.head_start import FirstTensors, _has_room
 from pyint8.streaming.requests import TensorRequest
 from pyint8.streaming.transport import Transport
 
@@ -28,7 +28,7 @@ def every_size_is_worthwhile(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("in_bands", [False, True])
 @pytest.mark.parametrize("nbytes", [0, 60, 1_000_000, 10_000_000])
 def test_what_was_begun_early_is_taken_over(mixed: Checkpoint, nbytes: int, in_bands: bool) -> None:
-    start = HeadStart([FirstTensors(CPU, list(mixed.values()), nbytes)], TINY)
+    start = head_start(list(mixed.values()), nbytes)
     transport, early = start.take()
     with over(requests(mixed, in_bands=in_bands), transport, early) as stream:
         for name, entry in mixed.items():
@@ -40,7 +40,7 @@ def test_what_was_begun_early_is_taken_over(mixed: Checkpoint, nbytes: int, in_b
 
 @pytest.mark.usefixtures("every_size_is_worthwhile")
 def test_early_tensors_are_bands_of_no_more_than_the_scratch_has(mixed: Checkpoint) -> None:
-    start = HeadStart([FirstTensors(CPU, [mixed["large"]], 1 << 30)], TINY)
+    start = head_start([mixed["large"]])
     with over([TensorRequest(mixed["large"], CPU, in_bands=True)], *start.take()) as stream:
         sizes = [band.nbytes for _, band in stream.bands("large")]
     assert max(sizes) <= MIB // 8
@@ -49,7 +49,7 @@ def test_early_tensors_are_bands_of_no_more_than_the_scratch_has(mixed: Checkpoi
 
 @pytest.mark.usefixtures("every_size_is_worthwhile")
 def test_an_early_tensor_had_whole_is_the_memory_it_landed_in(mixed: Checkpoint) -> None:
-    start = HeadStart([FirstTensors(CPU, [mixed["large"]], 1 << 30)], TINY)
+    start = head_start([mixed["large"]])
     with over([TensorRequest(mixed["large"], CPU, in_bands=True)], *start.take()) as stream:
         tensor = stream.whole("large")
     assert bytes_of(tensor) == stored(mixed["large"])
@@ -58,14 +58,14 @@ def test_an_early_tensor_had_whole_is_the_memory_it_landed_in(mixed: Checkpoint)
 
 @pytest.mark.usefixtures("every_size_is_worthwhile")
 def test_what_was_begun_early_and_is_not_wanted_is_dropped(mixed: Checkpoint) -> None:
-    start = HeadStart([FirstTensors(CPU, list(mixed.values()), 1 << 30)], TINY)
+    start = head_start(list(mixed.values()))
     with over([TensorRequest(mixed["last"], CPU)], *start.take()) as stream:
         assert bytes_of(stream.whole("last")) == stored(mixed["last"])
 
 
 def test_small_tensors_are_not_begun_early(tmp_path: Path) -> None:
     checkpoint = write(tmp_path / "x.safetensors", {"small": ("U8", (MIB - 1,)), "large": ("U8", (MIB,))})
-    start = HeadStart([FirstTensors(CPU, list(checkpoint.values()), 1 << 30)], TINY)
+    start = head_start(list(checkpoint.values()))
     transport, early = start.take()
     assert set(early) == {"large"}
     transport.close()
@@ -82,7 +82,7 @@ def test_a_head_start_asks_once(mixed: Checkpoint, monkeypatch: pytest.MonkeyPat
         return submit(self, lane, reads, **more)
 
     monkeypatch.setattr(Transport, "submit", counted)
-    start = HeadStart([FirstTensors(CPU, list(mixed.values()), 1 << 30)], TINY)
+    start = head_start(list(mixed.values()))
     transport, early = start.take()
     transport.close()
     assert asked == [len(early)]
@@ -91,14 +91,14 @@ def test_a_head_start_asks_once(mixed: Checkpoint, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.usefixtures("every_size_is_worthwhile")
 def test_a_head_start_that_nobody_takes(mixed: Checkpoint) -> None:
-    HeadStart([FirstTensors(CPU, list(mixed.values()), 1 << 30)], TINY).close()
+    head_start(list(mixed.values())).close()
 
 
 @pytest.mark.usefixtures("every_size_is_worthwhile")
 def test_a_head_start_that_fails_fails_when_it_is_taken(tmp_path: Path) -> None:
     checkpoint = write(tmp_path / "x.safetensors", {"x": ("U8", (100,))})
     (tmp_path / "x.safetensors").unlink()
-    start = HeadStart([FirstTensors(CPU, list(checkpoint.values()), 1 << 30)], TINY)
+    start = head_start(list(checkpoint.values()))
     with pytest.raises(ReadError, match="cannot open the file"):
         start.take()
 
@@ -108,7 +108,7 @@ def test_a_file_cut_while_it_is_begun_early_names_the_tensor(tmp_path: Path) -> 
     checkpoint = write(tmp_path / "x.safetensors", {"x": ("U8", (100,)), "y": ("U8", (100_000,))})
     os.truncate(checkpoint["y"].path, checkpoint["y"].offset + 10)
     entries = unstamped(checkpoint)
-    start = HeadStart([FirstTensors(CPU, list(entries.values()), 1 << 30)], TINY)
+    start = head_start(list(entries.values()))
     with over(requests(entries), *start.take()) as stream, pytest.raises(TruncatedError) as caught:
         list(map(stream.whole, checkpoint))
     assert caught.value.tensor == "y"
@@ -128,7 +128,7 @@ def test_a_head_start_ends_where_the_device_is_full(mixed: Checkpoint, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "UntypedStorage", limited)
-        transport, early = HeadStart([FirstTensors(CPU, list(mixed.values()), 1 << 30)], TINY).take()
+        transport, early = head_start(list(mixed.values())).take()
     assert list(early) == list(mixed)[:2]
     with over(requests(mixed), transport, early) as stream:
         assert all(bytes_of(stream.whole(name)) == stored(entry) for name, entry in mixed.items())

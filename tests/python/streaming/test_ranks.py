@@ -140,7 +140,8 @@ def test_the_head_start_asks_for_what_fits_on_every_rank(
             return lanes.setdefault("GPU", lanes.get("GPU") or driver.lane(engine, GPU, options))
 
         part = FirstTensors(CPU, entries, (1 << 30) if rank else fits)
-        start = HeadStart([part], OPTIONS, opener=opener, ranks=ranks)
+        start = HeadStart([CPU], OPTIONS, opener=opener, ranks=ranks)
+        start.begin([part])
         transport, early = start.take()
         asked = list(early.values())  # kept: the fake's memory is not given back in the order of a GPU's stream
         with over(every_kind, transport, early, quantizer=driver.quantizer) as stream:

@@ -155,9 +155,7 @@ class WeightHealth:
     def bad_weights(self) -> list[BadWeight]:
         """The bad weights so far, each once; waits for the devices."""
         self._look_at_casts()
-        for name, scales in self._scales:
-            self._reserve(name, 0, scales.device, len(scales)).copy_(scales)
-        self._scales.clear()
+        self._look_at_scales()
         found: dict[str, BadWeight] = {}
         for device, group in self._watched.items():
             finite = self._values[device].on_host().isfinite()
@@ -188,6 +186,16 @@ class WeightHealth:
             on_host = whole[first:last].cpu()
             if bool(on_host.any()):
                 yield from filter(None, (marked.bad(on_host, first) for marked in group))
+
+    def _look_at_scales(self) -> None:
+        """All of a device's at once: there are hundreds, whose copies one by one would take a while at the very end."""
+        groups: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}
+        for name, scales in self._scales:
+            groups.setdefault(scales.device, []).append((name, scales.detach()))
+        for device, group in groups.items():
+            rooms = [self._reserve(name, 0, device, len(scales)) for name, scales in group]
+            torch._foreach_copy_(rooms, [scales for _, scales in group])
+        self._scales.clear()
 
     def _look_at_casts(self) -> None:
         for cast in self._casts:

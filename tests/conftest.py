@@ -53,7 +53,7 @@ def copy_of(checkpoints: CheckpointStore, tmp_path: Path) -> Callable[..., Path]
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Pretends that packages have these versions; None for absent."""
-    from pyint8.quantizer import requirements
+    from pyint8.host import packages
 
     def pretend(**versions: str | None) -> None:
         def version(package: str) -> str:
@@ -63,10 +63,10 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
             return found
 
         monkeypatch.setattr(importlib.metadata, "version", version)
-        requirements._version.cache_clear()
+        packages.forget_versions()
 
     yield pretend
-    requirements._version.cache_clear()
+    packages.forget_versions()
 
 
 @pytest.fixture

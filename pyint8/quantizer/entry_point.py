@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from packaging.version import Version
 
+from pyint8.host.packages import installed_version
 from pyint8.quantizer.backend import bitsandbytes
-from pyint8.quantizer.requirements import installed_version
 
 # (fp16 [rows, columns], int8 codes [rows, columns], fp32 scales [rows], threshold, rows, columns, stream). Source:
 # bitsandbytes.backends.cuda.ops, whose int8_vectorwise_quant is this call alone at threshold 0.

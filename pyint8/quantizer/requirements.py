@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
-from importlib import metadata
 from typing import Any
 
 from packaging.version import Version
 
 from pyint8.config import Int8Config
 from pyint8.errors import DependencyVersionError, MissingDependencyError, OptionError, PlacementError
+from pyint8.host.packages import forget_versions, installed_version
 from pyint8.placement.device_map import OFF_DEVICE, DeviceMap, device_name, device_of
 
 MINIMUM_BITSANDBYTES = "0.37.2"
 _MINIMUM_TRAINABLE = "0.37.0"
 _OTHER_FRAMEWORKS = {"from_tf": "TensorFlow", "from_flax": "Flax"}
-
-
-def installed_version(package: str) -> Version | None:
-    """The version of an installed distribution; None where it is absent."""
-    try:
-        return _version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-@cache  # a load asks five times, and each time would parse a file
-def _version(package: str) -> Version:
-    return Version(metadata.version(package))
 
 
 def require_packages() -> None:
@@ -39,7 +25,7 @@ def require_packages() -> None:
     if version is None:
         raise MissingDependencyError("loading in int8 needs bitsandbytes: `pip install -U bitsandbytes`")
     if version < Version(MINIMUM_BITSANDBYTES):
-        _version.cache_clear()  # for a caller who follows the advice and tries again
+        forget_versions()
         raise DependencyVersionError(
             f"bitsandbytes {version} is too old for int8 weights: at least {MINIMUM_BITSANDBYTES} is needed; "
             "`pip install -U bitsandbytes`"

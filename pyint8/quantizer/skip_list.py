@@ -73,18 +73,19 @@ def warn_of_dead_entries(model: nn.Module, entries: Sequence[str], matches: Matc
 
 def dead_entries(model: nn.Module, entries: Sequence[str], linear: Collection[str], matches: Matches) -> list[str]:
     """Entries without effect: they match nothing, or no linear module inside what they match."""
+    idle = [entry for entry in dict.fromkeys(entries) if not any(matches(name, [entry]) for name in linear)]
+    if not idle:
+        return []
     others = [name for name, _ in model.named_modules() if name not in linear]
     others += [name for name, _ in model.named_parameters()]
     left = {name for name in linear if not matches(name, list(entries))}
     around = {name[: dot.start()] for name in left for dot in re.finditer(r"\.", name)}
 
     def is_dead(entry: str) -> bool:
-        if any(matches(name, [entry]) for name in linear):
-            return False
         named = [name for name in others if matches(name, [entry])]
         return not named or any(name in around or name.rpartition(".")[0] in left for name in named)
 
-    return [entry for entry in dict.fromkeys(entries) if is_dead(entry)]
+    return list(filter(is_dead, idle))
 
 
 def nearest_entry(entry: str, linear: Iterable[str]) -> str | None:

@@ -130,10 +130,10 @@ def test_a_model_on_the_disk_alone(how: dict[str, Any], load: Load, tmp_path: Pa
 @pytest.mark.parametrize("version", ["4.57.3", "5.7.0", "6.0.0", "6.0.0.dev0"])
 @pytest.mark.parametrize("way", ["load", "config", "takeover"])
 def test_a_release_of_transformers_out_of_the_range(
-    version: str, way: str, load: Load, checkpoints: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+    version: str, way: str, load: Load, checkpoints: CheckpointStore, installed: Callable[..., None]
 ) -> None:
     folder = checkpoints.folder(ZOO["llama"], "bf16")  # made before
-    monkeypatch.setattr(releases.metadata, "version", lambda _: version)
+    installed(transformers=version)
     ways: dict[str, Callable[[], object]] = {
         "load": lambda: load(folder=folder),
         "config": lambda: Int8Config().quant_method,
@@ -143,20 +143,17 @@ def test_a_release_of_transformers_out_of_the_range(
         ways[way]()
 
 
-def test_transformers_is_missing(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(name: str) -> str:
-        raise releases.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(releases.metadata, "version", absent)
+def test_transformers_is_missing(load: Load, installed: Callable[..., None]) -> None:
+    installed(transformers=None)
     with pytest.raises(MissingDependencyError, match="transformers models need transformers"):
         pyint8.load("anywhere")
 
 
 @pytest.mark.parametrize("version", ["5.8.0", "5.24.1", "5.25.0.dev0", "5.99"])
 def test_a_release_of_transformers_in_the_range(
-    version: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    version: str, installed: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(releases.metadata, "version", lambda _: version)
+    installed(transformers=version)
     with caplog.at_level("INFO", "pyint8"):
         releases.require_transformers()
     assert ("newer than the releases known to work, 5.8 to 5.24" in caplog.text) is (version in ("5.25.0.dev0", "5.99"))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from importlib import metadata
 
 from packaging.version import Version
 
 from pyint8.errors import DependencyVersionError, MissingDependencyError
+from pyint8.host.packages import forget_versions, installed_version
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +26,11 @@ def require_transformers() -> None:
         DependencyVersionError: It is too old or too new.
     """
     fix = f'`pip install "transformers>={LOWEST},<{BELOW}"`'
-    try:
-        version = Version(metadata.version("transformers"))
-    except metadata.PackageNotFoundError:
-        raise MissingDependencyError(f"transformers models need transformers: {fix}") from None
+    version = installed_version("transformers")
+    if version is None:
+        raise MissingDependencyError(f"transformers models need transformers: {fix}")
     if not Version(LOWEST) <= version < Version(f"{BELOW}.dev0"):
+        forget_versions()
         raise DependencyVersionError(
             f"transformers {version} is installed, and pyint8 works with {LOWEST} and later, below {BELOW}: {fix}"
         )

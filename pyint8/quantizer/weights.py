@@ -16,6 +16,8 @@ from pyint8.quantizer.health import WeightHealth
 # How much is quantized at once on the CPU, where bitsandbytes' operator passes over the rows six times: as much as fits
 # in the cache. See docs/performance.md, "Quantizing on the CPU in pieces".
 _CPU_PIECE_ELEMENTS = 1 << 19
+# Elsewhere: bitsandbytes' kernel counts elements in 32 bits.
+_PIECE_ELEMENTS = 2**31 - 1
 
 
 class Quantized(Protocol):
@@ -135,8 +137,11 @@ def quantized(
 
 def codes_of(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes int8 [out, in] and scales fp32 [out] of a weight [out, in] of any float dtype, on its device."""
-    found = bitsandbytes.functional.int8_vectorwise_quant(weight.to(torch.float16))
-    return found[0], found[1]
+    found = [
+        bitsandbytes.functional.int8_vectorwise_quant(piece.to(torch.float16))[:2] for _, piece in _pieces(0, weight)
+    ]
+    codes, scales = zip(*found, strict=True)
+    return torch.cat(codes), torch.cat(scales)
 
 
 def checked_scales(name: str, codes: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
@@ -225,11 +230,12 @@ def _half_rows(
 
 
 def _pieces(first: int, band: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """On a GPU the whole band; on the CPU pieces that fit in the cache."""
-    if band.device.type != "cpu" or not band.numel():
+    """Rows that are quantized at once: on a GPU as many as can be, on the CPU those that fit in the cache."""
+    if not band.numel():
         yield first, band
         return
-    step = max(1, _CPU_PIECE_ELEMENTS // band[0].numel())
+    most = _CPU_PIECE_ELEMENTS if band.device.type == "cpu" else _PIECE_ELEMENTS
+    step = max(1, most // band[0].numel())
     for row in range(0, len(band), step):
         yield first + row, band[row : row + step]
 

@@ -273,6 +273,7 @@ void Consumer::quantize_band(const Task& task, const ToInt8& to, const Asked& as
 }
 
 // Its rows are columns of what is quantized, which must be whole; a last look at it marks what is not finite.
+// It is quantized in bands too, however small: bitsandbytes counts the elements of one call in 32 bits.
 void Consumer::transpose_band(const Task& task, const ToInt8& to, const Asked& asked) {
   const Request& request = task.request;
   const Band& band = *asked.band;
@@ -291,7 +292,10 @@ void Consumer::transpose_band(const Task& task, const ToInt8& to, const Asked& a
                   .elements_per_mark = request.rows},
                  stream_->handle());
   }
-  quantize(to, options_.transposed, 0, request.columns, request.rows);
+  const std::size_t row_bytes = request.rows * 2;
+  for (const Band& part : cut_into_bands(request.columns, row_bytes, band_bytes_)) {
+    quantize(to, options_.transposed + part.start, part.row, part.rows, request.rows);
+  }
 }
 
 void Consumer::cast_band(const Task& task, const ToValues& to, const Asked& asked) {

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 _SHARD_BYTES = 5 * 10**9
 
-# The shapes of Llama-3.1-8B, Llama-3.2-1B, Qwen3-4B, GPT-2 XL, three layers of Llama-3.1-70B, Qwen3-30B-A3B, and of the
+# The shapes of Llama-3.1-8B, Llama-3.2-1B, Qwen3-4B, GPT-2 XL, layers of Llama-3.1-70B, Qwen3-30B-A3B, and of the
 # same with all of its 18,867 tensors and a third to a half of its widths; and small ones for machines without a GPU.
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama-8b": {
@@ -125,6 +125,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 
+
+# Enough of them for several GPUs: 32 GB.
+CONFIGS["llama-70b-stack"] = {**CONFIGS["llama-70b-layers"], "num_hidden_layers": 16}
 
 # The int8 form of another checkpoint, as bitsandbytes and transformers save it.
 INT8_FORMS = {"llama-8b-int8": "llama-8b", "llama-tiny-int8": "llama-tiny"}

@@ -12,7 +12,7 @@ from typing import Any
 
 from pyint8.errors import Pyint8Error
 from pyint8.host.files import exists, is_folder, open_file
-from pyint8.host.locks import lock, remove_unlocked
+from pyint8.host.locks import lock, remove_unlocked, unlock
 
 from .identity import identity_of
 from .index import Checkpoint, open_checkpoint
@@ -88,7 +88,7 @@ class CacheFolder:
                 os.utime(sealed)
             yield checkpoint
         finally:
-            os.close(sealed)
+            unlock(sealed)
 
     def make_room(self, nbytes: int) -> bool:
         """Removes entries that are not in use, the least recently used first, until so much more may be there.

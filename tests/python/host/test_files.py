@@ -91,7 +91,7 @@ def test_no_other_code_opens_files() -> None:
 
 
 # What they ask for is of no checkpoint, or may as well not be there.
-_ASKED = {"host/locks.py", "operations/bench.py", "operations/machine.py", "run.py"}
+_ASKED = {"operations/bench.py", "operations/machine.py", "run.py"}
 
 
 def test_no_other_code_takes_a_failing_disk_for_an_absent_file() -> None:

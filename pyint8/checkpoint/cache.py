@@ -10,10 +10,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pyint8.errors import Pyint8Error
+from pyint8.errors import Pyint8Error, ReadError
 from pyint8.host.files import exists, is_folder, open_file
-from pyint8.host.locks import lock, remove_unlocked
+from pyint8.host.locks import lock, remove_unlocked, unlock
 
+from ._reading import os_errors
 from .identity import identity_of
 from .index import Checkpoint, open_checkpoint
 
@@ -62,17 +63,20 @@ class CacheFolder:
         return os.path.join(self.root, key)
 
     def entries(self) -> list[CacheEntry]:
-        """All that are whole, the least recently used first."""
-        if not is_folder(self.root):
-            return []
-        found = (_entry(folder.path) for folder in os.scandir(self.root) if not folder.name.startswith("."))
+        """All that are whole, the least recently used first.
+
+        Raises:
+            ReadError: The folder cannot be looked into.
+        """
+        found = (_entry(folder.path) for folder in self._folders() if not folder.name.startswith("."))
         return sorted((entry for entry in found if entry is not None), key=lambda entry: entry.used)
 
     @contextmanager
     def opened(self, key: str) -> Iterator[Checkpoint | None]:
         """The checkpoint of an entry, which stays while the block lasts; None if there is none that is sound.
 
-        One that is not as it was made (another size, time or header) is removed, with a warning.
+        One that is not as it was made (another size, time or header) is removed, with a warning; so is not one of which
+        that cannot be told, because it cannot be read.
         """
         folder = self.folder(key)
         try:
@@ -85,10 +89,11 @@ class CacheFolder:
         try:
             checkpoint = _sound(folder)
             if checkpoint is not None:
-                os.utime(sealed)
+                with suppress(OSError):  # where it may only be read
+                    os.utime(sealed)
             yield checkpoint
         finally:
-            os.close(sealed)
+            unlock(sealed)
 
     def make_room(self, nbytes: int) -> bool:
         """Removes entries that are not in use, the least recently used first, until so much more may be there.
@@ -106,13 +111,22 @@ class CacheFolder:
         return taken + nbytes <= self._most_bytes
 
     def clear(self) -> list[CacheEntry]:
-        """Removes all entries that are not in use, and what unfinished ones left; returns those removed."""
+        """Removes all entries that are not in use, and what unfinished ones left; returns those removed.
+
+        Raises:
+            ReadError: The folder cannot be looked into.
+        """
         removed = [entry for entry in self.entries() if _removed(entry.folder)]
-        if is_folder(self.root):
-            for folder in list(os.scandir(self.root)):
-                if folder.is_dir(follow_symlinks=False) and _entry(folder.path) is None:
-                    _removed(folder.path)
+        for folder in self._folders():
+            if folder.is_dir(follow_symlinks=False) and _entry(folder.path) is None:
+                _removed(folder.path)
         return removed
+
+    def _folders(self) -> list[os.DirEntry[str]]:
+        if not is_folder(self.root):
+            return []
+        with os_errors(self.root):
+            return list(os.scandir(self.root))
 
 
 def seal(folder: str, source: str) -> None:
@@ -126,18 +140,20 @@ def seal(folder: str, source: str) -> None:
 
 def _entry(folder: str) -> CacheEntry | None:
     path = os.path.join(folder, _SEAL)
-    noted = _noted(folder)
     try:
+        noted = _noted(folder)
         return CacheEntry(folder, str(noted["source"]), int(noted["nbytes"]), os.stat(path).st_mtime)
     except (OSError, KeyError, TypeError, ValueError):
         return None
 
 
 def _noted(folder: str) -> dict[str, Any]:
+    """What its seal says, if anything; a ReadError if that cannot be read."""
+    path = os.path.join(folder, _SEAL)
     try:
-        with open_file(os.path.join(folder, _SEAL)) as file:
+        with os_errors(path), open_file(path) as file:
             noted = json.load(file)
-    except (OSError, ValueError):
+    except ValueError:  # there is none, too
         return {}
     return noted if isinstance(noted, dict) else {}
 
@@ -148,6 +164,9 @@ def _sound(folder: str) -> Checkpoint | None:
         if identity_of(checkpoint) == _noted(folder).get("identity"):
             return checkpoint
         problem = "its files are not as they were written"
+    except ReadError as error:
+        logger.warning("the cached int8 form in %s cannot be read this time, and its source is: %s", folder, error)
+        return None
     except Pyint8Error as error:
         problem = str(error)
     logger.warning("the cached int8 form in %s is removed, and made again: %s", folder, problem)

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Sequence
 
 from pyint8.errors import TruncatedError
-from pyint8.host.files import open_unbuffered
+from pyint8.host.files import open_file, open_unbuffered
 
 from ._reading import DOWNLOAD_AGAIN, os_errors
 from .entry import Entry, EntryInMemory
@@ -17,6 +17,8 @@ from .index import Checkpoint
 # Each may be a request to a file server, before anything else is read.
 _SAMPLED = 64
 _SAMPLED_BYTES = 4096
+
+_CONFIGURATIONS = ("config.json", "generation_config.json")
 
 
 def identity_of(checkpoint: Checkpoint, tag_of: Callable[[str], str | None] = lambda path: None) -> str:
@@ -66,6 +68,22 @@ def _middle(entry: Entry) -> bytes:
     if len(found) < count:
         raise TruncatedError(f"the file ends within this tensor; {DOWNLOAD_AGAIN}", **entry.location)
     return found
+
+
+def descriptions(folder: str) -> dict[str, str]:
+    """Digests, by name, of the files that describe a model: its configurations and its code.
+
+    Raises:
+        ReadError: They cannot be read.
+    """
+    with os_errors(folder):
+        names = sorted(name for name in os.listdir(folder) if name in _CONFIGURATIONS or name.endswith(".py"))
+    return {name: _digest_of(os.path.join(folder, name)) for name in names}
+
+
+def _digest_of(path: str) -> str:
+    with os_errors(path), open_file(path) as file:
+        return digest(file.read().decode(errors="replace"))
 
 
 def digest(value: object) -> str:

@@ -78,7 +78,8 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        os.close(self._file)
+        with write_errors(self._path):
+            os.close(self._file)
 
 
 def _whole_lines(path: str) -> list[Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import glob
+import errno
 import os
 
-from pyint8.host.locks import lock
+from pyint8.host.locks import lock, unlock
 
+from ._reading import os_errors
 from .journal import Journal
 
 _NAME = ".pyint8-journal"
@@ -22,31 +23,43 @@ def gathered(folder: str, identity: str) -> dict[str, int | None] | None:
 
     Raises:
         BlockingIOError: A process that writes one is alive.
-        OSError: One cannot be read.
+        ReadError: One cannot be read, or the system does not say which there are.
     """
-    files = _files(folder)
-    for file in files:
-        _require_unlocked(file)
-    own = [Journal.read(file) for file in files if Journal.is_of(file, identity)]
+    with os_errors(folder):
+        files = _files(folder)
+        held = [file for file in files if _is_held(file)]
+        own = [Journal.read(file) for file in files if not held and Journal.is_of(file, identity)]
+    if held:
+        raise BlockingIOError(errno.EWOULDBLOCK, "a process writes it", held[0])
     return {name: checksum for noted in own for name, checksum in noted.items()} if own else None
 
 
 def remove_others(folder: str) -> None:
-    """Removes all journals but that of process 0, which has everything."""
+    """Removes all journals but that of process 0, which has everything.
+
+    Raises:
+        OSError: The operating system refused, be it to say which there are.
+    """
     for file in set(_files(folder)) - {journal_file(folder)}:
         os.unlink(file)
 
 
 def remove_all(folder: str) -> None:
+    """As `remove_others`, that one too."""
     for file in _files(folder):
         os.unlink(file)
 
 
 def _files(folder: str) -> list[str]:
-    return sorted(glob.glob(os.path.join(glob.escape(folder), f"{_NAME}*")))
+    # glob takes a folder that cannot be looked into for an empty one
+    return sorted(os.path.join(folder, name) for name in os.listdir(folder) if name.startswith(_NAME))
 
 
-def _require_unlocked(file: str) -> None:
-    locked = lock(file, wait=False)
+def _is_held(file: str) -> bool:
+    try:
+        locked = lock(file, wait=False)
+    except BlockingIOError:
+        return True
     if locked is not None:
-        os.close(locked)
+        unlock(locked)
+    return False

@@ -8,11 +8,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from pyint8.errors import OptionError
 from pyint8.host.files import exists, is_folder
-from pyint8.host.locks import lock, remove_unlocked
+from pyint8.host.locks import lock, remove_unlocked, unlock
+from pyint8.host.removal import discard_folder
 from pyint8.host.writing import sync, write_errors
 
 _AT_FDCWD = -100
@@ -27,7 +28,7 @@ def replaced_folder(
     """Gives an empty folder to write to; at the end it takes the place of `folder`.
 
     Whatever interrupts it, `folder` is as it was, or as it was going to be. What another such block left behind when
-    its process was killed is removed.
+    its process was killed is removed. What cannot be removed is named in a warning, and tried again by the next block.
 
     Args:
         folder: There already or not; if it is, its files stay, but for those that are written anew.
@@ -54,9 +55,9 @@ def replaced_folder(
                 os.chmod(staging, _mode(target))
                 sync_tree(staging)
                 _take_place(staging, target)
-            _remove(staging)  # by now it is what was there before
+            discard_folder(staging)  # by now it is what was there before
         finally:
-            os.close(locked)
+            unlock(locked)
 
 
 @contextmanager
@@ -66,14 +67,8 @@ def _keeping(staging: str, is_resumed: Callable[[BaseException], bool] | None) -
         yield
     except BaseException as error:
         if is_resumed is None or not is_resumed(error):
-            _remove(staging)
+            discard_folder(staging)
         raise
-
-
-def _remove(folder: str) -> None:
-    """Twice: what a disk refuses once, it may do the next time. What stays, the next block removes."""
-    for _ in range(2):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def emptied_unless(folder: str, is_wanted: bool) -> None:
@@ -88,12 +83,20 @@ def emptied_unless(folder: str, is_wanted: bool) -> None:
 
 
 def sync_tree(folder: str) -> None:
-    """Returns once all files below `folder`, and their names, are on the disk."""
-    for parent, _, files in os.walk(folder):
+    """Returns once all files below `folder`, and their names, are on the disk.
+
+    Raises:
+        OSError: The operating system refused, be it to say which files there are.
+    """
+    for parent, _, files in os.walk(folder, onerror=_raise):
         for name in files:
             if not os.path.islink(os.path.join(parent, name)):
                 sync(os.path.join(parent, name))
         sync(parent)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _prefix(target: str) -> str:
@@ -107,7 +110,7 @@ def _staging_folder(target: str) -> tuple[str, int]:
         try:
             locked = lock(staging)
         except BaseException:
-            _remove(staging)
+            discard_folder(staging)
             raise
         if locked is not None:
             return staging, locked
@@ -127,6 +130,10 @@ def _resumed_folder(target: str) -> tuple[str, int]:
             locked = lock(staging, wait=False)
         except BlockingIOError:
             raise OptionError(f"another process is writing {target}; wait for it, or choose another folder") from None
+        except BaseException:
+            with suppress(OSError):
+                os.rmdir(staging)  # unless an attempt has left something in it
+            raise
         if locked is not None:
             return staging, locked
         # Another process finished with it just before it was locked.
@@ -198,4 +205,4 @@ def _swap(staging: str, target: str) -> None:
     except BaseException:
         os.rename(aside, target)
         raise
-    _remove(aside)
+    discard_folder(aside)

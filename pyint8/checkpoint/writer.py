@@ -99,11 +99,15 @@ class SafetensorsWriter:
                 os.fdatasync(self._file)
 
     def close(self) -> None:
-        """Closes the file. Idempotent."""
-        with self._closing:
-            if self._file >= 0:
-                os.close(self._file)
-                self._file = -1
+        """Closes the file. Idempotent.
+
+        Raises:
+            WriteError: The operating system refused what was written before.
+        """
+        with self._closing, write_errors(self._path):
+            file, self._file = self._file, -1  # whatever a close answers, the descriptor may be another's by now
+            if file >= 0:
+                os.close(file)
 
     def __enter__(self) -> SafetensorsWriter:
         return self

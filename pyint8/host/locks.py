@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
+from contextlib import suppress
+
+from .removal import remove_folder
 
 
 def lock(path: str, *, shared: bool = False, wait: bool = True) -> int | None:
-    """Lock a file or folder; closing the descriptor that is returned unlocks it.
+    """Lock a file or folder; `unlock` gives it back, and so does the end of the process.
 
     Args:
         path: It must be there.
@@ -30,10 +32,16 @@ def lock(path: str, *, shared: bool = False, wait: bool = True) -> int | None:
     except FileNotFoundError:
         pass
     except BaseException:
-        os.close(file)
+        unlock(file)
         raise
-    os.close(file)
+    unlock(file)
     return None
+
+
+def unlock(locked: int) -> None:
+    """Close what `lock` returned. It is unlocked whatever the system answers, and nothing was written by it."""
+    with suppress(OSError):
+        os.close(locked)
 
 
 def remove_unlocked(folder: str, locked_by: str | None = None) -> bool:
@@ -53,7 +61,6 @@ def remove_unlocked(folder: str, locked_by: str | None = None) -> bool:
     if locked is None:
         return False
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        return not os.path.exists(folder)
+        return remove_folder(folder)
     finally:
-        os.close(locked)
+        unlock(locked)

@@ -16,6 +16,7 @@ from pyint8.host.files import open_file
 from pyint8.host.imports import importing
 from pyint8.host.memory import available_memory
 from pyint8.host.page_cache import is_cached
+from pyint8.host.removal import discard_folder
 from pyint8.host.speed import drop_from_cache, read_by_threads, takes_direct_reads
 from pyint8.host.writing import write_errors
 from pyint8.operations.common import decoded
@@ -74,7 +75,7 @@ def bench(folder: str | os.PathLike[str] | None = None, nbytes: int | str | None
     try:
         yield from _measure(_Weights(scratch, size), device)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        discard_folder(scratch)
 
 
 def _checked(nbytes: int | str | None, folder: str, usual: int) -> int:

@@ -11,7 +11,8 @@ from pyint8.checkpoint.identity import digest
 from pyint8.checkpoint.journal import Journal
 from pyint8.checkpoint.journals import journal_file
 from pyint8.errors import OptionError
-from pyint8.host.locks import lock
+from pyint8.host.locks import lock, unlock
+from pyint8.host.writing import write_errors
 from pyint8.operations.conversions import ConversionPlan, completed, files_of, identity_of_work, staged
 
 if TYPE_CHECKING:
@@ -141,9 +142,10 @@ def _journal(folder: str, rank: int, identity: str, noted: Noted) -> Iterator[An
     """This rank's journal; locked, so that nobody takes it for that of a process that is gone."""
     file = journal_file(folder, rank)
     with Journal(file, identity, noted) as journal:
-        locked = lock(file)
+        with write_errors(file):
+            locked = lock(file)
         try:
             yield journal
         finally:
             if locked is not None:
-                os.close(locked)
+                unlock(locked)

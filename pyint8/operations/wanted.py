@@ -11,15 +11,12 @@ from typing import Any
 
 from pyint8.checkpoint import Checkpoint
 from pyint8.checkpoint.find import FILE_ARGUMENTS, configuration, configuration_file
-from pyint8.checkpoint.identity import digest, has_digest, identity_of, versions
+from pyint8.checkpoint.identity import descriptions, digest, has_digest, identity_of, versions
 from pyint8.config import Int8Config, StreamOptions
-from pyint8.host.files import open_file
 from pyint8.remote.objects import tag_of
 
 # What changes which tensor is which, in a way that the int8 form has behind it.
 _UNFIT = ("key_mapping", "state_dict", "gguf_file", "ignore_mismatched_sizes", "num_labels", "id2label")
-
-_CONFIGURATIONS = ("config.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
@@ -52,13 +49,16 @@ class Wanted:
         Args:
             checkpoint: The source.
             path: What it was found by: a hub id, or the folder, which for a URL stands for that.
+
+        Raises:
+            ReadError: What describes it cannot be read.
         """
         from pyint8.models.request import check_dtype
 
         config = self.config or Int8Config()
         described = [
             identity_of(checkpoint, tag_of),
-            [_descriptions(folder) for folder in self._folders(checkpoint, path)],
+            [descriptions(folder) for folder in self._folders(checkpoint, path)],
             self._changing,
             self.device,
             str(check_dtype(self.dtype)),
@@ -122,13 +122,3 @@ class Wanted:
         """Whether the configuration names code in another repository: "owner/name--module.Class"."""
         found = configuration(path, self.arguments)
         return found is not None and "--" in json.dumps(found[1].get("auto_map"))
-
-
-def _descriptions(folder: str) -> dict[str, str]:
-    """Digests of what describes the model: its configurations and its code."""
-    names = sorted(name for name in os.listdir(folder) if name in _CONFIGURATIONS or name.endswith(".py"))
-    found = {}
-    for name in names:
-        with open_file(os.path.join(folder, name)) as file:
-            found[name] = digest(file.read().decode(errors="replace"))
-    return found

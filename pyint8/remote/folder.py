@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from pyint8.checkpoint.side_files import is_weights
 from pyint8.errors import CheckpointError, CheckpointNotFoundError, OptionError, Pyint8Error, RemoteError
 from pyint8.host import ending
 from pyint8.host.files import open_file
+from pyint8.host.removal import discard_folder, remove_folder
 from pyint8.host.writing import write_errors
 
 from . import objects
@@ -130,9 +130,9 @@ class _Stub:
             return
         objects.end(self._root)
         try:
-            shutil.rmtree(self._parent, ignore_errors=True)
+            remove_folder(self._parent)
         finally:  # again: Ctrl-C may have come in between
-            shutil.rmtree(self._parent, ignore_errors=True)
+            discard_folder(self._parent)
 
 
 _stubs: WeakSet[_Stub] = WeakSet()

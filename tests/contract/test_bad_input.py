@@ -270,3 +270,21 @@ def test_refused_by_the_operating_system(copy_of: Copy, monkeypatch: pytest.Monk
     with pytest.raises(errors.ReadError, match="give this user permission to read it") as caught:
         pyint8.load(folder, "cpu")
     assert (caught.value.path, caught.value.errno) == (str(folder / FILE), errno.EACCES)
+
+
+@pytest.mark.parametrize("verb", [lambda folder: pyint8.load(folder, "cpu"), pyint8.inspect])
+def test_a_configuration_that_the_disk_refuses(
+    copy_of: Copy, monkeypatch: pytest.MonkeyPatch, verb: Callable[[Path], Any]
+) -> None:
+    config = copy_of("llama") / "config.json"
+    genuine = open
+
+    def refuse(path: Any, *args: Any, **kwargs: Any) -> Any:
+        if str(path) == str(config):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return genuine(path, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(errors.ReadError, match="check the disk") as caught:
+        verb(config.parent)
+    assert (caught.value.path, caught.value.errno) == (str(config), errno.EIO)

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import faults
 import pytest
 import torch
 from bitsandbytes import functional
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 PROGRAM = Path(__file__).parents[1] / "support" / "faults.py"
 SAMPLE = "0" if os.environ.get("PYINT8_TEST_EVERY_FAULT") == "1" else "8"
-ROADS = {"reading": 10, "writing": 6}
+ROADS = {"reading": 11, "writing": 6}
 
 
 @pytest.fixture
@@ -54,6 +55,23 @@ def test_a_call_that_fails(kind: str, library: Path, tmp_path: Path) -> None:
     assert len(found["tried"]) == ROADS[kind]
     for name, road in found["tried"].items():
         assert road["calls"] > 20, name  # the library is there, and sees them
+
+
+@pytest.mark.parametrize(
+    ("call", "left", "is_let_pass"),
+    [
+        ("mmap", ["w, inherited"], True),
+        ("mmap", ["w"], False),
+        ("pread", ["w, inherited"], False),
+        ("mmap", ["w, inherited", "w, inherited"], False),
+        ("mmap", ["w, inherited", "w"], False),
+    ],
+)
+def test_the_descriptor_that_torch_leaves_is_told_from_others(call: str, left: list[str], is_let_pass: bool) -> None:
+    before = ["/dev/null", "w, inherited"]
+    assert faults.is_of_torch(call, {"open files": (before + left, before)}) == is_let_pass
+    assert not faults.is_of_torch(call, {"open files": (left, before)})
+    assert not faults.is_of_torch(call, {"open files": (before + left, before), "threads": (["a"], [])})
 
 
 class Quantizer:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from faulty_roads import ROADS, Road, emptied
+from faulty_roads import ROADS, Road, copied
 
 import pyint8
 from pyint8.errors import Pyint8Error
@@ -56,6 +56,11 @@ _FAILURES = {
 }
 # What transformers' own reading of JSON makes of a file that another program has locked.
 _NOT_OURS = "can't concat NoneType to bytes"
+_NOT_REACHED, _WENT_ROUND = "not reached", "went round"
+_DONE = (_NOT_REACHED, _WENT_ROUND)
+# After which a conversion keeps what it has done, for the next one; an OptionError says that another process has it.
+_RESUMED = ("ReadError", "CancelledError", "OptionError")
+_INHERITED = ", inherited"
 _NO_MEMORY = ("not enough memory", "can't allocate memory")
 
 
@@ -74,8 +79,14 @@ class System:
         """The names of the calls, in order."""
         return [self._library.faults_name(number + 1).decode() for number in range(self._library.faults_end())]
 
-    def failed(self) -> bool:
-        return self._library.faults_failed() is not None
+    def failed(self) -> str | None:
+        """The name of the call that has; None if none has."""
+        name: bytes | None = self._library.faults_failed()
+        return None if name is None else _stem(name.decode())
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix("64")
 
 
 def files_below(folder: Path) -> dict[str, bytes | None]:
@@ -90,13 +101,20 @@ def _content(path: Path) -> bytes | None:
 
 
 def of_process() -> dict[str, object]:
-    numbers = (f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd"))
     return {
-        "open files": sorted(os.readlink(path) for path in numbers if os.path.exists(path)),
+        "open files": sorted(filter(None, map(_open_file, os.listdir("/proc/self/fd")))),
         "threads": sorted(each.name for each in threading.enumerate() if each.name != "tqdm_monitor"),
         "pinned": pyint8._core.pinned_bytes_in_use(),
         "collector": gc.isenabled(),
     }
+
+
+def _open_file(number: str) -> str | None:
+    """What a descriptor is of, and whether processes that are started get it; None if it is closed by now."""
+    try:
+        return os.readlink(f"/proc/self/fd/{number}") + (_INHERITED if os.get_inheritable(int(number)) else "")
+    except OSError:
+        return None
 
 
 def settled(expected: dict[str, object]) -> dict[str, object]:
@@ -116,9 +134,15 @@ def same(one: Any, other: Any) -> bool:
     )
 
 
-def _is_of_torch(fault: tuple[Any, ...], differing: list[Any]) -> bool:
-    """torch's own mapping, which transformers looks into, leaves its descriptor open where it cannot be made."""
-    return fault[1] == "mmap" and [key for key, *_ in differing] == ["open files"]
+def is_of_torch(call: str, differing: dict[str, tuple[Any, Any]]) -> bool:
+    """torch's own mapping, which transformers looks into, leaves its descriptor open where it cannot be made.
+
+    That is one that started processes inherit; pyint8 has none of that kind.
+    """
+    if call != "mmap" or differing.keys() != {"open files"}:
+        return False
+    now, was = map(Counter, differing["open files"])
+    return not was - now and [path.endswith(_INHERITED) for path in (now - was).elements()] == [True]
 
 
 def is_expected(error: BaseException) -> bool:
@@ -131,7 +155,9 @@ class Trial:
 
     def __init__(self, system: System, folder: Path, name: str, road: Road) -> None:
         self._system, self._folder, self._name, self._road = system, folder, name, road
-        self._before = self._files()
+        self._kept = folder / "kept" / name
+        if road.target is not None:
+            copied(road.target, self._kept)
         self._expected = road.act()
         self._after = self._files()
         self._process = of_process()
@@ -147,43 +173,48 @@ class Trial:
         self._system.begin(self._folder)
         self._road.act()
         calls = self._system.end()
-        stems = [name.removesuffix("64") for name in calls]
+        stems = list(map(_stem, calls))
         return [(number, name, error) for number, name in enumerate(stems, 1) for error in _FAILURES.get(name, _ANY)]
 
     def _start_afresh(self) -> None:
+        """With the folder as it was before the first time, so that nothing follows from what another fault left."""
         if self._road.target is not None:
-            emptied(self._road.target)
+            copied(self._kept, self._road.target)
 
     def run(self, number: int, name: str, error: int) -> None:
         self._start_afresh()
         before = self._files()
         self._system.begin(self._folder, number, error)
-        found, outcome = None, "went round"
+        found, raised = None, None
         try:
             found = self._road.act()
-        except BaseException as raised:
-            outcome = type(raised).__name__
-            self._judge(raised, number, name, error)
+        except BaseException as caught:
+            raised = caught
         self._system.end()
-        if not self._system.failed():
-            outcome = "not reached"
-        elif outcome == "went round" and self._road.target is None and not same(found, self._expected):
-            outcome = "told" if found is False else "WRONG"
+        struck = self._system.failed()
+        fault = (number, struck or name, error)  # threads call in another order each time
+        outcome = self._judge(found, raised, *fault) if struck else _NOT_REACHED
         self.outcomes[outcome] += 1
-        if outcome == "WRONG":
-            self._complain("another result", number, name, error)
-        self._look(before, outcome, number, name, error)
+        found = raised = None
+        self._look(before, outcome, *fault)
 
-    def _judge(self, raised: BaseException, number: int, name: str, error: int) -> None:
-        if not is_expected(raised):
-            text = "".join(traceback.format_exception(raised)[-3:])
-            self._complain(f"raised {text}", number, name, error)
+    def _judge(self, found: Any, raised: BaseException | None, *fault: Any) -> str:
+        if raised is not None:
+            if not is_expected(raised):
+                self._complain(f"raised {''.join(traceback.format_exception(raised)[-3:])}", *fault)
+            return type(raised).__name__
+        if same(found, self._expected):
+            return _WENT_ROUND
+        if found is False:
+            return "told"
+        self._complain("another result", *fault)
+        return "WRONG"
 
     def _look(self, before: dict[str, bytes | None], outcome: str, *fault: Any) -> None:
         """At what is left, and at what comes next."""
         if (now := settled(self._process)) != self._process:
-            differing = [(key, now[key], was) for key, was in self._process.items() if now[key] != was]
-            if not _is_of_torch(fault, differing):
+            differing = {key: (now[key], was) for key, was in self._process.items() if now[key] != was}
+            if not is_of_torch(fault[1], differing):
                 self._complain(f"left {differing}", *fault)
             self._process = now
         self._look_at_files(before, outcome, *fault)
@@ -192,10 +223,13 @@ class Trial:
             self._complain("another result the next time", *fault)
 
     def _look_at_files(self, before: dict[str, bytes | None], outcome: str, *fault: Any) -> None:
-        now = {path: content for path, content in self._files().items() if ".saving-resumed" not in path}
-        if now != self._after and (now != before or outcome == "went round"):
-            changed = [path for path in {*now, *before} if now.get(path, 0) != before.get(path, 0)]
-            self._complain(f"half done: {changed[:5]}", *fault)
+        now = self._files()
+        if outcome in _RESUMED:
+            now = {path: content for path, content in now.items() if not path.split("/")[0].endswith(".saving-resumed")}
+        if now == self._after or (now == before and outcome not in _DONE):
+            return
+        changed = [path for path in {*now, *self._after} if now.get(path, 0) != self._after.get(path, 0)]
+        self._complain(f"half done: {sorted(changed)[:5]}", *fault)
 
     def _complain(self, what: str, number: int, name: str, error: int) -> None:
         how = "short" if error == SHORT else errno.errorcode[error]

@@ -17,6 +17,7 @@ from torch import nn
 from zoo import ZOO, checkpoint_store
 
 import pyint8
+from pyint8.operations.cached import wait_for_fills
 
 Tensors = dict[str, torch.Tensor]
 
@@ -46,6 +47,13 @@ def offloaded(path: Path, folder: Path) -> Tensors:
     return {name: value for name, value in model.state_dict().items() if value.device.type != "meta"}
 
 
+def from_cache(path: Path, cache: Path) -> Tensors:
+    """Of the int8 form, which is made anew behind the load where a fault has made it look unsound."""
+    values = dict(pyint8.load(path, "cpu", cache=cache).state_dict())
+    assert wait_for_fills(60)
+    return values
+
+
 def reading(folder: Path) -> dict[str, Road]:
     values = module().state_dict()
     (folder / "checkpoints").mkdir(parents=True)
@@ -57,6 +65,8 @@ def reading(folder: Path) -> dict[str, Road]:
     llama, sharded = (store.folder(ZOO[name], "bf16") for name in ("llama", "llama_sharded"))
     int8, model = folder / "int8", pyint8.load(llama, "cpu")
     pyint8.save(model, int8)
+    cache = folder / "cache"
+    from_cache(llama, cache)
     direct = pyint8.StreamOptions(direct_io=True)
     return {
         "module": Road(lambda: plain(safetensors)),
@@ -66,6 +76,7 @@ def reading(folder: Path) -> dict[str, Road]:
         "llama": Road(lambda: dict(pyint8.load(llama, "cpu").state_dict())),
         "sharded": Road(lambda: dict(pyint8.load(sharded, "cpu", options=direct).state_dict())),
         "int8": Road(lambda: dict(pyint8.load(int8, "cpu").state_dict())),
+        "cache": Road(lambda: from_cache(llama, cache)),
         "reload": Road(lambda: (pyint8.reload(model, llama), dict(model.state_dict()))[1]),
         "verify": Road(lambda: pyint8.verify(int8).is_sound),
         "inspect": Road(lambda: [str(each) for each in pyint8.inspect(llama).tensors]),
@@ -83,6 +94,7 @@ def writing(folder: Path) -> dict[str, Road]:
     for name in ("save over", "convert over"):
         pyint8.save(model, places[name])
         (places[name] / "mine.txt").write_text("mine")
+        (places[name] / "model-00002-of-00002.safetensors").write_text("of an earlier save, so replaced")
     convert = pyint8.convert
     return {
         "save": Road(lambda: pyint8.save(model, places["save"]), places["save"]),
@@ -101,8 +113,9 @@ def writing(folder: Path) -> dict[str, Road]:
 ROADS = {"reading": reading, "writing": writing}
 
 
-def emptied(target: Path) -> None:
-    """As it was before the first time, but for what was there on purpose."""
-    if target.name.endswith(" over"):
-        return
-    shutil.rmtree(target, ignore_errors=True)
+def copied(folder: Path, to: Path) -> None:
+    """Makes `to` what `folder` is: a folder with the same files, or nothing."""
+    if to.exists():
+        shutil.rmtree(to)
+    if folder.exists():
+        shutil.copytree(folder, to)

@@ -15,7 +15,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 
 from pyint8.checkpoint.find import CODE_ARGUMENTS, HUB_ARGUMENTS, cached_file, named_by_adapter
 from pyint8.config import METHOD, Int8Config
-from pyint8.errors import CheckpointError, CheckpointNotFoundError, ModelNotSupportedError, OptionError
+from pyint8.errors import CheckpointError, CheckpointNotFoundError, ModelNotSupportedError, OptionError, ReadError
 from pyint8.host import garbage
 from pyint8.host.files import exists, is_folder
 from pyint8.models.request import LoadRequest
@@ -177,6 +177,10 @@ def _read_config(config_class: Any, path: str, hub: dict[str, Any]) -> Any:
                 f"there is no config.json in {os.path.join(path, subfolder)}; give the folder of a model (or "
                 "`subfolder`), or fill a module of your own: pyint8.load(path, model=module)"
             ) from error
+        if is_local and isinstance(error, OSError) and error.errno is not None:
+            file = error.filename or os.path.join(path, subfolder, "config.json")
+            problem = f"cannot be read: {error.strerror}; check the disk and its permissions, then try again"
+            raise ReadError(problem, path=file, errno=error.errno) from error
         if is_local and isinstance(error, (OSError, StrictDataclassError)):
             raise ModelNotSupportedError(f"the configuration in {path} cannot be read: {error}") from error
         if ASKS_FOR_TRUST in str(error):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from failing import failing
 
 from pyint8.checkpoint.journal import Journal
 from pyint8.checkpoint.journals import gathered, journal_file, remove_all, remove_others
 from pyint8.checkpoint.shards import shards_of
 from pyint8.checkpoint.writer import TensorPlan
+from pyint8.errors import ReadError
 from pyint8.host.locks import lock
 
 
@@ -50,6 +53,25 @@ def test_a_process_that_is_alive_is_seen(folder: str) -> None:
         gathered(folder, "work")
     os.close(locked)
     assert gathered(folder, "work")
+
+
+@pytest.mark.parametrize("name", ["listdir", "open", "stat", "fstat"])
+def test_a_disk_that_fails_has_not_lost_them(folder: str, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, failing(name, 1))
+        with pytest.raises(ReadError, match="Input/output error"):
+            gathered(folder, "work")
+    assert gathered(folder, "work") == {"a": 1, "b": None}
+
+
+@pytest.mark.parametrize("remove", [remove_all, remove_others])
+def test_those_that_are_not_seen_are_not_taken_for_removed(
+    folder: str, monkeypatch: pytest.MonkeyPatch, remove: Callable[[str], None]
+) -> None:
+    monkeypatch.setattr(os, "listdir", failing("listdir", 1))
+    with pytest.raises(OSError, match="Input/output error"):
+        remove(folder)
+    assert len(os.listdir(folder)) == 4
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 10])

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from failing import failing
 
 from pyint8.checkpoint import replacement
 from pyint8.checkpoint.replacement import replaced_folder
@@ -101,6 +104,68 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     ):
         pass
     assert raised.value.path == str(tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["fstat", "close"])
+def test_what_was_replaced_goes_though_the_system_fails_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    put(tmp_path / "model", w1="old", notes="mine")
+    with monkeypatch.context() as patch, replaced_folder(str(tmp_path / "model"), is_old) as staging:
+        put(staging, w1="new")
+        patch.setattr(replacement, "discard_folder", with_failing(patch, name, 1))
+    assert read(tmp_path) == {"model/w1": "new", "model/notes": "mine"}
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def with_failing(patch: pytest.MonkeyPatch, name: str, nth: int) -> Callable[[str], None]:
+    """The removal, within which a call of the system fails."""
+    discard = replacement.discard_folder
+
+    def call(folder: str) -> None:
+        patch.setattr(os, name, failing(name, nth))
+        discard(folder)
+
+    return call
+
+
+def test_what_cannot_be_removed_is_named_and_goes_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path / "model", w1="old")
+    caplog.set_level(logging.WARNING, "pyint8")
+    with monkeypatch.context() as patch, replaced_folder(str(tmp_path / "model"), is_old) as staging:
+        put(staging, w1="new")
+        patch.setattr(replacement, "discard_folder", with_failing(patch, "rmdir", 0))
+    (message,) = caplog.messages
+    assert message.startswith(f"{staging} is not needed any more, but could not be removed")
+    assert read(tmp_path / "model") == {"w1": "new"}
+    with replaced_folder(str(tmp_path / "model"), is_old) as staging:
+        put(staging, w1="newer")
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_files_of_which_nobody_knows_whether_they_are_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that cannot be looked into is not one without files."""
+    put(tmp_path / "model", w1="old")
+    monkeypatch.setattr(os, "scandir", failing("scandir", 1, lambda path: str(path).endswith("/logs")))
+    with (
+        pytest.raises(WriteError, match="Input/output error"),
+        replaced_folder(str(tmp_path / "model"), is_old) as staging,
+    ):
+        put(staging, logs__one="new")
+    assert read(tmp_path) == {"model/w1": "old"}
+
+
+def test_a_folder_that_cannot_be_locked_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = str(tmp_path / "model")
+    monkeypatch.setattr("fcntl.flock", lambda *_: interrupted(OSError(errno.ENOLCK, "No locks available")))
+    for is_resumed in (None, lambda _: True):
+        with pytest.raises(WriteError), replaced_folder(target, is_old, is_resumed=is_resumed):
+            pass
+        assert os.listdir(tmp_path) == []
 
 
 SAVER = """

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from failing import failing
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -110,3 +111,15 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         with pytest.raises(WriteError, match="No space left on device; free some space") as raised:
             writer.write("a", [bytes(24)])
     assert (raised.value.tensor, raised.value.errno) == ("a", errno.ENOSPC)
+
+
+def test_a_close_that_fails_is_said_and_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = SafetensorsWriter(str(tmp_path / "w"), [TensorPlan("a", "I8", (1,))], {})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", failing("close"))
+        with pytest.raises(WriteError, match="Input/output error") as raised:
+            writer.close()
+    assert raised.value.path == str(tmp_path / "w")
+    other = os.open(tmp_path / "w", os.O_RDONLY)  # gets the number that is free
+    writer.close()
+    os.close(other)

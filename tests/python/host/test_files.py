@@ -91,13 +91,23 @@ def test_no_other_code_opens_files() -> None:
 
 
 # What they ask for is of no checkpoint, or may as well not be there.
-_ASKED = {"host/locks.py", "operations/bench.py", "operations/machine.py", "run.py"}
+_ASKED = {"operations/bench.py", "operations/machine.py", "run.py"}
 
 
 def test_no_other_code_takes_a_failing_disk_for_an_absent_file() -> None:
     asks = re.compile(r"os\.path\.(l?exists|isfile|isdir)\b(?!`)")
     texts = {str(path.relative_to(PACKAGE)): path.read_text() for path in PACKAGE.rglob("*.py")}
     assert {path for path, text in texts.items() if asks.search(text)} == _ASKED
+
+
+# A command for people; what killed processes have left, which goes where it is seen; and what tries again.
+_TAKE_FOR_EMPTY = {"checkpoint/advice.py", "checkpoint/replacement.py", "host/removal.py"}
+
+
+def test_no_other_code_takes_a_failing_disk_for_an_empty_folder() -> None:
+    asks = re.compile(r"\b[ir]?glob\(|os\.walk\((?!.*onerror)|ignore_errors")
+    texts = {str(path.relative_to(PACKAGE)): path.read_text() for path in PACKAGE.rglob("*.py")}
+    assert {path for path, text in texts.items() if asks.search(text)} == _TAKE_FOR_EMPTY
 
 
 def test_what_is_there_and_what_is_not(tmp_path: Path) -> None:

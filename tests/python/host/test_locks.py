@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from failing import failing
 
-from pyint8.host.locks import lock
+from pyint8.host.locks import lock, unlock
 
 HOLDS = """
 import sys
@@ -52,6 +53,17 @@ def test_what_was_replaced_is_not_locked(tmp_path: Path, monkeypatch: pytest.Mon
             before = len(os.listdir("/proc/self/fd"))
             assert lock(str(path)) is None
             assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_close_that_fails_unlocks_even_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = lock(str(tmp_path))
+    assert held is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", failing("close"))
+        unlock(held)
+    again = lock(str(tmp_path), wait=False)
+    assert again is not None
+    unlock(again)
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 from checksums import add_checksums, damage
+from failing import failing
 from transformers import GenerationConfig
 from zoo import ZOO, CheckpointStore
 
 import pyint8
 from pyint8.checkpoint import open_checkpoint
-from pyint8.errors import ChecksumError
+from pyint8.errors import ChecksumError, ReadError
 from pyint8.operations import wanted
 from pyint8.operations.cached import wait_for_fills
 
@@ -151,3 +155,36 @@ def test_another_release_has_another_form(
     assert asked.key(checkpoint, str(source)) == before
     monkeypatch.setattr(metadata, "version", lambda name: "99.0" if name == package else version(name))
     assert asked.key(checkpoint, str(source)) != before
+
+
+@pytest.mark.parametrize(("name", "nth"), [("model.safetensors", 1), (".pyint8-cache.json", 2)])
+def test_a_form_that_cannot_be_read_once_stays(
+    source: Path, cache: Path, name: str, nth: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(source, cache)
+    (folder,) = cache.iterdir()
+    made = folder.stat().st_ino
+    with mock.patch.object(os, "open", failing("open", nth, lambda path, *_: path == str(folder / name))):
+        model, was_cached = load(source, cache)
+    assert not was_cached
+    assert "cannot be read this time" in caplog.text
+    expected = pyint8.load(source, CPU).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert load(source, cache)[1]
+    assert folder.stat().st_ino == made
+
+
+def test_a_form_whose_use_cannot_be_noted_is_used(source: Path, cache: Path) -> None:
+    load(source, cache)
+    with mock.patch.object(os, "utime", failing("utime")):
+        assert load(source, cache)[1]
+
+
+@pytest.mark.parametrize("name", ["listdir", "open"])
+def test_a_disk_that_fails_is_said(source: Path, cache: Path, name: str) -> None:
+    about = (str(source), str(source / "generation_config.json"))
+    with (
+        mock.patch.object(os, name, failing(name, 1, lambda path=".", *_: path in about)),
+        pytest.raises(ReadError, match="Input/output error"),
+    ):
+        pyint8.load(source, CPU, cache=cache)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
 from zoo import PREQUANTIZED
 
 import pyint8
@@ -288,3 +289,20 @@ def test_a_configuration_that_the_disk_refuses(
     with pytest.raises(errors.ReadError, match="check the disk") as caught:
         verb(config.parent)
     assert (caught.value.path, caught.value.errno) == (str(config), errno.EIO)
+
+
+@pytest.mark.parametrize("suffix", ["bf16", PREQUANTIZED])
+def test_a_configuration_that_is_there_only_once(suffix: str, copy_of: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stat of it that fails means to transformers that it is not there: it takes its class's defaults, silently."""
+    folder = copy_of("llama", suffix)
+    genuine, reads = LlamaConfig.from_dict, 0
+
+    def without_names(fields: dict[str, Any], **more: Any) -> Any:
+        nonlocal reads
+        reads += 1
+        return genuine({**fields, "architectures": None} if reads > 1 else fields, **more)
+
+    monkeypatch.setattr(LlamaConfig, "from_dict", without_names)
+    with pytest.raises(errors.ReadError, match="took it for absent when it read it again; check the disk") as caught:
+        pyint8.load(folder, "cpu")
+    assert caught.value.path == str(folder / "config.json")

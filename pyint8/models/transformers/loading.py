@@ -125,7 +125,7 @@ def _from_pretrained(model_class: Any, session: LoadSession, placement: dict[str
     with _load_lock, ExitStack() as stack:
         stack.enter_context(named_failures(request))
         with named_configuration(request):
-            model_class, arguments = _resolve(model_class, request)
+            model_class, arguments, config = _resolve(model_class, request)
         stack.enter_context(session.activate())
         stack.enter_context(recorder.phase("build"))
         session.on_files = lambda: stack.enter_context(garbage.paused())  # downloads are complete
@@ -134,11 +134,19 @@ def _from_pretrained(model_class: Any, session: LoadSession, placement: dict[str
         model, recorder.report.loading_info = model_class.from_pretrained(
             request.path, output_loading_info=True, **placement, **arguments
         )
+    _require_read(model, config, request)
     return model
 
 
-def _resolve(model_class: Any, request: LoadRequest) -> tuple[Any, dict[str, Any]]:
-    """The class to load, and the arguments of its from_pretrained beside the placement."""
+def _require_read(model: Any, config: Any, request: LoadRequest) -> None:
+    """Refuses a model of its class's defaults: what the configuration names is known to have been there before."""
+    if type(model.config) is type(config) and config.architectures and not model.config.architectures:
+        file = os.path.join(request.base, request.arguments.get("subfolder") or "", "config.json")
+        raise ReadError("transformers took it for absent when it read it again; check the disk, then retry", path=file)
+
+
+def _resolve(model_class: Any, request: LoadRequest) -> tuple[Any, dict[str, Any], Any]:
+    """The class to load, the arguments of its from_pretrained beside the placement, and the configuration."""
     path, base = request.path, request.base
     arguments = dict(request.arguments)
     hub = {name: value for name, value in arguments.items() if name in _FINDING_ARGUMENTS}
@@ -153,10 +161,10 @@ def _resolve(model_class: Any, request: LoadRequest) -> tuple[Any, dict[str, Any
         arguments = {name: value for name, value in arguments.items() if name != "code_revision"}
     stored = _stored_quantization(config)
     if stored is None:
-        return model_class, {**arguments, "quantization_config": request.config or Int8Config()}
-    config, unused = config_class.from_pretrained(base, return_unused_kwargs=True, **arguments)
-    config.quantization_config = _pre_quantized_fields(stored, request.config, base)
-    return model_class, {**unused, **hub, "config": config}
+        return model_class, {**arguments, "quantization_config": request.config or Int8Config()}, config
+    changed, unused = config_class.from_pretrained(base, return_unused_kwargs=True, **arguments)
+    changed.quantization_config = _pre_quantized_fields(stored, request.config, base)
+    return model_class, {**unused, **hub, "config": changed}, config
 
 
 def _stored_quantization(config: Any) -> Any:

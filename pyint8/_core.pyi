@@ -110,7 +110,7 @@ class Engine:
             lane: Where they go.
             reads: (file, offset, bytes, address) each.
             stream: Destinations are written only after what was put on this stream so far.
-            first: Ahead of everything that waits.
+            first: Ahead of all that waits for this lane.
             checksums: For each read, the number of the one that its bytes are part of, or `UNCHECKED`; [] for none.
 
         Returns:
@@ -258,7 +258,7 @@ class Consumer:
                 marks: Address of uint8, or 0: 1 is written where an output row has a value that is not finite in
                     fp16, or, one for all values that are cast to fp16, where infinity is new.
             stream: Destinations are written only after what was put on this stream so far.
-            first: Read what these need ahead of all that the engine was asked for.
+            first: Read what these need ahead of all that was asked for on this lane.
 
         Returns:
             The first request's ticket; the others' follow, one by one, counted from 0.

@@ -77,7 +77,7 @@ class Consumer {
 
   // Takes requests, to be served in this order; returns the first one's ticket: they count up from 0.
   // Destinations are written only after what the caller has put on `stream` so far. `first`: what these read
-  // is read ahead of everything that the engine was asked for, as what has landed behind it waits for it.
+  // is read ahead of all that was asked for on this lane, as what has landed behind it waits for it.
   // Throws kInvalidArgument, and takes none, where one cannot be served (see `bands_of`); a band is an eighth
   // of scratch.
   Ticket submit(std::span<const Request> requests, StreamHandle stream, bool first = false);

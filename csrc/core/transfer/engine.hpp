@@ -87,7 +87,7 @@ class Engine {
   std::vector<Refused> add_detours(std::uint32_t lane, std::vector<std::unique_ptr<Detour>> detours);
 
   // Submits `reads` into memory of lane `lane`, in that order; returns the first one's ticket. Destinations
-  // are written only after what the caller has put on `stream` so far. `first`: ahead of all that waits.
+  // are written only after what the caller has put on `stream` so far. `first`: ahead of the lane's others.
   Ticket submit(std::uint32_t lane, std::span<const Read> reads, StreamHandle stream, bool first);
 
   // Waits up to `timeout` until `ticket` is on its way, then makes `stream` wait for its arrival; false if

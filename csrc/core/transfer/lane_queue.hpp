@@ -17,36 +17,31 @@ namespace pyint8 {
 template <typename Job>
 class LaneQueue {
  public:
-  // `first`: ahead of everything that waits, whatever its lane. If there is no memory, none is taken.
+  // `first`: ahead of everything that waits for this lane. If there is no memory, none is taken.
   void push(std::size_t lane, std::vector<Job> jobs, bool first) {
     if (lanes_.size() <= lane) lanes_.resize(lane + 1);
-    if (first) {
-      std::vector<std::pair<std::size_t, Job>> urgent;
-      urgent.reserve(jobs.size());
-      for (Job& job : jobs) urgent.emplace_back(lane, std::move(job));
-      urgent_.insert(urgent_.begin(), std::make_move_iterator(urgent.begin()),
-                     std::make_move_iterator(urgent.end()));
-    } else {
-      auto& waiting = lanes_[lane].waiting;
-      waiting.insert(waiting.end(), std::make_move_iterator(jobs.begin()),
-                     std::make_move_iterator(jobs.end()));
-    }
+    auto& waiting = lanes_[lane].waiting;
+    waiting.insert(first ? waiting.begin() : waiting.end(), std::make_move_iterator(jobs.begin()),
+                   std::make_move_iterator(jobs.end()));
   }
 
   bool empty() const {
-    return urgent_.empty() &&
-           std::ranges::all_of(lanes_, [](const Lane& lane) { return lane.waiting.empty(); });
+    return std::ranges::all_of(lanes_, [](const Lane& lane) { return lane.waiting.empty(); });
   }
 
-  // Takes the next job: an urgent one, or else the first of the lane that has the fewest under way. There
-  // must be one.
-  Job pop() { return urgent_.empty() ? take_from(idlest()) : take_urgent(); }
+  // Takes the next job: the first of the lane that has the fewest under way. There must be one.
+  Job pop() {
+    Lane& lane = idlest();
+    Job job = std::move(lane.waiting.front());
+    lane.waiting.pop_front();
+    ++lane.under_way;
+    return job;
+  }
 
   // A job of this lane has ended, on the device too, which is ready for another.
   void done(std::size_t lane) { --lanes_[lane].under_way; }
 
   void clear() {
-    urgent_.clear();
     for (Lane& lane : lanes_) lane.waiting.clear();
   }
 
@@ -64,20 +59,7 @@ class LaneQueue {
     }
     return *best;
   }
-  static Job take_from(Lane& lane) {
-    Job job = std::move(lane.waiting.front());
-    lane.waiting.pop_front();
-    ++lane.under_way;
-    return job;
-  }
-  Job take_urgent() {
-    auto [lane, job] = std::move(urgent_.front());
-    urgent_.pop_front();
-    ++lanes_[lane].under_way;
-    return std::move(job);
-  }
 
-  std::deque<std::pair<std::size_t, Job>> urgent_;
   std::deque<Lane> lanes_;
 };
 

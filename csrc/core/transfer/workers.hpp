@@ -42,7 +42,8 @@ class Workers {
   Workers(const Workers&) = delete;
   Workers& operator=(const Workers&) = delete;
 
-  // `first`: ahead of everything that waits. Discarded once stopped. All of them or, if it throws, none.
+  // `first`: ahead of all that waits for the lane. Discarded once stopped. All of them or, if it throws,
+  // none.
   void push(std::size_t lane, std::vector<Job> jobs, bool first) {
     {
       const std::lock_guard lock(mutex_);

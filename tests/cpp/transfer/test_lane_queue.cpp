@@ -45,21 +45,21 @@ TEST_CASE("a lane whose device is slow waits while others have fewer jobs under 
   CHECK(queue.pop() == 15);
 }
 
-TEST_CASE("urgent jobs come before all, the latest submission first, each in its own order") {
+TEST_CASE("urgent jobs come before their lane's others, the latest submission first, each in its own order") {
   LaneQueue<int> queue;
   queue.push(0, {1, 2}, false);
-  queue.push(1, {11, 12}, true);
   queue.push(0, {3, 4}, true);
-  queue.push(1, {13}, false);
-  CHECK(take_all(queue) == std::vector<int>{3, 4, 11, 12, 1, 13, 2});
+  queue.push(0, {5, 6}, true);
+  queue.push(0, {7}, false);
+  CHECK(take_all(queue) == std::vector<int>{5, 6, 3, 4, 1, 2, 7});
 }
 
-TEST_CASE("urgent jobs count as under way") {
+TEST_CASE("a lane's urgent jobs take no turn from the others") {
   LaneQueue<int> queue;
-  queue.push(0, {1, 2}, true);
-  queue.push(0, {3}, false);
-  queue.push(1, {11, 12}, false);
-  CHECK(take_all(queue) == std::vector<int>{1, 2, 11, 12, 3});
+  queue.push(0, {1, 2, 3}, false);
+  queue.push(1, {13}, false);
+  queue.push(1, {11, 12}, true);
+  CHECK(take_all(queue) == std::vector<int>{1, 11, 2, 12, 3, 13});
 }
 
 TEST_CASE("clearing destroys what waits, urgent or not") {

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 _SHARD_BYTES = 5 * 10**9
+_WRITERS = 4  # of a shard in memory each; one on machines without a GPU, whose memory is small
 
 # The shapes of Llama-3.1-8B, Llama-3.2-1B, Qwen3-4B, GPT-2 XL, layers of Llama-3.1-70B, Qwen3-30B-A3B, and of the
 # same with all of its 18,867 tensors and a third to a half of its widths; and small ones for machines without a GPU.
@@ -184,10 +187,7 @@ def make(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **changes
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    shards: list[dict[str, int]] = []
-    for number, shard in enumerate(_shards(model, dtype, device)):
-        save_file(shard, folder / f"part-{number:05d}.safetensors", metadata={"format": "pt"})
-        shards.append({key: tensor.nbytes for key, tensor in shard.items()})
+    shards = _write(_shards(model, dtype, device), folder, _WRITERS if device == "cuda" else 1)
     weight_map = {}
     for number, sizes in enumerate(shards):
         final = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
@@ -198,6 +198,22 @@ def make(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **changes
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config.save_pretrained(folder)  # last: its presence says that the rest is whole
     return folder
+
+
+def _write(shards: Iterable[dict[str, torch.Tensor]], folder: Path, writers: int) -> list[dict[str, int]]:
+    """Saves shards, some at a time, which takes longer than making them; returns the bytes of their tensors."""
+    sizes = []
+    writing: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(writers) as threads:
+        for number, shard in enumerate(shards):
+            path = folder / f"part-{number:05d}.safetensors"
+            writing.append(threads.submit(save_file, shard, path, metadata={"format": "pt"}))
+            sizes.append({key: tensor.nbytes for key, tensor in shard.items()})
+            if len(writing) == writers:
+                writing.popleft().result()
+        for last in writing:
+            last.result()
+    return sizes
 
 
 def _save_int8(source: Path, folder: Path) -> Path:

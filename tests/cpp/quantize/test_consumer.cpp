@@ -54,7 +54,7 @@ class Mix {
     const std::size_t count = std::min(pick(random_, 0, 12), tensors_.size() - next_);
     std::vector<Tensor*> batch;
     for (std::size_t i = 0; i < count; ++i) batch.push_back(&tensors_[next_ + i]);
-    const Ticket first = gpus_.submit(lane, batch);
+    const Ticket first = gpus_.submit(lane, batch, pick(random_, 0, 3) == 0);
     REQUIRE(first == submitted_[lane]);
     for (std::size_t i = 0; i < count; ++i) waiting_.push_back({next_ + i, lane, first + i});
     next_ += count;

@@ -239,10 +239,10 @@ Gpus::Gpus(Tensors& tensors, Callers& with, std::size_t scratch_bytes, const Eng
   }
 }
 
-Ticket Gpus::submit(std::uint32_t lane, std::span<Tensor* const> tensors) {
+Ticket Gpus::submit(std::uint32_t lane, std::span<Tensor* const> tensors, bool first) {
   std::vector<Request> requests;
   for (Tensor* tensor : tensors) requests.push_back(tensor->request(engine, lane, callers[lane].stream()));
-  return consumers[lane].submit(requests, callers[lane].stream());
+  return consumers[lane].submit(requests, callers[lane].stream(), first);
 }
 
 Ticket Gpus::submit(std::uint32_t lane, Tensor& tensor) {

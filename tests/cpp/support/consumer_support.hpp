@@ -106,7 +106,7 @@ class Gpus {
   Gpus(Tensors& tensors, Callers& with, std::size_t scratch_bytes, const EngineOptions& options,
        Quantizer quantizer = cint8_vector_quant, const Share& share = {});
 
-  Ticket submit(std::uint32_t lane, std::span<Tensor* const> tensors);
+  Ticket submit(std::uint32_t lane, std::span<Tensor* const> tensors, bool first = false);
   Ticket submit(std::uint32_t lane, Tensor& tensor);
   // All of them.
   Ticket submit(std::uint32_t lane, Tensors& tensors);

@@ -75,8 +75,8 @@ class CacheFolder:
     def opened(self, key: str) -> Iterator[Checkpoint | None]:
         """The checkpoint of an entry, which stays while the block lasts; None if there is none that is sound.
 
-        One that is not as it was made (another size, time or header) is removed, with a warning; one
-        that cannot be read, so that nobody can tell, is left as it is.
+        One that is not as it was made (another size, time or header) is removed, with a warning; one that cannot be
+        read, so that nobody can tell, is left as it is.
         """
         folder = self.folder(key)
         try:

@@ -196,7 +196,7 @@ def opened_engine(
     from pyint8.streaming.first_tensors import open_head_start
 
     check_device_map(device_map)
-    opened = open_head_start(device_map, {} if is_bounded else None, options, ranks)
+    opened = open_head_start(device_map, options, ranks, is_bounded=is_bounded)
     if opened is not None:
         stack.callback(opened.close)
     return opened

@@ -32,23 +32,23 @@ _SPREAD_PART = 0.8
 
 
 def open_head_start(
-    device_map: Any, max_memory: Mapping[Any, Any] | None, options: StreamOptions, ranks: Ranks | None = None
+    device_map: Any, options: StreamOptions, ranks: Ranks | None = None, *, is_bounded: bool
 ) -> HeadStart | None:
     """A head start for a load with this device map; None if no GPU will be used, or if it is not known which.
 
-    `ranks` load onto one GPU each.
+    `ranks` load onto one GPU each. `is_bounded`: GPUs may use only a part of their memory.
     """
     found = first_gpu(device_map)
     if found is None:
         return None
     gpu, takes_all = found
     gpus = 1 if takes_all else torch.cuda.device_count()
-    spreads = not takes_all and _spreads_evenly(device_map, max_memory)
+    spreads = not takes_all and _spreads_evenly(device_map, is_bounded=is_bounded)
     devices = [torch.device("cuda", index) for index in range(gpus)] if spreads else [gpu]
     return HeadStart(devices, options, gpus=gpus, ranks=ranks)
 
 
-def first_tensors(checkpoint: Checkpoint, device_map: Any, max_memory: Mapping[Any, Any] | None) -> list[FirstTensors]:
+def first_tensors(checkpoint: Checkpoint, device_map: Any, *, is_bounded: bool) -> list[FirstTensors]:
     """What the devices of a head start begin with.
 
     Tensors are read only if all of them go to one GPU, or a map will be planned ("auto") that spreads them evenly over
@@ -65,7 +65,7 @@ def first_tensors(checkpoint: Checkpoint, device_map: Any, max_memory: Mapping[A
     early = _most_early(entries, least)
     if takes_all:
         return [FirstTensors(gpu, entries, early, least)]
-    if not _spreads_evenly(device_map, max_memory):
+    if not _spreads_evenly(device_map, is_bounded=is_bounded):
         return []
     if_free = int((checkpoint.most_bytes_loaded + early) / _PLANNED_PART)
     gpus = torch.cuda.device_count()
@@ -74,9 +74,9 @@ def first_tensors(checkpoint: Checkpoint, device_map: Any, max_memory: Mapping[A
     return _spread(entries, gpus, least, if_free)
 
 
-def _spreads_evenly(device_map: Any, max_memory: Mapping[Any, Any] | None) -> bool:
+def _spreads_evenly(device_map: Any, *, is_bounded: bool) -> bool:
     """Whether a map will be planned that gives every GPU about as much."""
-    if max_memory is not None or not is_planned(device_map):
+    if is_bounded or not is_planned(device_map):
         return False
     return torch.cuda.device_count() == 1 or device_map in _EVEN_MAPS
 

@@ -23,7 +23,7 @@ class Preparation:
         checkpoint: The checkpoint, if it is known yet; from now on its cold parts are read into the page cache.
         options: How to move bytes.
         ranks: Those that load together. Nothing is read into the page cache for them: each would read everything.
-        opened: A head start that knows of no tensors yet, for the device map of the load; closed by its owner.
+        opened: A head start for the device map of the load, or for the model's GPUs, that knows of no tensors yet.
 
     Attributes:
         checkpoint: As given.
@@ -61,10 +61,11 @@ class Preparation:
 
         if self.checkpoint is None:
             return
+        is_bounded = budget.per_device is not None
         if self._head_start is None:
-            self._head_start = open_head_start(device_map, budget.per_device, self.options, self.ranks)
+            self._head_start = open_head_start(device_map, self.options, self.ranks, is_bounded=is_bounded)
         if self._head_start is not None:
-            self._head_start.begin(first_tensors(self.checkpoint, device_map, budget.per_device))
+            self._head_start.begin(first_tensors(self.checkpoint, device_map, is_bounded=is_bounded))
 
     @property
     def reserves_memory(self) -> bool:

@@ -273,7 +273,7 @@ void Consumer::quantize_band(const Task& task, const ToInt8& to, const Asked& as
 }
 
 // Its rows are columns of what is quantized, which must be whole; a last look at it marks what is not finite.
-// It is quantized in bands too, however small: bitsandbytes counts the elements of one call in 32 bits.
+// It is quantized in bands as well: bitsandbytes counts the elements of one call in 32 bits.
 void Consumer::transpose_band(const Task& task, const ToInt8& to, const Asked& asked) {
   const Request& request = task.request;
   const Band& band = *asked.band;

@@ -40,13 +40,14 @@ def begun(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
 
         def head_start(devices: Sequence[torch.device], _: Any, *, gpus: int, ranks: None) -> Any:
-            parts = first_tensors.first_tensors(checkpoint, device_map, max_memory)
+            parts = first_tensors.first_tensors(checkpoint, device_map, is_bounded=max_memory is not None)
             assert [part.device for part in parts] in (devices, [])
             made = [told(part) | {"gpus": gpus} for part in parts or map(FirstTensors, devices)]
             return made[0] if len(made) == 1 else made
 
         monkeypatch.setattr(first_tensors, "HeadStart", head_start)
-        return first_tensors.open_head_start(device_map, max_memory, StreamOptions())  # type: ignore[return-value]
+        is_bounded = max_memory is not None
+        return first_tensors.open_head_start(device_map, StreamOptions(), is_bounded=is_bounded)  # type: ignore[return-value]
 
     return begin
 

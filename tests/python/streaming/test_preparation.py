@@ -30,11 +30,11 @@ GPU = torch.device("cuda", 0)
 def preparation(mixed: Checkpoint, monkeypatch: pytest.MonkeyPatch, nothing_left: None) -> Preparation:
     """With a head start, for which there is no GPU here."""
 
-    def parts(checkpoint: Checkpoint, *_: Any) -> list[FirstTensors]:
+    def parts(checkpoint: Checkpoint, *_: Any, is_bounded: bool) -> list[FirstTensors]:
         return [FirstTensors(CPU, list(checkpoint.values()), 1 << 30)]
 
     monkeypatch.setattr("pyint8.streaming.head_start._WORTHWHILE_BYTES", 1)
-    monkeypatch.setattr(first_tensors, "open_head_start", lambda *_: HeadStart([CPU], TINY))
+    monkeypatch.setattr(first_tensors, "open_head_start", lambda *_, is_bounded: HeadStart([CPU], TINY))
     monkeypatch.setattr(first_tensors, "first_tensors", parts)
     return Preparation(mixed, TINY)
 
@@ -99,8 +99,8 @@ def test_an_engine_is_opened_ahead_only_where_there_is_a_context(monkeypatch: py
     """A context, or importing torch, takes longer than headers do."""
     opened: list[Any] = []
 
-    def open_head_start(device_map: Any, max_memory: Any, options: Any, ranks: Any) -> HeadStart:
-        opened.append((device_map, max_memory))
+    def open_head_start(device_map: Any, options: Any, ranks: Any, *, is_bounded: bool) -> HeadStart:
+        opened.append((device_map, is_bounded))
         return HeadStart([CPU], options)
 
     monkeypatch.setattr(first_tensors, "open_head_start", open_head_start)
@@ -111,4 +111,4 @@ def test_an_engine_is_opened_ahead_only_where_there_is_a_context(monkeypatch: py
             patch.setattr(torch.cuda, "current_stream", lambda _: None)
             patch.setattr(torch.cuda, "stream", lambda _: nullcontext())
             assert (opened_engine(stack, "auto", TINY, None, is_bounded=is_bounded) is not None) == is_there
-    assert opened == [("auto", None), ("auto", {})]
+    assert opened == [("auto", False), ("auto", True)]

@@ -1,10 +1,11 @@
-"""The chart of a run: `python -m benchmarks chart RESULTS.json CHART.svg [--checkpoint NAME]`."""
+"""The chart of a run: `python -m benchmarks chart RESULTS.json CHART.svg [--checkpoint NAME] [--several-gpus]`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.contenders import CONTENDERS
@@ -56,11 +57,54 @@ def draw(results: dict[str, Any], checkpoint: str, path: Path) -> None:
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
+def draw_several_gpus(results: dict[str, Any], checkpoint: str, path: Path) -> None:
+    """Throughput onto one GPU and more: of later loads, the engine alone, and a bare ring, beside one GPU's bus."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    entry, ceilings = results["checkpoints"][checkpoint], results["ceilings"]
+    lines = {(line["contender"], line["gpus"]): line for line in entry["results"]}
+    counts = sorted({gpus for _, gpus in lines})
+    loads = [lines["pyint8", gpus]["summary"]["later_gb_per_second"] for gpus in counts]
+    streams = [entry["bytes"] / _later_stream_seconds(lines["raw-engine", gpus]) / 1e9 for gpus in counts]
+    rings = [ceilings[f"page cache to GPUs through a bare ring, {gpus}"] for gpus in counts]
+    bars = (
+        ("a later load by pyint8", loads, _OURS),
+        ("pyint8's engine alone", streams, "#7fbf7b"),
+        ("a bare ring", rings, _PEER),
+    )
+    figure, axes = pyplot.subplots(figsize=(8, 4))
+    for place, (label, rates, color) in enumerate(bars):
+        drawn = axes.bar([at + 0.27 * (place - 1) for at in range(len(counts))], rates, 0.25, label=label, color=color)
+        axes.bar_label(drawn, fmt="%.0f", padding=2, fontsize=8)
+    bus = ceilings["pinned host to GPU"]
+    axes.axhline(bus, color="black", linestyle="--", linewidth=1, label=f"one GPU's bus, {bus:.1f}")
+    axes.set_xticks(range(len(counts)), [f"{gpus} GPU{'s' * (gpus > 1)}" for gpus in counts])
+    axes.set_ylabel("GB/s of checkpoint, median")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, loc="upper left")
+    axes.margins(y=0.25)
+    gpu = results["machine"]["gpus"][0].split(",")[0]
+    title = f"{checkpoint}, {entry['bytes'] / 1e9:.1f} GB {entry['dtype']}, page cache hot, {gpu}"
+    figure.suptitle(f"{title}, {results['machine']['cores']} CPUs", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _later_stream_seconds(line: dict[str, Any]) -> float:
+    """What the engine took without its set-up, the median of all but first loads."""
+    return median(load["stream_seconds"] for run in line["runs"] for load in run["loads"][1:])
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks chart", description=__doc__)
     parser.add_argument("results", type=Path)
     parser.add_argument("chart", type=Path)
     parser.add_argument("--checkpoint", help="default: the first of the run")
+    parser.add_argument("--several-gpus", action="store_true", help="of a run with --gpus: rates by number of GPUs")
     parsed = parser.parse_args(arguments)
     results = json.loads(parsed.results.read_text())
-    draw(results, parsed.checkpoint or next(iter(results["checkpoints"])), parsed.chart)
+    picture = draw_several_gpus if parsed.several_gpus else draw
+    picture(results, parsed.checkpoint or next(iter(results["checkpoints"])), parsed.chart)

@@ -26,9 +26,8 @@ _register: Callable[[], None] | None = None
 _MIB = 1 << 20
 # See docs/performance.md, "Threads on 16 CPUs".
 _THREADS_FOR_A_GPU = 14
-# More for each further GPU, with whose load Python must keep up on the CPUs that are left. See docs/performance.md,
-# "Threads for several GPUs".
-_THREADS_FOR_ANOTHER = 4
+# More for each further GPU: docs/performance.md, "Threads for several GPUs".
+_THREADS_FOR_ANOTHER = 12
 # However many GPUs, in all processes of a host: more threads copy no faster out of the page cache, and their slots
 # would not stay in the last-level cache. See docs/performance.md, "Threads for several GPUs".
 _MOST_THREADS = 32

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pyint8.host.processes import processes
 from pyint8.placement.device_map import is_planned
+from pyint8.placement.even import even_parts
 from pyint8.streaming.head_start import FirstTensors, HeadStart
 
 if TYPE_CHECKING:
@@ -25,10 +26,10 @@ _EARLY_PART = 0.95
 _PLANNED_PART = 0.8
 # Maps that give every GPU about as much.
 _EVEN_MAPS = frozenset({"auto", "balanced"})
-# What a GPU is likely to get begins so much of a GPU's part after the even border, as earlier GPUs get a bit more.
-_BORDER = 0.2
 # How much of a GPU's part of the model's memory its first tensors may take, of several.
 _SPREAD_PART = 0.8
+# A GPU that gets no more layers begins with all of them, not away from the borders.
+_FEW_LAYERS = 3
 
 
 def open_head_start(
@@ -61,7 +62,7 @@ def first_tensors(checkpoint: Checkpoint, device_map: Any, *, is_bounded: bool) 
         return []
     gpu, takes_all = found
     entries = sorted(checkpoint.values(), key=lambda entry: _natural_key(entry.name))
-    least = sum(entry.numel if entry.is_floating else entry.nbytes for entry in entries)  # that the model takes
+    least = _least_bytes(entries)
     early = _most_early(entries, least)
     if takes_all:
         return [FirstTensors(gpu, entries, early, least)]
@@ -71,7 +72,7 @@ def first_tensors(checkpoint: Checkpoint, device_map: Any, *, is_bounded: bool) 
     gpus = torch.cuda.device_count()
     if gpus == 1:
         return [FirstTensors(gpu, entries, early, least, if_free)]
-    return _spread(entries, gpus, least, if_free)
+    return _spread(entries, gpus, if_free)
 
 
 def _spreads_evenly(device_map: Any, *, is_bounded: bool) -> bool:
@@ -87,24 +88,51 @@ def _most_early(entries: Sequence[Entry], least: int) -> int:
     return max(0, min(int(least * _EARLY_PART), least - largest))
 
 
-def _spread(entries: Sequence[Entry], gpus: int, least: int, if_free: int) -> list[FirstTensors]:
-    """What each of several GPUs begins with under an even map, whose borders are not known yet."""
-    ordered = sorted(entries, key=lambda entry: (not _comes_first(entry.name), _natural_key(entry.name)))
-    total = sum(entry.nbytes for entry in ordered)
+def _spread(entries: Sequence[Entry], gpus: int, if_free: int) -> list[FirstTensors]:
+    """What each of several GPUs begins with under an even map, whose borders are guessed.
+
+    Away from the borders, where there is enough between them: what another GPU gets would be read again.
+    """
+    named = [(_layer(entry.name), entry) for entry in entries]
+    named.sort(key=lambda pair: (_place(*pair), _natural_key(pair[1].name)))
+    layers = [list(layer) for _, layer in itertools.groupby(named, key=lambda pair: pair[0] or pair[1].name)]
+    sizes = [sum(itertools.starmap(_model_bytes, layer)) for layer in layers]
     parts = []
-    for gpu in range(gpus):
-        begin = 0 if gpu == 0 else int(total * (gpu + _BORDER) / gpus)
-        after = itertools.accumulate((entry.nbytes for entry in ordered), initial=0)
-        mine = [entry for entry, start in zip(ordered, after, strict=False) if start >= begin]
-        share = least // gpus
-        early = _most_early(entries, int(share * _SPREAD_PART))
-        parts.append(FirstTensors(torch.device("cuda", gpu), mine, early, share, if_free // gpus))
+    for gpu, held in enumerate(even_parts(sizes, gpus)):
+        least = _least_bytes(_entries(layers[held.start : held.stop]))
+        margin = 1 if len(held) > _FEW_LAYERS else 0
+        begun = _entries(layers[held.start + (margin if gpu > 0 else 0) : held.stop - margin])
+        early = _most_early(begun, int(least * _SPREAD_PART))
+        parts.append(FirstTensors(torch.device("cuda", gpu), begun, early, least, if_free // gpus))
     return parts
 
 
-def _comes_first(name: str) -> bool:
-    """Of names, embeddings and layers come before norms and heads that are outside of layers."""
-    return bool(re.search(r"\d|emb|wte|wpe", name))
+def _least_bytes(entries: Iterable[Entry]) -> int:
+    """What the model takes at least: every weight as int8."""
+    return sum(entry.numel if entry.is_floating else entry.nbytes for entry in entries)
+
+
+def _entries(layers: Iterable[list[tuple[str, Entry]]]) -> list[Entry]:
+    return [entry for layer in layers for _, entry in layer]
+
+
+def _layer(name: str) -> str:
+    """What goes to one GPU as a whole: a layer ("model.layers.12"); "" for a tensor outside of layers."""
+    numbered = re.match(r".*?\.\d+(?=\.)|\d+(?=\.)", name)
+    return "" if numbered is None else numbered.group()
+
+
+def _place(layer: str, entry: Entry) -> int:
+    """Embeddings come before layers; norms and heads that are outside of layers after them."""
+    if layer:
+        return 1
+    return 0 if re.search(r"emb|wte|wpe", entry.name) else 2
+
+
+def _model_bytes(layer: str, entry: Entry) -> int:
+    """What the model is likely to hold of it: matrices of layers become int8, others stay as they are."""
+    becomes_int8 = layer != "" and entry.is_floating and len(entry.torch_shape) == 2
+    return entry.numel if becomes_int8 and ".experts." not in entry.name else entry.nbytes
 
 
 def first_gpu(device_map: Any) -> tuple[torch.device, bool] | None:

@@ -99,8 +99,8 @@ def test_threads_default_to_all_usable_cpus_but_two(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr("pyint8.config.usable_cpus", lambda usable=usable: usable)
         assert StreamOptions().worker_threads() == workers
         assert StreamOptions().worker_threads(gpus=0) == workers
-    assert StreamOptions().worker_threads(gpus=2) == 18
-    assert StreamOptions().worker_threads(gpus=3) == 22
+    assert StreamOptions().worker_threads(gpus=2) == 26
+    assert StreamOptions().worker_threads(gpus=3) == 32
     assert StreamOptions().worker_threads(gpus=100) == 32
 
 

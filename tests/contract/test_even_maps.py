@@ -1,0 +1,111 @@
+"""What each GPU begins with under an even map lies where transformers puts it. The checkpoints are headers alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from safetensors_bytes import framed, write
+from transformers.integrations.accelerate import _get_device_map
+from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
+
+from pyint8.checkpoint import open_checkpoint
+from pyint8.streaming import first_tensors
+from pyint8.streaming.head_start import _WORTHWHILE_BYTES as WORTHWHILE
+from pyint8.streaming.head_start import FirstTensors
+
+GQA = {"num_attention_heads": 32, "num_key_value_heads": 8}
+LLAMA_8B = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, **GQA}
+LLAMA_70B = {"vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, **GQA}
+OPT_13B = {
+    "hidden_size": 5120,
+    "ffn_dim": 20480,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "word_embed_proj_dim": 5120,
+}
+QWEN3_MOE = {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_experts": 128,
+    "moe_intermediate_size": 768,
+}
+CONFIGS: dict[str, tf.PretrainedConfig] = {
+    "llama 8B": tf.LlamaConfig(**LLAMA_8B),
+    "llama 70B": tf.LlamaConfig(**LLAMA_70B),
+    "few large layers": tf.LlamaConfig(**(LLAMA_70B | {"num_hidden_layers": 16})),
+    "mistral 7B": tf.MistralConfig(),
+    "gpt2 XL": tf.GPT2Config(n_embd=1600, n_layer=48, n_head=25),
+    "opt 13B": tf.OPTConfig(**OPT_13B),
+    "qwen3 tied": tf.Qwen3Config(vocab_size=151936, hidden_size=2560, num_hidden_layers=36, tie_word_embeddings=True),
+    "large embedding": tf.Gemma2Config(),
+    "experts": tf.Qwen3MoeConfig(**QWEN3_MOE),
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(request: pytest.FixtureRequest) -> Any:
+    with torch.device("meta"):
+        return tf.AutoModelForCausalLM.from_config(CONFIGS[request.param], dtype=torch.bfloat16)
+
+
+def save_header(model: Any, path: Path) -> None:
+    """A file that says it holds the model's tensors; where their bytes should be it has a hole."""
+    header, end = {}, 0
+    for name, parameter in model.named_parameters():  # what is tied comes once
+        begin, end = end, end + parameter.numel() * 2
+        header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [begin, end]}
+    content = framed(header)
+    write(str(path), content)
+    with path.open("r+b") as file:
+        file.truncate(len(content) + end)
+
+
+def even_map(model: Any, gpus: int) -> dict[str, int]:
+    quantizer = Bnb8BitHfQuantizer(tf.BitsAndBytesConfig(load_in_8bit=True), pre_quantized=False)
+    quantizer.validate_environment = lambda *_, **__: None  # there is no GPU
+    if not any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
+        quantizer.preprocess_model(model=model, device_map="balanced", dtype=torch.bfloat16, checkpoint_files=None)
+    found: dict[str, int] = _get_device_map(model, "balanced", dict.fromkeys(range(gpus), 10**12), quantizer)
+    return found
+
+
+def device_of(name: str, device_map: dict[str, int]) -> int:
+    return device_map[max((module for module in device_map if f"{name}.".startswith(f"{module}.")), key=len)]
+
+
+@pytest.mark.parametrize("gpus", [2, 3, 4, 8])
+def test_each_gpu_begins_with_what_it_gets(
+    model: Any, gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_header(model, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path / "model.safetensors")
+    device_map = even_map(model, gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    parts = first_tensors.first_tensors(checkpoint, "balanced", is_bounded=False)
+    assert [part.device.index for part in parts] == list(range(gpus))
+    asked = {part.device.index: asked_for(part) for part in parts}
+    for part in parts:
+        held = {name for name in checkpoint if device_of(name, device_map) == part.device.index}
+        assert held.issuperset(asked[part.device.index])
+        assert part.nbytes < max(1, part.reserved) <= max(1, sum(checkpoint[name].numel for name in held)) * 1.1
+    early = sum(checkpoint[name].nbytes for names in asked.values() for name in names)
+    # int8 is half, and what is early has room where int8 will be; an embedding may take most of it.
+    assert 0.07 < early / checkpoint.nbytes < 0.5
+
+
+def asked_for(part: FirstTensors) -> list[str]:
+    left, names = part.nbytes, []
+    for entry in part.entries:
+        if entry.nbytes >= WORTHWHILE:
+            left -= entry.nbytes
+            if left < 0:
+                break
+            names.append(entry.name)
+    return names

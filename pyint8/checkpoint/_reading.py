@@ -67,6 +67,8 @@ def _can_be_a_name(path: str) -> bool:
 
 
 _DIGITS_AS_0 = bytes.maketrans(b"123456789", b"000000000")
+_NOT_NESTING = bytes(set(range(256)) - set(b'[]{}"'))
+_SHALLOW = 4
 _CONTAINERS = frozenset((dict, list))
 
 
@@ -94,7 +96,7 @@ def parse_json(raw: bytes) -> object:
         value: object = json.loads(
             text, object_pairs_hook=_unique, parse_int=integer, parse_float=_finite, parse_constant=_no_constant
         )
-        if _too_deep(value):
+        if not _is_shallow(raw) and _too_deep(value):
             raise RecursionError
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -143,6 +145,16 @@ def _finite(text: str) -> float:
 
 def _no_constant(text: str) -> object:
     raise JsonError(f"not valid JSON: {text} is not a JSON value")
+
+
+def _is_shallow(raw: bytes) -> bool:
+    """Whether JSON is certainly nested no deeper than a header or an index is; what the text alone shows."""
+    if b"\\" in raw:  # where strings end is not as easy to see then
+        return False
+    left = raw.translate(None, _NOT_NESTING).replace(b'""', b"")
+    for _ in range(_SHALLOW):
+        left = left.replace(b"[]", b"").replace(b"{}", b"")
+    return not left  # quotation marks are left around brackets that are in a string
 
 
 def _too_deep(value: object) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -23,6 +24,7 @@ from pyint8.quantizer import (
     Experts,
     Int8Quantizer,
     TensorSource,
+    experts_tensors,
     first_overflow,
 )
 from pyint8.remote.objects import remote_object
@@ -67,8 +69,7 @@ class Destination:
     on_disk: bool = False
 
 
-@dataclass(frozen=True)
-class ExpertPart:
+class ExpertPart(NamedTuple):
     """A tensor of the checkpoint that is some rows of one expert of many.
 
     Attributes:
@@ -180,18 +181,20 @@ class Assembly:
     def expert_requests(self, name: str, parts: Sequence[ExpertPart], destination: Destination) -> list[TensorRequest]:
         """The requests for the stream of int8 experts, in the order in which `make_experts` takes them."""
         experts, out, inner = _shape_of(parts)
-        in_place = all(is_plain(entry) for part in parts for entry in (part.entry, part.scales) if entry is not None)
+        in_place = all(is_plain(part.entry) and (part.scales is None or is_plain(part.scales)) for part in parts)
+        shape, scales_name, device = (experts, out, inner), name + EXPERT_SCALES, destination.device
+        codes, as_stored = ToDtype(torch.int8), ToDtype(torch.float32)
+        int8 = {transposed: ToInt8(destination.dtype, transposed) for transposed in (False, True)}
         requests: list[TensorRequest] = []
         for part in parts:
             row = part.expert * out + part.row
-            place = Part(name, (experts, out, inner), row * inner) if in_place else None
-            becomes = ToDtype(torch.int8) if part.has_codes else ToInt8(destination.dtype, part.transposed)
             if part.scales is not None:
-                scales_place = Part(name + EXPERT_SCALES, (experts, out), row) if in_place else None
-                as_stored = ToDtype(torch.float32)
-                requests.append(TensorRequest(part.scales, destination.device, becomes=as_stored, part=scales_place))
-            in_bands = not part.has_codes
-            requests.append(TensorRequest(part.entry, destination.device, in_bands, becomes=becomes, part=place))
+                place = Part(scales_name, shape[:2], row) if in_place else None
+                requests.append(TensorRequest(part.scales, device, becomes=as_stored, part=place))
+            place = Part(name, shape, row * inner) if in_place else None
+            has_codes = part.has_codes
+            becomes = codes if has_codes else int8[part.transposed]
+            requests.append(TensorRequest(part.entry, device, not has_codes, becomes=becomes, part=place))
         return requests
 
     def make_experts(
@@ -205,6 +208,8 @@ class Assembly:
         self._recorder.count("int8 experts")
         if self._quantizer.reads_bands:
             self._recorder.count_quantizer(ENTRY_POINT if stream.makes(parts[0].entry.name) else OPERATOR)
+        if stream.lands_in_place(parts[0].entry.name):
+            return self._landed_experts(name, parts, stream)
         made = Experts(name, _shape_of(parts), destination.dtype, destination.device, self._quantizer.health)
         for part in parts:
             source = StreamSource(stream, part.entry)
@@ -214,6 +219,17 @@ class Assembly:
                 scales = None if part.scales is None else stream.later(part.scales.name)
                 made.put_codes(scales, source.later(), part.expert, part.row, name=part.entry.name)
         return made.tensors()
+
+    def _landed_experts(self, name: str, parts: Sequence[ExpertPart], stream: TensorStream) -> dict[str, torch.Tensor]:
+        """The same, where each part lands in its place."""
+        made = stream.made_of_parts([part.entry.name for part in parts])
+        scales = made.scales
+        if made.marks is not None:
+            self._quantizer.health.watch_marks(name, made.marks, parts=partial(_first_rows, parts))
+        elif of_codes := [part.scales.name for part in parts if part.scales is not None]:
+            scales = stream.made_of_parts(of_codes).tensor
+            self._quantizer.health.watch_scales(name, scales.flatten())
+        return experts_tensors(name, made.tensor, scales)
 
     def experts_of(self, name: str, whole: torch.Tensor, destination: Destination) -> dict[str, torch.Tensor]:
         """The same of what a converter made of them: 16 or 32 bit, as the module itself would have it."""
@@ -227,12 +243,9 @@ class Assembly:
 
     def merged(self, name: str, sources: Sequence[Entry], stream: TensorStream) -> torch.Tensor:
         """The parameter whose parts the stream lets `sources` land in."""
-        made = [stream.made(entry.name) for entry in sources]
-        for source, part in zip(sources, made, strict=True):
-            if part is not None and part.marks is not None:
-                self._quantizer.health.watch_marks(name, part.marks, partial(_find_overflow, [source]))
-        whole = made[0]
-        assert whole is not None
+        whole = stream.made_of_parts([entry.name for entry in sources])
+        if whole.marks is not None:
+            self._quantizer.health.watch_marks(name, whole.marks, partial(_find_overflow, sources))
         return whole.tensor
 
     def _becomes(self, name: str, entry: Entry, model_dtype: torch.dtype) -> ToInt8 | ToDtype:
@@ -264,6 +277,12 @@ class Assembly:
             tensor = stream.whole(entry.name).to(device=device, dtype=dtype)
         self._quantizer.health.watch_cast(name, tensor, [entry.torch_dtype], find_overflow)
         return tensor
+
+
+def _first_rows(parts: Sequence[ExpertPart]) -> list[tuple[int, str]]:
+    """The first row of each part among those of all experts, and its name in the checkpoint, in order."""
+    _, out, _ = _shape_of(parts)
+    return sorted((part.expert * out + part.row, part.entry.name) for part in parts)
 
 
 def _is_cast_in_bands(entry: Entry, dtype: torch.dtype) -> bool:

@@ -17,7 +17,7 @@ from pyint8.quantizer.saved import (
 )
 from pyint8.quantizer.sizes import tensor_bytes
 from pyint8.quantizer.skip_list import entry_for
-from pyint8.quantizer.weights import Experts, TensorSource, WeightSource, codes_of, stand_in
+from pyint8.quantizer.weights import Experts, TensorSource, WeightSource, codes_of, experts_tensors, stand_in
 
 __all__ = [
     "ENTRY_POINT",
@@ -34,6 +34,7 @@ __all__ = [
     "codes_of",
     "entry_for",
     "expert_scales",
+    "experts_tensors",
     "find_entry_point",
     "first_overflow",
     "has_int8_experts",

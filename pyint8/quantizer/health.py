@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,7 @@ class _Marked:
     name: str
     marks: torch.Tensor
     find_overflow: Callable[[], BadWeight | None] | None = None
+    parts: Callable[[], list[tuple[int, str]]] | None = None
 
     @property
     def start(self) -> int:
@@ -54,12 +56,20 @@ class _Marked:
     def end(self) -> int:
         return self.start + len(self.marks)
 
-    def bad(self, on_host: torch.Tensor, first: int) -> BadWeight | None:
+    def bad(self, on_host: torch.Tensor, first: int) -> Iterator[BadWeight]:
         """Looks at the marks in a copy of their storage from `first` on."""
-        rows = on_host[self.start - first : self.end - first].nonzero()
-        if not len(rows):
-            return None
-        return BadWeight(self.name, int(rows[0])) if self.find_overflow is None else self.find_overflow()
+        rows: list[int] = on_host[self.start - first : self.end - first].nonzero().flatten().tolist()
+        if not rows:
+            return
+        if self.find_overflow is not None:
+            if (found := self.find_overflow()) is not None:
+                yield found
+            return
+        parts = [(0, self.name)] if self.parts is None else self.parts()
+        begins = [begin for begin, _ in parts]
+        for row in rows:
+            begin, name = parts[bisect_right(begins, row) - 1]
+            yield BadWeight(name, row - begin)
 
 
 @dataclass(frozen=True)
@@ -124,10 +134,17 @@ class WeightHealth:
         self._scales.append((name, scales))
 
     def watch_marks(
-        self, name: str, marks: torch.Tensor, find_overflow: Callable[[], BadWeight | None] | None = None
+        self,
+        name: str,
+        marks: torch.Tensor,
+        find_overflow: Callable[[], BadWeight | None] | None = None,
+        parts: Callable[[], list[tuple[int, str]]] | None = None,
     ) -> None:
-        """Looks at marks, uint8, that are set where a row is bad, or with `find_overflow`, if a whole tensor may be."""
-        self._marked.append(_Marked(name, marks, find_overflow))
+        """Looks at marks, uint8, that are set where a row is bad, or with `find_overflow`, if a whole tensor may be.
+
+        `parts`, asked only if a row is bad: what to call its rows instead; the first row of each part, and its name.
+        """
+        self._marked.append(_Marked(name, marks, find_overflow, parts))
 
     def watch_rows(self, name: str, weight: torch.Tensor) -> None:
         """Checks a weight [rows, in] that is quantized later, in fp16."""
@@ -185,7 +202,8 @@ class WeightHealth:
             whole = torch.empty(0, dtype=torch.uint8, device=marks.device).set_(marks.untyped_storage())
             on_host = whole[first:last].cpu()
             if bool(on_host.any()):
-                yield from filter(None, (marked.bad(on_host, first) for marked in group))
+                for marked in group:
+                    yield from marked.bad(on_host, first)
 
     def _look_at_scales(self) -> None:
         """All of a device's at once: there are hundreds, whose copies one by one would take a while at the very end."""

@@ -188,16 +188,13 @@ class Experts:
     def put_codes(
         self, scales: torch.Tensor | None, codes: torch.Tensor, expert: int, row: int, *, name: str | None = None
     ) -> None:
-        """Takes rows that are int8 already: scales fp32 [rows], codes [rows, in]; or all, which landed in place."""
+        """Takes rows that are int8 already: scales fp32 [rows], codes [rows, in]."""
         device, health = self._how["device"], self._how["health"]
-        if scales is not None and (scales.ndim == 1 or self._scales is None):
-            health.watch_scales(name or self._name, scales.flatten())
+        if scales is not None:
+            health.watch_scales(name or self._name, scales)
         self._put(codes.to(device), None if scales is None else scales.to(device), expert, row)
 
     def _put(self, codes: torch.Tensor, scales: torch.Tensor | None, expert: int, row: int) -> None:
-        if codes.ndim == 3:  # it landed in its place
-            self._codes, self._scales = codes, scales
-            return
         if self._codes is None:
             self._codes = torch.empty(self._shape, dtype=torch.int8, device=codes.device)
         self._codes[expert, row : row + len(codes)] = codes
@@ -210,10 +207,16 @@ class Experts:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Codes int8 [experts, out, in], a parameter, and scales, if any were put, fp32 [experts, out]."""
         assert self._codes is not None
-        made: dict[str, torch.Tensor] = {self._name: torch.nn.Parameter(self._codes, requires_grad=False)}
-        if self._scales is not None:
-            made[self._name + SCALES] = self._scales
-        return made
+        return experts_tensors(self._name, self._codes, self._scales)
+
+
+def experts_tensors(name: str, codes: torch.Tensor, scales: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """The tensors of all experts of a module by their names: codes int8 [experts, out, in], a parameter, and scales,
+    if there are any, fp32 [experts, out]."""
+    made: dict[str, torch.Tensor] = {name: torch.nn.Parameter(codes, requires_grad=False)}
+    if scales is not None:
+        made[name + SCALES] = scales
+    return made
 
 
 def _half_rows(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,16 +37,30 @@ _STEPS = 256
 class Made:
     """What came of one request.
 
+    Requests for parts of one tensor have one result, the whole, which is filled as they are served.
+
     Attributes:
-        tensor: int8 codes [out, in], or the values in their shape, or the whole that they are a part of; contiguous.
+        tensor: int8 codes [out, in], or the values in their shape; contiguous.
         scales: Of codes, fp32 [out].
-        marks: uint8 [out], or [1] for values that were cast to fp16: not 0 where something does not fit (see
-            `pyint8.quantizer.WeightHealth.watch_marks`). All of a GPU's are in one storage, to be copied at once.
+        marks: uint8 [out], of a whole of more dimensions [rows], or [1] for values that were cast to fp16: not 0 where
+            something does not fit (see `pyint8.quantizer.WeightHealth.watch_marks`). All of a GPU's are in one storage,
+            to be copied at once.
     """
 
     tensor: torch.Tensor
     scales: torch.Tensor | None = None
     marks: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a request is made, or all those that make parts of one tensor; addresses are 0 for what there is not."""
+
+    made: Made
+    columns: int
+    values: int
+    scales: int
+    marks: int
 
 
 def can_pour(request: TensorRequest, lane: Lane, quantizer: int | None) -> bool:
@@ -59,10 +74,10 @@ def can_pour(request: TensorRequest, lane: Lane, quantizer: int | None) -> bool:
 
 
 def _can_quantize(entry: Entry, becomes: ToInt8, lane: Lane) -> bool:
-    if entry.dtype not in KERNEL_DTYPES or becomes.model_dtype not in _NAMES or len(entry.torch_shape) != 2:
+    shape = entry.torch_shape
+    if entry.dtype not in KERNEL_DTYPES or becomes.model_dtype not in _NAMES or len(shape) != 2:
         return False
-    row_bytes = entry.nbytes // entry.torch_shape[0]
-    return max(entry.torch_shape) <= _MOST_ROWS and row_bytes <= band_bytes(lane.scratch_bytes // 2)
+    return max(shape) <= _MOST_ROWS and entry.nbytes // shape[0] <= band_bytes(lane.scratch_bytes // 2)
 
 
 class Pour:
@@ -103,15 +118,16 @@ class Pour:
         self._early_bytes = sum(tensor.entry.nbytes for tensor in early.values())
         self._read_first = 1 + max((self._tickets[name] for name in early), default=-1)
         self._made: dict[int, Made] = {}
-        self._wholes: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}  # of which entries are parts, by name
+        self._wholes: dict[str, _Place] = {}  # of which entries are parts, by name
         self._made_bytes = 0
         self._is_bounded = most_bytes is not None
         self._taken: dict[int, Made] = {}  # and not released, if it is bounded
-        self._budget = sum(request.final_bytes for request in requests) if most_bytes is None else most_bytes
+        firsts = _first_parts(requests)
+        self._budget = sum(request.allocated_bytes for request in firsts) if most_bytes is None else most_bytes
         self._submitted = self._ready = 0
         self._stride = 1 + len(requests) // _STEPS
-        rows = sum(_marks(request) for request in requests)
-        self._marks = torch.zeros(rows, dtype=torch.uint8, device=lane.device)
+        marks = sum(map(_count_of_marks, firsts))
+        self._marks = torch.zeros(marks, dtype=torch.uint8, device=lane.device)
         self._marks_used = 0
         transposed = max((r.entry.numel for r in requests if r.is_transposed), default=0)
         self._consumer = transport.open_consumer(lane, scratch_bytes, transposed, quantizer)
@@ -169,8 +185,9 @@ class Pour:
         before = self._ready
         with self._recorder.waiting():
             self._ready = self._consumer.wait(ticket, self._lane.stream)
-        for request in self._requests[before : self._ready]:
-            self._recorder.landed(request.entry.nbytes)
+        landed = self._requests[before : self._ready]
+        self._recorder.landed(sum(request.entry.nbytes for request in landed))
+        for request in landed if self._early else ():
             if request.entry.name in self._early:
                 self._early_bytes -= request.entry.nbytes
                 del self._early[request.entry.name]  # its memory, before more is taken
@@ -219,67 +236,78 @@ class Pour:
                 self._submitted = until
 
     def _written_down(self, ticket: int) -> _core.RequestTuple:
-        """A request as the extension takes it; allocates what it makes."""
+        """A request as the extension takes it; allocates what it makes, unless that is part of what is there."""
         request = self._requests[ticket]
-        entry, becomes = request.entry, request.becomes
-        self._made_bytes += self._allocated_bytes(request, set())
-        made = self._made[ticket] = self._allocate(request)
-        for memory in (made.tensor, made.scales):
-            if memory is not None:
-                self._transport.keep(memory)
-        early = self._early.get(entry.name)
-        if early is None:
-            file, checksum = self._transport.file(entry.path, entry.stamp), self._transport.checksum_of(entry)
-            source = (False, file, entry.offset, checksum)
-        else:
-            source = (True, early.ticket, early.storage.data_ptr(), 0)
-        marks = 0 if made.marks is None else made.marks.data_ptr()
+        entry, becomes, part = request.entry, request.becomes, request.part
+        place = None if part is None else self._wholes.get(part.name)
+        if place is None:
+            place = self._allocate(request)
+        self._made[ticket] = place.made
+        offset = 0 if part is None else part.offset
+        source = self._source(entry)
         if isinstance(becomes, ToInt8):
-            assert made.scales is not None
             through_bfloat16 = becomes.model_dtype == torch.bfloat16
-            offset = 0 if request.part is None else request.part.offset
-            row = offset // made.tensor.shape[-1]
-            codes, scales = made.tensor.data_ptr() + offset, made.scales.data_ptr() + row * made.scales.itemsize
-            to_int8 = (through_bfloat16, becomes.transposed, codes, scales)
             rows, columns = entry.torch_shape
-            return source, entry.dtype, rows, columns, to_int8, marks
+            row = offset // place.columns
+            scales = place.scales + row * torch.float32.itemsize
+            to_int8 = (through_bfloat16, becomes.transposed, place.values + offset, scales)
+            return source, entry.dtype, rows, columns, to_int8, place.marks + row
         assert isinstance(becomes, ToDtype)
-        offset = 0 if request.part is None else request.part.offset
-        address = made.tensor.data_ptr() + offset * becomes.dtype.itemsize
+        address = place.values + offset * becomes.dtype.itemsize
         if becomes.dtype == entry.torch_dtype:
-            return source, "", 1, entry.nbytes, ("", address), marks
-        return source, entry.dtype, entry.numel, 1, (_NAMES[becomes.dtype], address), marks
+            return source, "", 1, entry.nbytes, ("", address), place.marks
+        return source, entry.dtype, entry.numel, 1, (_NAMES[becomes.dtype], address), place.marks
 
-    def _allocate(self, request: TensorRequest) -> Made:
-        shape, becomes = request.entry.torch_shape, request.becomes
-        count = _marks(request)
+    def _source(self, entry: Entry) -> tuple[bool, int, int, int]:
+        early = self._early.get(entry.name)
+        if early is not None:
+            return True, early.ticket, early.storage.data_ptr(), 0
+        file, checksum = self._transport.file(entry.path, entry.stamp), self._transport.checksum_of(entry)
+        return False, file, entry.offset, checksum
+
+    def _allocate(self, request: TensorRequest) -> _Place:
+        """Memory for what a request makes, or makes a part of."""
+        part, device = request.part, self._lane.device
+        self._made_bytes += request.allocated_bytes
+        shape, becomes = request.entry.torch_shape if part is None else part.shape, request.becomes
+        scales = None
+        if isinstance(becomes, ToInt8):
+            shape = tuple(reversed(shape)) if becomes.transposed and part is None else shape
+            values = torch.empty(shape, dtype=torch.int8, device=device)
+            scales = torch.empty(shape[:-1], dtype=torch.float32, device=device)
+        else:
+            assert isinstance(becomes, ToDtype)
+            values = torch.empty(shape, dtype=becomes.dtype, device=device)
+        count = _count_of_marks(request)
         marks = self._marks[self._marks_used : self._marks_used + count] if count else None
         self._marks_used += count
-        if isinstance(becomes, ToDtype):
-            return Made(*self._whole(request, shape, becomes.dtype), marks)
-        assert becomes is not None
-        return Made(*self._whole(request, tuple(reversed(shape)) if becomes.transposed else shape, torch.int8), marks)
-
-    def _whole(
-        self, request: TensorRequest, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The values that a request makes, or makes a part of, and the scales of codes."""
-        part, device = request.part, self._lane.device
-        if part is not None and part.name in self._wholes:
-            return self._wholes[part.name]
-        shape = shape if part is None else part.shape
-        values = torch.empty(shape, dtype=dtype, device=device)
-        is_int8 = isinstance(request.becomes, ToInt8)
-        scales = torch.empty(shape[:-1], dtype=torch.float32, device=device) if is_int8 else None
+        made = Made(values, scales, marks)
+        for memory in (values, scales):
+            if memory is not None:
+                self._transport.keep(memory)
+        addresses = (0 if memory is None else memory.data_ptr() for memory in (values, scales, marks))
+        place = _Place(made, shape[-1] if shape else 1, *addresses)
         if part is not None:
-            self._wholes[part.name] = values, scales
-        return values, scales
+            self._wholes[part.name] = place
+        return place
 
 
-def _marks(request: TensorRequest) -> int:
-    """How many marks a request has."""
+def _first_parts(requests: Sequence[TensorRequest]) -> list[TensorRequest]:
+    """Of those that make parts of one tensor the first, and all others."""
+    wholes: dict[str, TensorRequest] = {}
+    others: list[TensorRequest] = []
+    for request in requests:
+        if request.part is None:
+            others.append(request)
+        else:
+            wholes.setdefault(request.part.name, request)
+    return [*others, *wholes.values()]
+
+
+def _count_of_marks(request: TensorRequest) -> int:
+    """How many marks there are of what a request makes, or makes a part of."""
     entry, becomes = request.entry, request.becomes
     if isinstance(becomes, ToInt8):
-        return request.out_rows
+        return request.out_rows if request.part is None else prod(request.part.shape[:-1])
     assert isinstance(becomes, ToDtype)
     return 1 if becomes.dtype == torch.float16 and entry.torch_dtype != torch.float16 else 0

@@ -31,7 +31,8 @@ def open_pours(
     recorder: Recorder,
     most_bytes: int | None = None,
 ) -> dict[str, Pour]:
-    """Each entry's `Pour`, of its GPU; entries that none can make are left to the caller.
+    """Each entry's `Pour`, of its GPU; entries that none can make are left to the caller, with all parts of a tensor
+    that one of them is a part of.
 
     Where there are no kernels for a GPU, that is all of them, with a warning.
 
@@ -49,14 +50,23 @@ def open_pours(
     if not _core.has_kernels():
         _warn_of_missing_kernels({lane_of(request.device) for request in requests if request.becomes is not None})
         return {}
+    split: set[str] = set()  # tensors of which some part cannot be poured
+    lanes = {device: lane_of(device) for device in dict.fromkeys(request.device for request in requests)}
     for request in requests:
-        lane = lane_of(request.device)
+        lane = lanes[request.device]
         if _is_there(request, lane, early):
             continue
         if can_pour(request, lane, quantizer):
             groups.setdefault(lane, []).append(request)
-        else:
-            others.add(lane)
+            continue
+        others.add(lane)
+        if request.part is not None:
+            split.add(request.part.name)
+    if split:
+        whole = {
+            lane: [r for r in group if r.part is None or r.part.name not in split] for lane, group in groups.items()
+        }
+        groups = {lane: group for lane, group in whole.items() if group}
     pours: dict[str, Pour] = {}
     for lane, group in groups.items():
         mine = {r.entry.name: early[r.entry.name] for r in group if _comes_early(r, lane, early)}

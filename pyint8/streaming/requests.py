@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -12,6 +11,9 @@ from pyint8.checkpoint import EntryInMemory
 
 if TYPE_CHECKING:
     from pyint8.checkpoint import Entry
+
+# Requests and what they are made of are named tuples: there are thousands, and dataclasses that are frozen take four
+# times as long to make (docs/performance.md, "Many small tensors").
 
 # What the extension's kernels read and write, by the names of the safetensors format.
 KERNEL_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -27,8 +29,7 @@ def kernels_cast(stored: torch.dtype, dtype: torch.dtype) -> bool:
     return stored == dtype or {stored, dtype} <= set(KERNEL_DTYPES.values())
 
 
-@dataclass(frozen=True)
-class ToInt8:
+class ToInt8(NamedTuple):
     """Codes and scales, in bitsandbytes' row-wise form.
 
     Attributes:
@@ -40,15 +41,13 @@ class ToInt8:
     transposed: bool = False
 
 
-@dataclass(frozen=True)
-class ToDtype:
+class ToDtype(NamedTuple):
     """The values, cast to `dtype` if they are not stored as that."""
 
     dtype: torch.dtype
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A contiguous part of a tensor that several entries make.
 
     Attributes:
@@ -62,8 +61,7 @@ class Part:
     offset: int
 
 
-@dataclass(frozen=True)
-class TensorRequest:
+class TensorRequest(NamedTuple):
     """One entry's way.
 
     Attributes:

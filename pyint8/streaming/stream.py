@@ -77,7 +77,7 @@ class TensorStream:
 
     def close(self) -> None:
         """Gives destinations back; the transport is closed already. Idempotent."""
-        for pour in self._pours.values():
+        for pour in dict.fromkeys(self._pours.values()):
             pour.close()
         self._pours.clear()
         self._chunks.clear()
@@ -114,6 +114,13 @@ class TensorStream:
             return None
         with self._naming_tensors():
             return pour.take(name)
+
+    def made_of_parts(self, names: Sequence[str]) -> Made:
+        """What entries that land in their place in one tensor make of it together."""
+        pour = self._pours[names[0]]
+        with self._naming_tensors():
+            *_, whole = map(pour.take, names)
+        return whole
 
     def wait(self, names: Iterable[str]) -> None:
         """Waits for the values of what was `made` of entries, so that they are ordered before the lanes' streams."""

@@ -137,9 +137,12 @@ def plan_load(
                 plan.also_unexpected.update(final.replace(patterns[0], other) for other in patterns[1:])
             continue
         plan.claimed.add(renamed)
-        if final in plan.targets and key not in parameters:
+        target = plan.targets.get(final)
+        if target is None:
+            target = plan.targets[final] = Target(final)
+        elif key not in parameters:
             plan.further.add(key)
-        _filed(plan.targets.setdefault(final, Target(final)), key, companion, converter, pattern)
+        _filed(target, key, companion, converter, pattern)
     plan.used = [conversion for conversion in conversions if conversion.was_used()]
     for key in checkpoint.absent:
         weight, companion = _companion(key, checkpoint) if pre_quantized else (key, None)

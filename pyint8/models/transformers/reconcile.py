@@ -22,6 +22,8 @@ def check_index(
     plan: LoadPlan, model: Any, checkpoint: Checkpoint, *, strict: bool, allow_mismatched_shapes: bool
 ) -> None:
     """Refuses disagreements of an index and its shards, or warns of them (see `checks.check_disagreements`)."""
+    if not checkpoint.disagreements:
+        return
     used = {name for target in plan.targets.values() for name in target.source_names()}
 
     def want(name: str) -> checks.Need:

@@ -21,6 +21,9 @@ _EXPERTS = ".experts."
 Renamed = tuple[str, str | None]
 """A name, and the pattern of the converter that matched, if one did."""
 
+Resolved = tuple[str, str, WeightConverter | None, str | None]
+"""(renamed, name in the model, converter, pattern of it that matched)."""
+
 
 class Renamer:
     """What names of a checkpoint are in a model.
@@ -41,30 +44,32 @@ class Renamer:
         self._of_experts = cache(self._of_any_expert)
         self._with_prefix = cache(self._prefixed)
 
-    def resolve(self, key: str) -> tuple[str, str, WeightConverter | None, str | None]:
-        """(renamed, name in the model, converter, pattern it matched)."""
-        renamed, pattern = self._renamed(key)
-        final = self._with_prefix(renamed)
-        if final not in self._parameters and key in self._parameters:  # it should not have been renamed
-            renamed, pattern, final = key, None, self._with_prefix(key)
-        return renamed, final, None if pattern is None else self._by_pattern[pattern], pattern
+    def resolve(self, key: str) -> Resolved:
+        """What a name of the checkpoint becomes.
 
-    def _renamed(self, key: str) -> Renamed:
-        """Names that differ in the number of an expert alone are renamed alike, if two of them become the same.
-
-        For patterns that name no digit tell numbers of one length apart by nothing: what becomes of such names differs
-        in the digits of the number alone, or not at all. Two numbers that have no digit in common show which it is.
+        Names that differ in the number of an expert alone are renamed alike, if two of them become the same. For
+        patterns that name no digit tell numbers of one length apart by nothing: what becomes of such names differs in
+        the digits of the number alone, or not at all. Two numbers that have no digit in common show which it is.
         """
         head, _, rest = key.partition(_EXPERTS)
         number, _, leaf = rest.partition(".")
-        if not (leaf and self._ignores_digits and number.isdecimal() and number.isascii()):
-            return self._compute(key)
-        return self._of_experts(head, len(number), leaf) or self._compute(key)
+        if leaf and self._ignores_digits and number.isdecimal() and number.isascii():
+            found = self._of_experts(head, len(number), leaf)
+            if found is not None and (found[1] in self._parameters or key not in self._parameters):
+                return found
+        found = self._resolved(*self._compute(key))
+        if found[1] not in self._parameters and key in self._parameters:  # it should not have been renamed
+            found = self._resolved(key, None)
+        return found
 
-    def _of_any_expert(self, head: str, length: int, leaf: str) -> Renamed | None:
+    def _of_any_expert(self, head: str, length: int, leaf: str) -> Resolved | None:
         """What all names become that differ in the number of an expert, of so many digits; None if they differ."""
         one, other = (self._compute(f"{head}{_EXPERTS}{digit * length}.{leaf}") for digit in "12")
-        return one if one == other else None
+        return self._resolved(*one) if one == other else None
+
+    def _resolved(self, renamed: str, pattern: str | None) -> Resolved:
+        converter = None if pattern is None else self._by_pattern[pattern]
+        return renamed, self._with_prefix(renamed), converter, pattern
 
     def _compute(self, key: str) -> Renamed:
         found: Renamed = rename_source_key(key, self._renamings, self._converters)

@@ -45,6 +45,8 @@ BEGIN = 8 + len(json.dumps({"a": F32}))
         (framed(b'{"a":1e999}'), HeaderError, None, None, "out of range"),
         (framed(b'{"a":' + b"[" * 10**6), HeaderError, None, None, "nested deeper than 127"),
         (framed(b'{"a":' + b"[" * 127 + b"]" * 127 + b"}"), HeaderError, None, None, "nested deeper than 127"),
+        (framed(b'{"]]":"[","a":' + 127 * b"[" + 127 * b"]" + b"}"), HeaderError, None, None, "nested deeper than 127"),
+        (framed(b'{"\\"":' + b'{"":' * 127 + b"[]" + b"}" * 128), HeaderError, None, None, "nested deeper than 127"),
         (framed(b'{"a":{},"a":{}}'), HeaderError, None, None, "key 'a' appears twice"),
         (framed(b'{"a":{"dtype":"I8","dtype":"I8"}}'), HeaderError, None, None, "key 'dtype' appears twice"),
         (framed(b'{"__metadata__":{"x":"","x":""}}'), HeaderError, None, None, "key 'x' appears twice"),

@@ -10,6 +10,7 @@ from fake_driver import FakeDriver, driver
 from pours import DTYPES, GPU, OPTIONS, checkpoint_of, pour, random_weight
 
 from pyint8 import _core
+from pyint8.streaming.reading import open_stream
 from pyint8.streaming.requests import Part, TensorRequest, ToDtype, ToInt8
 from pyint8.streaming.stream import TensorStream
 from pyint8.streaming.transport import Transport
@@ -113,3 +114,24 @@ def test_the_memory_of_a_whole_counts_when_it_is_taken(
     stream.finish()
     transport.close()
     stream.close()
+
+
+def test_a_tensor_of_which_one_part_cannot_be_poured_is_left_whole(driver: FakeDriver, tmp_path: Path) -> None:
+    """Its other parts would land in a tensor of which that one would know nothing."""
+    weights = {f"{layer}.{number}": random_weight(30, 70, torch.bfloat16) for layer in range(2) for number in range(3)}
+    weights["0.1"] = weights["0.1"].double()  # none of the kernels' dtypes
+    entries = checkpoint_of(tmp_path, weights)
+    requests = [
+        TensorRequest(
+            entry, GPU, True, becomes=ToInt8(torch.bfloat16), part=Part(name[0], (3, 30, 70), int(name[2]) * 2100)
+        )
+        for name, entry in sorted(entries.items())
+    ]
+    with open_stream(requests, OPTIONS, opener=driver.lane, quantizer=driver.quantizer) as stream:
+        assert [name for name in entries if stream.makes(name)] == ["1.0", "1.1", "1.2"]
+        assert [name for name in entries if stream.lands_in_place(name)] == ["1.0", "1.1", "1.2"]
+        whole = stream.made_of_parts(["1.0", "1.1", "1.2"])
+        assert whole.tensor.shape == (3, 30, 70)
+        for name in ("0.0", "0.1", "0.2"):
+            assert sum(len(band) for _, band in stream.bands(name)) == 30
+        stream.finish()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,8 +64,9 @@ def first_tensors(checkpoint: Checkpoint, device_map: Any, *, is_bounded: bool) 
         return []
     gpu, takes_all = found
     entries = sorted(checkpoint.values(), key=lambda entry: _natural_key(entry.name))
-    least = _least_bytes(entries)
-    early = _most_early(entries, least)
+    sizes = list(map(_least_bytes, entries))
+    least = sum(sizes)  # that the model takes
+    early = _most_early(sizes, least)
     if takes_all:
         return [FirstTensors(gpu, entries, early, least)]
     if not _spreads_evenly(device_map, is_bounded=is_bounded):
@@ -82,34 +85,32 @@ def _spreads_evenly(device_map: Any, *, is_bounded: bool) -> bool:
     return torch.cuda.device_count() == 1 or device_map in _EVEN_MAPS
 
 
-def _most_early(entries: Sequence[Entry], least: int) -> int:
-    """What the first tensors may take: the largest weight must have room beside them, as int8."""
-    largest = max((entry.numel for entry in entries if entry.is_floating), default=0)
-    return max(0, min(int(least * _EARLY_PART), least - largest))
+def _most_early(sizes: Sequence[int], least: int) -> int:
+    """What the first tensors may take: the largest must have room beside them, as int8."""
+    return max(0, min(int(least * _EARLY_PART), least - max(sizes, default=0)))
 
 
-def _spread(entries: Sequence[Entry], gpus: int, if_free: int) -> list[FirstTensors]:
-    """What each of several GPUs begins with under an even map, whose borders are guessed.
+def _spread(entries: Iterable[Entry], gpus: int, if_free: int) -> list[FirstTensors]:
+    """What each of several GPUs begins with under an even map, whose borders are guessed; of entries in natural order.
 
     Away from the borders, where there is enough between them: what another GPU gets would be read again.
     """
-    named = [(_layer(entry.name), entry) for entry in entries]
-    named.sort(key=lambda pair: (_place(*pair), _natural_key(pair[1].name)))
+    named = sorted(((_layer(entry.name), entry) for entry in entries), key=lambda pair: _place(*pair))
     layers = [list(layer) for _, layer in itertools.groupby(named, key=lambda pair: pair[0] or pair[1].name)]
-    sizes = [sum(itertools.starmap(_model_bytes, layer)) for layer in layers]
+    held_bytes = [sum(itertools.starmap(_model_bytes, layer)) for layer in layers]
     parts = []
-    for gpu, held in enumerate(even_parts(sizes, gpus)):
-        least = _least_bytes(_entries(layers[held.start : held.stop]))
+    for gpu, held in enumerate(even_parts(held_bytes, gpus)):
+        least = sum(map(_least_bytes, _entries(layers[held.start : held.stop])))
         margin = 1 if len(held) > _FEW_LAYERS else 0
         begun = _entries(layers[held.start + (margin if gpu > 0 else 0) : held.stop - margin])
-        early = _most_early(begun, int(least * _SPREAD_PART))
+        early = _most_early([_least_bytes(entry) for entry in begun], int(least * _SPREAD_PART))
         parts.append(FirstTensors(torch.device("cuda", gpu), begun, early, least, if_free // gpus))
     return parts
 
 
-def _least_bytes(entries: Iterable[Entry]) -> int:
-    """What the model takes at least: every weight as int8."""
-    return sum(entry.numel if entry.is_floating else entry.nbytes for entry in entries)
+def _least_bytes(entry: Entry) -> int:
+    """What the model takes at least for it: as int8, if it is a weight."""
+    return entry.numel if entry.is_floating else entry.nbytes
 
 
 def _entries(layers: Iterable[list[tuple[str, Entry]]]) -> list[Entry]:
@@ -157,7 +158,18 @@ def first_gpu(device_map: Any) -> tuple[torch.device, bool] | None:
     return (gpus[0], len(set(values)) == 1) if gpus else None
 
 
-def _natural_key(name: str) -> list[tuple[int, str]]:
+def _natural_key(name: str) -> str:
     """Sorts "layers.9" before "layers.10", as loops over layers take them; numbers may have any length."""
-    parts = re.split(r"([0-9]+)", name)  # those at odd places are numbers
-    return [(len(part.lstrip("0")), part.lstrip("0")) if at % 2 else (-1, part) for at, part in enumerate(parts)]
+    return "\0".join(map(_natural_part, name.split(".")))
+
+
+@lru_cache(4096)
+def _natural_part(part: str) -> str:
+    """Text, and numbers preceded by how long they are, which sort after text."""
+    pieces = re.split(r"([0-9]+)", part)  # those at odd places are numbers
+    return "".join(_sortable_number(piece) if at % 2 else f"\1{piece}" for at, piece in enumerate(pieces))
+
+
+def _sortable_number(digits: str) -> str:
+    digits = digits.lstrip("0")
+    return f"\2{chr(min(len(digits), sys.maxunicode))}{digits}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Smaller tensors are asked for later, together: they would take longer to ask for than to read.
 _WORTHWHILE_BYTES = 1 << 20
+# So many tensors are asked for before memory is taken for all others.
+_FIRST_ASKED = 64
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class HeadStart:
 
     def begin(self, parts: Sequence[FirstTensors]) -> None:
         """Asks for what each device begins with; called once, for some or all of the devices."""
-        self._start(lambda: list(map(self._begin, parts)))
+        self._start(lambda: self._begin(parts))
 
     def _start(self, work: Callable[[], object]) -> None:
         """Has a thread do `work`, behind what was begun before."""
@@ -156,16 +158,28 @@ class HeadStart:
         if lane.device == device:
             self._transport.engine.prepare(lane.index)
 
-    def _begin(self, part: FirstTensors) -> None:
-        lane = self._transport.lane(part.device)
-        if lane.device != part.device or not part.entries:
-            return
-        wanted = []
-        if _has_room(part):
-            self.reserves = part.reserved > 0
-            wanted = _allocated(lane, part.entries, part.nbytes)
+    def _begin(self, parts: Sequence[FirstTensors]) -> None:
+        """Each device's few first tensors before the others: to take memory for thousands takes a while."""
+        others: list[tuple[Lane, list[Entry]]] = []
+        for part in parts:
+            lane = self._transport.lane(part.device)
+            if lane.device != part.device or not part.entries:
+                continue
+            has_room = _has_room(part)
+            if has_room:
+                self.reserves = part.reserved > 0
+            entries = _worthwhile(part.entries, part.nbytes) if has_room else []
+            if self._ask_for(lane, entries[:_FIRST_ASKED]) == _FIRST_ASKED:  # on all ranks
+                others.append((lane, entries[_FIRST_ASKED:]))
+        for lane, entries in others:
+            self._ask_for(lane, entries)
+
+    def _ask_for(self, lane: Lane, entries: Sequence[Entry]) -> int:
+        """Asks for those that there is memory for, on all ranks; returns how many they are."""
+        wanted = _allocated(lane, entries)
         del wanted[self._transport.fewest(len(wanted)) :]
         self._ask(lane, wanted)
+        return len(wanted)
 
     def _ask(self, lane: Lane, wanted: Sequence[tuple[Entry, torch.UntypedStorage]]) -> None:
         """Requests all at once."""
@@ -185,20 +199,25 @@ class HeadStart:
             self._early[entry.name] = EarlyTensor(entry, lane, storage, ticket)
 
 
-def _allocated(lane: Lane, entries: Sequence[Entry], nbytes: int) -> list[tuple[Entry, torch.UntypedStorage]]:
-    """The first entries that fit, with storages: allocating a tensor releases the interpreter's lock, and the thread
-    that builds the model would take it each time (docs/performance.md, "The interpreter's lock")."""
-    wanted: list[tuple[Entry, torch.UntypedStorage]] = []
+def _worthwhile(entries: Sequence[Entry], nbytes: int) -> list[Entry]:
+    """The first entries that take `nbytes` together, but for small ones, and such as are in memory already."""
+    wanted: list[Entry] = []
     for entry in entries:
         if entry.nbytes < _WORTHWHILE_BYTES or isinstance(entry, EntryInMemory):
             continue
         nbytes -= entry.nbytes
         if nbytes < 0:
             break
-        try:
-            wanted.append((entry, torch.UntypedStorage(entry.nbytes, device=lane.device)))
-        except torch.OutOfMemoryError:  # the load itself may get by with less at a time
-            break
+        wanted.append(entry)
+    return wanted
+
+
+def _allocated(lane: Lane, entries: Sequence[Entry]) -> list[tuple[Entry, torch.UntypedStorage]]:
+    """The first entries that there is memory for, with storages: allocating a tensor releases the interpreter's lock,
+    and the thread that builds the model would take it each time (docs/performance.md, "The interpreter's lock")."""
+    wanted: list[tuple[Entry, torch.UntypedStorage]] = []
+    with suppress(torch.OutOfMemoryError):  # the load itself may get by with less at a time
+        wanted.extend((entry, torch.UntypedStorage(entry.nbytes, device=lane.device)) for entry in entries)
     return wanted
 
 

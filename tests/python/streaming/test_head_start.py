@@ -12,6 +12,7 @@ from streams import CPU, MIB, bytes_of, head_start, over, requests, stored, unst
 
 from pyint8.checkpoint import Checkpoint
 from pyint8.errors import ReadError, TruncatedError
+from pyint8.streaming import head_start as head_start_module
 from pyint8.streaming.head_start import FirstTensors, _has_room
 from pyint8.streaming.requests import TensorRequest
 from pyint8.streaming.transport import Transport
@@ -19,9 +20,10 @@ from pyint8.streaming.transport import Transport
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
-@pytest.fixture
-def every_size_is_worthwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=[1, 64], ids=["one before the others", "all at once"])
+def every_size_is_worthwhile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyint8.streaming.head_start._WORTHWHILE_BYTES", 1)
+    monkeypatch.setattr("pyint8.streaming.head_start._FIRST_ASKED", request.param)
 
 
 @pytest.mark.usefixtures("every_size_is_worthwhile")
@@ -72,7 +74,7 @@ def test_small_tensors_are_not_begun_early(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("every_size_is_worthwhile")
-def test_a_head_start_asks_once(mixed: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_start_asks_for_a_few_and_for_all_others(mixed: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each time it would let go of the interpreter's lock, and the thread that builds the model would keep it."""
     asked: list[int] = []
     submit = Transport.submit
@@ -85,8 +87,9 @@ def test_a_head_start_asks_once(mixed: Checkpoint, monkeypatch: pytest.MonkeyPat
     start = head_start(list(mixed.values()))
     transport, early = start.take()
     transport.close()
-    assert asked == [len(early)]
-    assert len(early) > 1
+    few = head_start_module._FIRST_ASKED
+    assert asked == ([few, len(early) - few] if few == 1 else [len(early)])
+    assert len(early) > 2
 
 
 @pytest.mark.usefixtures("every_size_is_worthwhile")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from pyint8.errors import HeaderError, TruncatedError
 from pyint8.host import garbage
@@ -35,6 +36,7 @@ MAX_HEADER_BYTES = 100_000_000
 _LENGTH_BYTES = 8
 _U64_MAX = 2**64 - 1
 _FIELDS = ("dtype", "shape", "data_offsets")
+_BITS = {name: bits for name, (bits, _) in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -150,66 +152,59 @@ def _metadata(path: str, value: object) -> dict[str, str]:
     return value
 
 
-def _entry(path: str, name: str, info: object, data_start: int, stamp: FileStamp) -> Entry:
-    if not isinstance(info, dict):
-        raise _broken(path, name, f"is described by {abbreviated(info)}, not by an object")
+def _entry(path: str, name: str, info: Any, data_start: int, stamp: FileStamp) -> Entry:
     try:
         dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
-    except KeyError:
-        missing = [field for field in _FIELDS if field not in info]
-        raise _broken(path, name, f"its description lacks {', '.join(missing)}") from None
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise HeaderError(
-            f"unknown dtype {abbreviated(dtype)}; the format's are {', '.join(DTYPES)}; save the tensor with one of "
-            "them",
-            path=path,
-            tensor=name,
-        )
-    if not _are_sizes(shape):
-        raise _broken(path, name, f"its shape {abbreviated(shape)} is not a list of non-negative 64-bit integers")
-    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _broken(
-            path, name, f"its data_offsets {abbreviated(offsets)} are not [begin, end] with 0 <= begin <= end"
-        )
+        bits = _BITS[dtype]
+    except (KeyError, TypeError):
+        raise _badly_described(path, name, info) from None
+    if type(shape) is not list:
+        raise _no_shape(path, name, shape)
+    numel, is_counted = 1, True
+    for dimension in shape:
+        if type(dimension) is not int or not 0 <= dimension <= _U64_MAX:  # a bool is no number to the format
+            raise _no_shape(path, name, shape)
+        if is_counted:  # the format checks each step from the left, so an overflow before a 0 is still one
+            numel *= dimension
+            is_counted = numel <= _U64_MAX
+    if type(offsets) is not list or len(offsets) != 2:
+        raise _no_offsets(path, name, offsets)
     begin, end = offsets
+    if type(begin) is not int or type(end) is not int or not 0 <= begin <= end <= _U64_MAX:
+        raise _no_offsets(path, name, offsets)
     entry = Entry(name, dtype, tuple(shape), path, data_start + begin, end - begin, stamp=stamp)
-    _check_nbytes(entry)
+    if numel * bits != (end - begin) * 8 or numel * bits > _U64_MAX or not is_counted:
+        raise _wrong_size(entry, numel * bits if is_counted else _U64_MAX + 1)
     return entry
 
 
-def _are_sizes(value: object) -> bool:
-    # bool is an int to isinstance, but not to the format.
-    if not isinstance(value, list):
-        return False
-    for item in value:  # noqa: SIM110  a generator takes three times as long
-        if type(item) is not int or not 0 <= item <= _U64_MAX:
-            return False
-    return True
+def _badly_described(path: str, name: str, info: object) -> HeaderError:
+    if not isinstance(info, dict):
+        return _broken(path, name, f"is described by {abbreviated(info)}, not by an object")
+    if missing := [field for field in _FIELDS if field not in info]:
+        return _broken(path, name, f"its description lacks {', '.join(missing)}")
+    problem = f"unknown dtype {abbreviated(info['dtype'])}; the format's are {', '.join(DTYPES)}"
+    return HeaderError(f"{problem}; save the tensor with one of them", path=path, tensor=name)
 
 
-def _check_nbytes(entry: Entry) -> None:
-    bits = _bits(entry)
-    if bits is None:
+def _no_shape(path: str, name: str, shape: object) -> HeaderError:
+    return _broken(path, name, f"its shape {abbreviated(shape)} is not a list of non-negative 64-bit integers")
+
+
+def _no_offsets(path: str, name: str, offsets: object) -> HeaderError:
+    problem = f"its data_offsets {abbreviated(offsets)} are not [begin, end] with 0 <= begin <= end"
+    return _broken(path, name, problem)
+
+
+def _wrong_size(entry: Entry, bits: int) -> HeaderError:
+    if bits > _U64_MAX:
         problem = "has more elements or bits than 64 bits count"
     elif bits % 8:
         problem = f"is {bits} bits, not whole bytes"
-    elif bits // 8 != entry.nbytes:
-        problem = f"is {bits // 8} bytes, but its data_offsets span {entry.nbytes}"
     else:
-        return
+        problem = f"is {bits // 8} bytes, but its data_offsets span {entry.nbytes}"
     what = f"shape {abbreviated(list(entry.shape))} of {entry.dtype}"
-    raise _broken(entry.path, entry.name, f"{what} {problem}", entry.offset)
-
-
-def _bits(entry: Entry) -> int | None:
-    numel = 1
-    for dimension in entry.shape:
-        # The format multiplies from the left and checks each step, so an overflow before a 0 is still one.
-        numel *= dimension
-        if numel > _U64_MAX:
-            return None
-    bits = numel * DTYPES[entry.dtype][0]
-    return bits if bits <= _U64_MAX else None
+    return _broken(entry.path, entry.name, f"{what} {problem}", entry.offset)
 
 
 def _check_cover(path: str, entries: list[Entry], data_start: int) -> int:

@@ -6,7 +6,7 @@ it from the stream, and making the parameter, is the same for all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -228,7 +228,7 @@ class Assembly:
             self._quantizer.health.watch_marks(name, made.marks, parts=partial(_first_rows, parts))
         elif of_codes := [part.scales.name for part in parts if part.scales is not None]:
             scales = stream.made_of_parts(of_codes).tensor
-            self._quantizer.health.watch_scales(name, scales.flatten())
+            self._quantizer.health.watch_scales(name, scales.flatten(), partial(_first_rows, parts))
         return experts_tensors(name, made.tensor, scales)
 
     def experts_of(self, name: str, whole: torch.Tensor, destination: Destination) -> dict[str, torch.Tensor]:
@@ -290,7 +290,7 @@ def _is_cast_in_bands(entry: Entry, dtype: torch.dtype) -> bool:
     return entry.torch_dtype != dtype and entry.nbytes > _BAND_WORTHY_BYTES and len(entry.torch_shape) > 0
 
 
-def _find_overflow(entries: Sequence[Entry]) -> BadWeight | None:
-    """The first value in the stored tensors that is finite, but too large for fp16."""
-    found = (first_overflow(entry.name, read_tensor(entry)) for entry in entries if entry.is_floating)
-    return next((bad for bad in found if bad is not None), None)
+def _find_overflow(entries: Sequence[Entry]) -> Iterator[BadWeight]:
+    """The first value in each of the stored tensors that is finite, but too large for fp16."""
+    floats = (entry for entry in entries if entry.is_floating)
+    return (bad for entry in floats for bad in first_overflow(entry.name, read_tensor(entry)))

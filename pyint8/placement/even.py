@@ -5,16 +5,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-# transformers leaves room for the largest part beside a GPU's share, and uses so much of the sum for int8 models.
-# Source: transformers' get_balanced_memory, infer_auto_device_map and Bnb8BitHfQuantizer.adjust_max_memory.
+# transformers leaves room for the largest part beside a GPU's share.
+# Source: transformers' get_balanced_memory and infer_auto_device_map.
 _ROOM = 1.25
-_USED = 0.9
+USED = 0.9
+"""The part of what a GPU may hold that is used for int8 models (transformers' Bnb8BitHfQuantizer.adjust_max_memory)."""
+
+
+def even_share(sizes: Sequence[int], gpus: int) -> int:
+    """How much of each GPU's free memory transformers would use at most, where it is so much; sizes as below."""
+    return int(sum(sizes) / gpus + _ROOM * max(sizes, default=0))
 
 
 def even_parts(sizes: Sequence[int], gpus: int) -> list[range]:
     """The parts that each GPU will hold, as transformers plans "auto" and "balanced" where every GPU is large enough.
 
-    It is a guess: which layers are split, tied or kept in 16 bits is known for sure only with the model.
+    It is a guess: which parts there are, in which order, and how large is known for sure only with the model.
 
     Args:
         sizes: Of the parts that are never split, a layer each, in bytes as the model will hold them, in its order.
@@ -23,7 +29,7 @@ def even_parts(sizes: Sequence[int], gpus: int) -> list[range]:
     Returns:
         For each GPU a range of indices, which may be empty.
     """
-    limit = _USED * (sum(sizes) / gpus + _ROOM * max(sizes, default=0))
+    limit = USED * even_share(sizes, gpus)
     largest_after = [0] * len(sizes)
     for index in reversed(range(len(sizes) - 1)):
         largest_after[index] = max(sizes[index + 1], largest_after[index + 1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,12 @@ class BadWeight:
     row: int  # the first such output row
 
 
+# Finds the bad values of a tensor that was cast, where it is known that there may be some.
+FindOverflow = Callable[[], Iterable[BadWeight]]
+# The first row of each part of a larger tensor, in order, and what to call its rows; asked only if one is bad.
+Parts = Callable[[], list[tuple[int, str]]]
+
+
 @dataclass(frozen=True)
 class _Watched:
     """Values that are finite exactly if the rows, or the tensor, that they sum up are finite."""
@@ -35,7 +41,14 @@ class _Watched:
     row: int  # of the first value
     start: int  # in its device's values
     count: int
-    find_overflow: Callable[[], BadWeight | None] | None = None  # for a tensor that was cast
+    find_overflow: FindOverflow | None = None
+    parts: Parts | None = None
+
+    def bad(self, rows: list[int]) -> Iterable[BadWeight]:
+        """What to tell of `rows`, counted from the first value, that are not finite."""
+        if rows and self.find_overflow is not None:
+            return self.find_overflow()
+        return _named(self.name, [self.row + row for row in rows], self.parts)
 
 
 @dataclass(frozen=True)
@@ -44,8 +57,8 @@ class _Marked:
 
     name: str
     marks: torch.Tensor
-    find_overflow: Callable[[], BadWeight | None] | None = None
-    parts: Callable[[], list[tuple[int, str]]] | None = None
+    find_overflow: FindOverflow | None = None
+    parts: Parts | None = None
 
     @property
     def start(self) -> int:
@@ -56,20 +69,32 @@ class _Marked:
     def end(self) -> int:
         return self.start + len(self.marks)
 
-    def bad(self, on_host: torch.Tensor, first: int) -> Iterator[BadWeight]:
+    def bad(self, on_host: torch.Tensor, first: int) -> Iterable[BadWeight]:
         """Looks at the marks in a copy of their storage from `first` on."""
-        rows: list[int] = on_host[self.start - first : self.end - first].nonzero().flatten().tolist()
-        if not rows:
-            return
-        if self.find_overflow is not None:
-            if (found := self.find_overflow()) is not None:
-                yield found
-            return
-        parts = [(0, self.name)] if self.parts is None else self.parts()
-        begins = [begin for begin, _ in parts]
-        for row in rows:
-            begin, name = parts[bisect_right(begins, row) - 1]
-            yield BadWeight(name, row - begin)
+        rows = _rows_of(on_host[self.start - first : self.end - first])
+        if rows and self.find_overflow is not None:
+            return self.find_overflow()
+        return _named(self.name, rows, self.parts)
+
+
+def _rows_of(bad: torch.Tensor) -> list[int]:
+    """Where it is not 0."""
+    found: list[int] = bad.nonzero().flatten().tolist()
+    return found
+
+
+def _named(name: str, rows: Sequence[int], parts: Parts | None) -> Iterator[BadWeight]:
+    """The first of the rows, which are in order, in each part of a tensor, or in all of it."""
+    if not rows:
+        return
+    begun = [(0, name)] if parts is None else parts()
+    begins = [begin for begin, _ in begun]
+    beyond = 0
+    for row in rows:
+        if row >= beyond:
+            part = bisect_right(begins, row) - 1
+            yield BadWeight(begun[part][1], row - begins[part])
+            beyond = begins[part + 1] if part + 1 < len(begins) else rows[-1] + 1
 
 
 @dataclass(frozen=True)
@@ -78,7 +103,7 @@ class _Cast:
 
     name: str
     tensor: torch.Tensor
-    find_overflow: Callable[[], BadWeight | None]
+    find_overflow: FindOverflow
 
 
 class _Values:
@@ -119,7 +144,7 @@ class WeightHealth:
         self._values: dict[torch.device, _Values] = {}
         self._watched: dict[torch.device, list[_Watched]] = {}
         self._casts: list[_Cast] = []
-        self._scales: list[tuple[str, torch.Tensor]] = []
+        self._scales: list[tuple[str, torch.Tensor, Parts | None]] = []
         self._marked: list[_Marked] = []
 
     def watch(self, name: str, row: int, half: torch.Tensor, scales: torch.Tensor) -> None:
@@ -129,20 +154,31 @@ class WeightHealth:
         else:
             self._reserve(name, row, scales.device, len(scales)).copy_(scales)
 
-    def watch_scales(self, name: str, scales: torch.Tensor) -> None:
-        """Looks, at the end, at the scales [rows] of a pre-quantized weight: infinity is an overflow of long ago."""
-        self._scales.append((name, scales))
+    def watch_scales(self, name: str, scales: torch.Tensor, parts: Parts | None = None) -> None:
+        """Looks, at the end, at the scales [rows] of a pre-quantized weight: infinity is an overflow of long ago.
+
+        Args:
+            name: For errors.
+            scales: fp32.
+            parts: Of what the rows are, if not all of one tensor of the checkpoint (see `watch_marks`).
+        """
+        self._scales.append((name, scales, parts))
 
     def watch_marks(
         self,
         name: str,
         marks: torch.Tensor,
-        find_overflow: Callable[[], BadWeight | None] | None = None,
-        parts: Callable[[], list[tuple[int, str]]] | None = None,
+        find_overflow: FindOverflow | None = None,
+        parts: Parts | None = None,
     ) -> None:
-        """Looks at marks, uint8, that are set where a row is bad, or with `find_overflow`, if a whole tensor may be.
+        """Looks, at the end, at marks, uint8, that are set where a row is bad.
 
-        `parts`, asked only if a row is bad: what to call its rows instead; the first row of each part, and its name.
+        Args:
+            name: For errors.
+            marks: One for each row, or with `find_overflow` for a whole tensor that was cast.
+            find_overflow: Searches the tensors that it was made from; called if it is marked.
+            parts: The first row of each tensor of the checkpoint that rows are from, and its name, in order; called if
+                a row is marked.
         """
         self._marked.append(_Marked(name, marks, find_overflow, parts))
 
@@ -155,7 +191,7 @@ class WeightHealth:
         name: str,
         tensor: torch.Tensor,
         stored: Iterable[torch.dtype],
-        find_overflow: Callable[[], BadWeight | None],
+        find_overflow: FindOverflow,
     ) -> None:
         """Checks an unquantized tensor at the end: infinity where none was stored is an overflow.
 
@@ -179,14 +215,8 @@ class WeightHealth:
             if bool(finite.all()):
                 continue
             for watched in group:
-                rows = (~finite[watched.start : watched.start + watched.count]).nonzero()
-                if not len(rows) or watched.name in found:
-                    continue
-                bad: BadWeight | None = BadWeight(watched.name, watched.row + int(rows[0]))
-                if watched.find_overflow is not None:
-                    bad = watched.find_overflow()
-                if bad is not None:
-                    found[watched.name] = bad
+                for bad in watched.bad(_rows_of(~finite[watched.start : watched.start + watched.count])):
+                    found.setdefault(bad.name, bad)
         for bad in self._bad_marks():
             found.setdefault(bad.name, bad)
         return list(found.values())
@@ -207,12 +237,12 @@ class WeightHealth:
 
     def _look_at_scales(self) -> None:
         """All of a device's at once: there are hundreds, whose copies one by one would take a while at the very end."""
-        groups: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}
-        for name, scales in self._scales:
-            groups.setdefault(scales.device, []).append((name, scales.detach()))
+        groups: dict[torch.device, list[tuple[str, torch.Tensor, Parts | None]]] = {}
+        for name, scales, parts in self._scales:
+            groups.setdefault(scales.device, []).append((name, scales.detach(), parts))
         for device, group in groups.items():
-            rooms = [self._reserve(name, 0, device, len(scales)) for name, scales in group]
-            torch._foreach_copy_(rooms, [scales for _, scales in group])
+            rooms = [self._reserve(name, 0, device, len(scales), parts=parts) for name, scales, parts in group]
+            torch._foreach_copy_(rooms, [scales for _, scales, _ in group])
         self._scales.clear()
 
     def _look_at_casts(self) -> None:
@@ -231,14 +261,15 @@ class WeightHealth:
         row: int,
         device: torch.device,
         count: int,
-        find_overflow: Callable[[], BadWeight | None] | None = None,
+        find_overflow: FindOverflow | None = None,
+        parts: Parts | None = None,
     ) -> torch.Tensor:
         """Where to write the values of a tensor that is watched from now on."""
         with self._adding:
             if device not in self._values:
                 self._values[device] = _Values(device)
             values = self._values[device]
-            self._watched.setdefault(device, []).append(_Watched(name, row, values.count, count, find_overflow))
+            self._watched.setdefault(device, []).append(_Watched(name, row, values.count, count, find_overflow, parts))
             return values.next(count)
 
     def raise_or_warn(self, *, strict: bool, locate: Callable[[str], dict[str, Any]] | None = None) -> None:
@@ -267,12 +298,12 @@ class WeightHealth:
         )
 
 
-def first_overflow(name: str, stored: torch.Tensor) -> BadWeight | None:
-    """The first row of a tensor with a finite value that fp16 cannot hold."""
+def first_overflow(name: str, stored: torch.Tensor) -> list[BadWeight]:
+    """The first row of a tensor with a finite value that fp16 cannot hold, if there is one."""
     overflow = (stored.to(torch.float16).isinf() & ~stored.isinf()).nonzero()
     if not len(overflow):
-        return None
-    return BadWeight(name, int(overflow[0][0]) if stored.ndim else 0)
+        return []
+    return [BadWeight(name, int(overflow[0][0]) if stored.ndim else 0)]
 
 
 def _sum_rows(half: torch.Tensor, out: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from pyint8.host.processes import processes
 from pyint8.placement.device_map import is_planned
-from pyint8.placement.even import even_parts
+from pyint8.placement.even import USED, even_parts, even_share
 from pyint8.streaming.head_start import FirstTensors, HeadStart
 
 if TYPE_CHECKING:
@@ -97,14 +97,21 @@ def _spread(entries: Iterable[Entry], gpus: int, if_free: int) -> list[FirstTens
     """
     named = sorted(((_layer(entry.name), entry) for entry in entries), key=lambda pair: _place(*pair))
     layers = [list(layer) for _, layer in itertools.groupby(named, key=lambda pair: pair[0] or pair[1].name)]
-    held_bytes = [sum(itertools.starmap(_model_bytes, layer)) for layer in layers]
+    model_bytes = [sum(itertools.starmap(_model_bytes, layer)) for layer in layers]
+    share = even_share(model_bytes, gpus)
     parts = []
-    for gpu, held in enumerate(even_parts(held_bytes, gpus)):
-        least = sum(map(_least_bytes, _entries(layers[held.start : held.stop])))
+    for gpu, held in enumerate(even_parts(model_bytes, gpus)):
         margin = 1 if len(held) > _FEW_LAYERS else 0
-        begun = _entries(layers[held.start + (margin if gpu > 0 else 0) : held.stop - margin])
-        early = _most_early([_least_bytes(entry) for entry in begun], int(least * _SPREAD_PART))
-        parts.append(FirstTensors(torch.device("cuda", gpu), begun, early, least, if_free // gpus))
+        begin = held.start + (margin if gpu > 0 else 0)
+        end = held.stop - (margin if held.stop < len(layers) else 0)
+        sizes = [_least_bytes(entry) for entry in _entries(layers[held.start : held.stop])]
+        least = sum(sizes)
+        early = _most_early(sizes, int(least * _SPREAD_PART))
+        # A large embedding would otherwise take it all, or end the list.
+        begun = sorted(_entries(layers[begin:end]), key=lambda entry: entry.nbytes > early // 2)
+        # The map must be the same with what is early. The last GPU may use all of its memory.
+        needed = max(share, int(sum(model_bytes[held.start : held.stop]) / USED)) + early
+        parts.append(FirstTensors(torch.device("cuda", gpu), begun, early, least, max(if_free // gpus, needed)))
     return parts
 
 
@@ -123,11 +130,14 @@ def _layer(name: str) -> str:
     return "" if numbered is None else numbered.group()
 
 
-def _place(layer: str, entry: Entry) -> int:
-    """Embeddings come before layers; norms and heads that are outside of layers after them."""
-    if layer:
-        return 1
-    return 0 if re.search(r"emb|wte|wpe", entry.name) else 2
+def _place(layer: str, entry: Entry) -> tuple[int, int]:
+    """In which stack, and where in it: an encoder comes before a decoder, and both before heads; embeddings come before
+    layers, and norms outside of layers after them."""
+    where = entry.name.split(".")
+    is_last = not layer and not re.search(r"emb|wte|wpe|shared", entry.name)
+    if "decoder" in where:
+        return 1, 2 if is_last else int(layer != "")
+    return 2 if is_last and "encoder" not in where else 0, 2 if is_last else int(layer != "")
 
 
 def _model_bytes(layer: str, entry: Entry) -> int:

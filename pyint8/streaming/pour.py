@@ -246,6 +246,7 @@ class Pour:
         offset = 0 if part is None else part.offset
         source = self._source(entry)
         if isinstance(becomes, ToInt8):
+            assert place.scales != 0
             through_bfloat16 = becomes.model_dtype == torch.bfloat16
             rows, columns = entry.torch_shape
             row = offset // place.columns

@@ -72,7 +72,7 @@ class TensorRequest(NamedTuple):
             to be had by `TensorStream.batched` alone, and not in bands.
         becomes: What `TensorStream.made` gives where the GPU's consumer can make it; elsewhere of no meaning.
         part: Where the values go that `becomes` asks for, if not to a tensor of their own; `TensorStream.made` gives
-            the whole tensor. Its parts are all requested of one device, and in one dtype.
+            the whole tensor. Its parts are all requested of one device, and stored and wanted in one dtype each.
     """
 
     entry: Entry

@@ -70,7 +70,7 @@ class TensorStream:
             if name in self._pours:
                 continue
             self._chunks[name] = self._take_over(request, early or {}) or cut(request, self._lane(request.device))
-        self._discard(early or {})
+        transport.discard(early or {})
         self._pending = gather_batches(self._chunks)
         self._cursor = 0
         self._fill_window()
@@ -208,12 +208,6 @@ class TensorStream:
         chunk = Chunk(request, tensor.lane, 0, rows, 0, entry.nbytes, early=True)
         chunk.memory, chunk.ticket = tensor.memory, tensor.ticket
         return [chunk]
-
-    def _discard(self, early: dict[str, EarlyTensor]) -> None:
-        """Frees early tensors that are not needed, once the bus no longer writes to them."""
-        for tensor in early.values():
-            self._engine.wait(tensor.ticket, tensor.lane.stream)
-        early.clear()
 
     def _fill_window(self) -> None:
         """Requests as much as the budgets allow, in order."""

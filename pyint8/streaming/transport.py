@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from pyint8.checkpoint import Entry, FileStamp
     from pyint8.config import StreamOptions
+    from pyint8.streaming.head_start import EarlyTensor
     from pyint8.streaming.ranks.consumer import SharedConsumer
     from pyint8.streaming.requests import TensorRequest
 
@@ -190,6 +191,12 @@ class Transport:
     def let_go(self, memory: torch.Tensor) -> None:
         """Ends `keep`: the consumer's work on it was waited for."""
         self._in_use.pop(id(memory), None)
+
+    def discard(self, early: dict[str, EarlyTensor]) -> None:
+        """Frees early tensors that nobody needs, once the bus no longer writes to them."""
+        for tensor in early.values():
+            self.engine.wait(tensor.ticket, tensor.lane.stream)
+        early.clear()
 
     def require_unchanged(self) -> None:
         """Raises FileChangedError if a file was written to since it was opened."""

@@ -44,13 +44,18 @@ CONFIGS: dict[str, tf.PretrainedConfig] = {
     "qwen3 tied": tf.Qwen3Config(vocab_size=151936, hidden_size=2560, num_hidden_layers=36, tie_word_embeddings=True),
     "large embedding": tf.Gemma2Config(),
     "experts": tf.Qwen3MoeConfig(**QWEN3_MOE),
+    "encoder and decoder": tf.BartConfig(
+        d_model=2048, encoder_ffn_dim=8192, decoder_ffn_dim=8192, encoder_layers=24, decoder_layers=24
+    ),
 }
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def model(request: pytest.FixtureRequest) -> Any:
     with torch.device("meta"):
-        return tf.AutoModelForCausalLM.from_config(CONFIGS[request.param], dtype=torch.bfloat16)
+        config = CONFIGS[request.param]
+        auto = tf.AutoModelForSeq2SeqLM if config.is_encoder_decoder else tf.AutoModelForCausalLM
+        return auto.from_config(config, dtype=torch.bfloat16)
 
 
 def save_header(model: Any, path: Path) -> None:
@@ -65,12 +70,12 @@ def save_header(model: Any, path: Path) -> None:
         file.truncate(len(content) + end)
 
 
-def even_map(model: Any, gpus: int) -> dict[str, int]:
+def even_map(model: Any, memory: dict[int, int]) -> dict[str, int]:
     quantizer = Bnb8BitHfQuantizer(tf.BitsAndBytesConfig(load_in_8bit=True), pre_quantized=False)
     quantizer.validate_environment = lambda *_, **__: None  # there is no GPU
     if not any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
         quantizer.preprocess_model(model=model, device_map="balanced", dtype=torch.bfloat16, checkpoint_files=None)
-    found: dict[str, int] = _get_device_map(model, "balanced", dict.fromkeys(range(gpus), 10**12), quantizer)
+    found: dict[str, int] = _get_device_map(model, "balanced", dict(memory), quantizer)
     return found
 
 
@@ -84,16 +89,20 @@ def test_each_gpu_begins_with_what_it_gets(
 ) -> None:
     save_header(model, tmp_path / "model.safetensors")
     checkpoint = open_checkpoint(tmp_path / "model.safetensors")
-    device_map = even_map(model, gpus)
+    device_map = even_map(model, dict.fromkeys(range(gpus), 10**12))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     parts = first_tensors.first_tensors(checkpoint, "balanced", is_bounded=False)
     assert [part.device.index for part in parts] == list(range(gpus))
+    # As little memory as is enough for a head start, less what has landed, gives the same map.
+    assert even_map(model, {part.device.index: part.if_free - part.nbytes for part in parts}) == device_map
     asked = {part.device.index: asked_for(part) for part in parts}
     for part in parts:
         held = {name for name in checkpoint if device_of(name, device_map) == part.device.index}
         assert held.issuperset(asked[part.device.index])
+        layers = {first_tensors._layer(name) for name in held} - {""}
+        assert asked[part.device.index] or len(layers) < 3
         assert part.nbytes < max(1, part.reserved) <= max(1, sum(checkpoint[name].numel for name in held)) * 1.1
     early = sum(checkpoint[name].nbytes for names in asked.values() for name in names)
     # int8 is half, and what is early has room where int8 will be; an embedding may take most of it.

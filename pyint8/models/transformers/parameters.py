@@ -99,7 +99,10 @@ class ParameterMaker:
         self._streams: dict[torch.device, TensorStream] = {}
         try:
             for device, asked in wanted.items():
-                mine = early if len(wanted) == 1 else {name: t for name, t in early.items() if t.lane.device == device}
+                mine = early
+                if len(wanted) > 1:
+                    names = [name for name, tensor in early.items() if tensor.lane.device == device]
+                    mine = {name: early.pop(name) for name in names}
                 self._streams[device] = TensorStream(
                     asked,
                     self._transport,
@@ -108,6 +111,7 @@ class ParameterMaker:
                     quantizer=find_entry_point(),
                     most_bytes=most_bytes,
                 )
+            self._transport.discard(early)  # of GPUs that get nothing
         except BaseException:
             self.close()
             raise

@@ -59,3 +59,20 @@ def test_bad_rows_are_named_by_the_parts_they_are_in(driver: FakeDriver, tmp_pat
     weights["2.up"][0, 0] = weights["2.up"][5, 1] = float("inf")
     with made(driver, parts_of(tmp_path, weights)) as (_, quantizer):
         assert quantizer.health.bad_weights() == [BadWeight("1.gate", 7), BadWeight("2.up", 0)]
+
+
+def test_bad_scales_of_codes_are_named_by_the_parts_they_are_in(driver: FakeDriver, tmp_path: Path) -> None:
+    weights = {name: weight.to(torch.int8) for name, weight in some_weights().items()}
+    scales = {f"{name}.SCB": torch.ones(ROWS) for name in weights}
+    scales["1.gate.SCB"][7] = scales["2.up.SCB"][5] = scales["2.up.SCB"][6] = float("inf")
+    entries = checkpoint_of(tmp_path, weights | scales)
+    parts = [
+        ExpertPart(entries[f"{expert}.{kind}"], expert, row, scales=entries[f"{expert}.{kind}.SCB"])
+        for expert in range(EXPERTS)
+        for kind, row in (("gate", 0), ("up", ROWS))
+    ]
+    with made(driver, parts) as (found, quantizer):
+        assert quantizer.health.bad_weights() == [BadWeight("1.gate", 7), BadWeight("2.up", 5)]
+        for part in parts:
+            rows = slice(part.row, part.row + ROWS)
+            assert torch.equal(found[NAME][part.expert, rows], weights[part.entry.name])

@@ -24,3 +24,18 @@ def test_marks_of_one_storage(ranges: dict[str, tuple[int, int]], bad: list[BadW
     for name, (start, end) in ranges.items():
         health.watch_marks(name, marks[start:end])
     assert health.bad_weights() == bad
+
+
+def test_parts_are_named_once_each_with_their_first_bad_row() -> None:
+    health = WeightHealth()
+    marks = torch.zeros(100, dtype=torch.uint8)
+    marks[[3, 9, 10, 39, 40, 99]] = 1
+    health.watch_marks("whole", marks, parts=lambda: [(0, "a"), (10, "b"), (40, "c"), (60, "d"), (99, "e")])
+    assert health.bad_weights() == [BadWeight("a", 3), BadWeight("b", 0), BadWeight("c", 0), BadWeight("e", 0)]
+
+
+def test_all_that_overflowed_is_named() -> None:
+    health = WeightHealth()
+    health.watch_marks("whole", torch.ones(1, dtype=torch.uint8), lambda: [BadWeight("a", 3), BadWeight("c", 5)])
+    health.watch_marks("good", torch.zeros(1, dtype=torch.uint8), lambda: [BadWeight("never", 0)])
+    assert health.bad_weights() == [BadWeight("a", 3), BadWeight("c", 5)]

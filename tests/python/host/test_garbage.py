@@ -83,7 +83,10 @@ def test_it_is_on_again_even_if_memory_runs_out(monkeypatch: pytest.MonkeyPatch)
 
 def test_what_somebody_froze_stays_frozen() -> None:
     gc.freeze()
-    frozen = gc.get_freeze_count()
-    with garbage.paused():
-        pass
-    assert gc.get_freeze_count() >= frozen - 100  # some of it goes by its reference counts
+    try:
+        frozen = gc.get_freeze_count()
+        with garbage.paused():
+            pass
+        assert gc.get_freeze_count() >= frozen - 100  # some of it goes by its reference counts
+    finally:
+        gc.unfreeze()

@@ -170,16 +170,18 @@ def first_gpu(device_map: Any) -> tuple[torch.device, bool] | None:
 
 def _natural_key(name: str) -> str:
     """Sorts "layers.9" before "layers.10", as loops over layers take them; numbers may have any length."""
-    return "\0".join(map(_natural_part, name.split(".")))
+    return "\0".join(map(_natural_part, name.rsplit(".", 3)))  # there are few beginnings, and few of each of the others
 
 
 @lru_cache(4096)
 def _natural_part(part: str) -> str:
-    """Text, and numbers preceded by how long they are, which sort after text."""
-    pieces = re.split(r"([0-9]+)", part)  # those at odd places are numbers
-    return "".join(_sortable_number(piece) if at % 2 else f"\1{piece}" for at, piece in enumerate(pieces))
+    """Text, and numbers preceded by how long they are, which sort after text; for dots what sorts before both."""
+    pieces = re.split(r"([0-9]+|\.)", part)  # those at odd places are numbers and dots
+    return "".join(_sortable(piece) if at % 2 else f"\1{piece}" for at, piece in enumerate(pieces))
 
 
-def _sortable_number(digits: str) -> str:
-    digits = digits.lstrip("0")
+def _sortable(piece: str) -> str:
+    if piece == ".":
+        return "\0"
+    digits = piece.lstrip("0")
     return f"\2{chr(min(len(digits), sys.maxunicode))}{digits}"

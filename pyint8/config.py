@@ -159,8 +159,8 @@ class StreamOptions:
 
     Args:
         threads: Workers that read, 1 to 1024. None means all CPUs this process may use (affinity and cgroup) but two,
-            at most 14 for each GPU and 32 in all; of up to four CPUs, all. The processes that torchrun starts on a host
-            (LOCAL_WORLD_SIZE) share these numbers. For a remote checkpoint None means 32.
+            at most 14, 12 more for each further GPU, and 32 in all; of up to four CPUs, all. The processes that
+            torchrun starts on a host (LOCAL_WORLD_SIZE) share these numbers. For a remote checkpoint None means 32.
         slots_per_thread: Pinned slots of each worker, for a GPU: one that is being filled, the others on their way. 1
             to 64; default 2. A remote checkpoint always has one.
         slot_bytes: Size of one slot and of the largest single read, in bytes: a multiple of 4096, 8192 to 2^30. None

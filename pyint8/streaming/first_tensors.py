@@ -133,7 +133,7 @@ def _layer(name: str) -> str:
 def _place(layer: str, entry: Entry) -> tuple[int, int]:
     """In which stack, and where in it: an encoder comes before a decoder, and both before heads; embeddings come before
     layers, and norms outside of layers after them."""
-    where = entry.name.split(".")
+    where = (layer or entry.name).split(".")
     is_last = not layer and not re.search(r"emb|wte|wpe|shared", entry.name)
     if "decoder" in where:
         return 1, 2 if is_last else int(layer != "")

@@ -90,6 +90,7 @@ class HeadStart:
         self._error: BaseException | None = None
         self._early: dict[str, EarlyTensor] = {}
         self._transport = Transport(options, opener, gpus) if ranks is None else ranks.transport(options, opener)
+        self._is_alone = ranks is None
         self._taken = False
         self.reserves = False
         # A thread begins on the default streams; the caller may be on others.
@@ -169,17 +170,19 @@ class HeadStart:
             if has_room:
                 self.reserves = part.reserved > 0
             entries = _worthwhile(part.entries, part.nbytes) if has_room else []
-            if self._ask_for(lane, entries[:_FIRST_ASKED]) == _FIRST_ASKED:  # on all ranks
-                others.append((lane, entries[_FIRST_ASKED:]))
+            few = _FIRST_ASKED if self._is_alone else len(entries)  # ranks agree once, while nothing is gathered yet
+            if self._ask_for(lane, entries[:few]):
+                others.append((lane, entries[few:]))
         for lane, entries in others:
-            self._ask_for(lane, entries)
+            if entries:
+                self._ask_for(lane, entries)
 
-    def _ask_for(self, lane: Lane, entries: Sequence[Entry]) -> int:
-        """Asks for those that there is memory for, on all ranks; returns how many they are."""
+    def _ask_for(self, lane: Lane, entries: Sequence[Entry]) -> bool:
+        """Asks for those that there is memory for, on all ranks; returns whether those are all."""
         wanted = _allocated(lane, entries)
         del wanted[self._transport.fewest(len(wanted)) :]
         self._ask(lane, wanted)
-        return len(wanted)
+        return len(wanted) == len(entries)
 
     def _ask(self, lane: Lane, wanted: Sequence[tuple[Entry, torch.UntypedStorage]]) -> None:
         """Requests all at once."""

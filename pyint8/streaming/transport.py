@@ -194,7 +194,10 @@ class Transport:
         self._in_use.pop(id(memory), None)
 
     def discard(self, early: dict[str, EarlyTensor]) -> None:
-        """Frees early tensors that nobody needs, once the bus no longer writes to them."""
+        """Frees early tensors that nobody needs, once the bus no longer writes to them.
+
+        After an error, of reading one of them, this is to be closed before they go.
+        """
         for tensor in early.values():
             self.engine.wait(tensor.ticket, tensor.lane.stream)
         early.clear()

@@ -93,11 +93,11 @@ class ParameterMaker:
         self._entry_names = {name: list(dict.fromkeys(r.entry.name for r in each)) for name, each in requests.items()}
         wanted = {device: [r for t in group for r in requests[t.name]] for device, group in self._groups.items()}
         recorder.expect(sum(request.entry.nbytes for each in wanted.values() for request in each))
-        self._transport, early = preparation.take_transport(len(self._groups))
-        if not preparation.reserves_memory and most_bytes is None:
-            _reserve_memory(itertools.chain.from_iterable(wanted.values()))
         self._streams: dict[torch.device, TensorStream] = {}
+        self._transport, early = preparation.take_transport(len(self._groups))
         try:
+            if not preparation.reserves_memory and most_bytes is None:
+                _reserve_memory(itertools.chain.from_iterable(wanted.values()))
             for device, asked in wanted.items():
                 mine = early
                 if len(wanted) > 1:

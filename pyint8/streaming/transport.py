@@ -68,7 +68,6 @@ class Transport:
         self._consumers: list[_core.Consumer] = []
         self._in_use: dict[int, torch.Tensor] = {}  # memory that consumers were given, until they are closed
         self._files: dict[tuple[str, FileStamp | None], int] = {}
-        self._last_file: tuple[str | None, FileStamp | None, int] = None, None, 0
         self._borrows = gpus == 1 and bool(options.borrow_gpus)
         self._detours: list[Detours] = []
         self._is_closed = False
@@ -267,17 +266,13 @@ class Transport:
             FileChangedError: It is not in the state of `stamp`.
             ReadError: It cannot be opened.
         """
-        known_path, known_stamp, number = self._last_file
-        if path is known_path and stamp is known_stamp:  # as it mostly is: to hash a stamp takes longer
-            return number
-        found = self._files.get((path, stamp))
-        if found is None:
+        number = self._files.get((path, stamp))
+        if number is None:
             remote = remote_object(path)
             if remote is None:
-                found = self.engine.add_file(os.fsencode(path), stamp)
+                number = self.engine.add_file(os.fsencode(path), stamp)
             else:
                 reader = remote.reader()
-                found = self.engine.add_source(reader.ranges, reader.cancel, reader.run)
-            self._files[path, stamp] = found
-        self._last_file = path, stamp, found
-        return found
+                number = self.engine.add_source(reader.ranges, reader.cancel, reader.run)
+            self._files[path, stamp] = number
+        return number

@@ -15,11 +15,7 @@ _OURS, _PEER = "#1b7837", "#9aa5b1"
 
 def draw(results: dict[str, Any], checkpoint: str, path: Path) -> None:
     """Throughput of each contender with the ceiling as a line, and its memory beside it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     entry = results["checkpoints"][checkpoint]
     good = [
         line
@@ -49,21 +45,12 @@ def draw(results: dict[str, Any], checkpoint: str, path: Path) -> None:
     for axes in (left, right):
         axes.margins(x=0.15)
         axes.spines[["top", "right"]].set_visible(False)
-    where = (results["machine"]["gpus"] or [results["machine"]["cpu"]])[0].split(",")[0]
-    figure.suptitle(
-        f"{checkpoint}, {entry['bytes'] / 1e9:.1f} GB {entry['dtype']}, page cache hot, {where}", fontsize=10
-    )
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    _save(figure, results, checkpoint, path)
 
 
 def draw_several_gpus(results: dict[str, Any], checkpoint: str, path: Path) -> None:
     """Throughput onto one GPU and more: of later loads, the engine alone, and a bare ring, beside one GPU's bus."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     entry, ceilings = results["checkpoints"][checkpoint], results["ceilings"]
     lines = {(line["contender"], line["gpus"]): line for line in entry["results"]}
     counts = sorted({gpus for _, gpus in lines})
@@ -86,9 +73,25 @@ def draw_several_gpus(results: dict[str, Any], checkpoint: str, path: Path) -> N
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, loc="upper left")
     axes.margins(y=0.25)
-    gpu = results["machine"]["gpus"][0].split(",")[0]
-    title = f"{checkpoint}, {entry['bytes'] / 1e9:.1f} GB {entry['dtype']}, page cache hot, {gpu}"
-    figure.suptitle(f"{title}, {results['machine']['cores']} CPUs", fontsize=10)
+    _save(figure, results, checkpoint, path, f", {results['machine']['cores']} CPUs")
+
+
+def _pyplot() -> Any:
+    """matplotlib's, for pictures that go to files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, results: dict[str, Any], checkpoint: str, path: Path, more: str = "") -> None:
+    """With a title of what was loaded where, and `more`."""
+    entry = results["checkpoints"][checkpoint]
+    where = (results["machine"]["gpus"] or [results["machine"]["cpu"]])[0].split(",")[0]
+    what = f"{checkpoint}, {entry['bytes'] / 1e9:.1f} GB {entry['dtype']}, page cache hot, {where}"
+    figure.suptitle(what + more, fontsize=10)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 

@@ -87,11 +87,14 @@ def weight_map_of(path: str, raw: bytes) -> dict[str, str]:
     holds_safetensors = ".safetensors.index." in os.path.basename(path)
     if isinstance(index, dict) and not isinstance(index.get("metadata", {}), dict):
         raise CheckpointError("the `metadata` of the index is no JSON object; download it again", path=path)
-    for shard, name in {shard if isinstance(shard, str) else None: name for name, shard in weight_map.items()}.items():
-        if shard is None or not names_a_file(shard):
+    checked: set[str] = set()
+    for name, shard in weight_map.items():
+        if isinstance(shard, str) and shard in checked:  # most are: there are few shards
+            continue
+        if not isinstance(shard, str) or not names_a_file(shard):
             raise CheckpointError(
-                f"the index puts the tensor in {abbreviated(weight_map[name])}, which is not the plain name of a file "
-                "beside the index; do not trust this checkpoint, or correct the index",
+                f"the index puts the tensor in {abbreviated(shard)}, which is not the plain name of a file beside the "
+                "index; do not trust this checkpoint, or correct the index",
                 path=path,
                 tensor=name,
             )
@@ -102,6 +105,7 @@ def weight_map_of(path: str, raw: bytes) -> dict[str, str]:
                 path=path,
                 tensor=name,
             )
+        checked.add(shard)
     return weight_map
 
 

@@ -46,9 +46,7 @@ class _Watched:
 
     def bad(self, rows: list[int]) -> Iterable[BadWeight]:
         """What to tell of `rows`, counted from the first value, that are not finite."""
-        if rows and self.find_overflow is not None:
-            return self.find_overflow()
-        return _named(self.name, [self.row + row for row in rows], self.parts)
+        return _told(self.name, [self.row + row for row in rows], self.find_overflow, self.parts)
 
 
 @dataclass(frozen=True)
@@ -72,9 +70,7 @@ class _Marked:
     def bad(self, on_host: torch.Tensor, first: int) -> Iterable[BadWeight]:
         """Looks at the marks in a copy of their storage from `first` on."""
         rows = _rows_of(on_host[self.start - first : self.end - first])
-        if rows and self.find_overflow is not None:
-            return self.find_overflow()
-        return _named(self.name, rows, self.parts)
+        return _told(self.name, rows, self.find_overflow, self.parts)
 
 
 def _rows_of(bad: torch.Tensor) -> list[int]:
@@ -83,9 +79,14 @@ def _rows_of(bad: torch.Tensor) -> list[int]:
     return found
 
 
-def _named(name: str, rows: Sequence[int], parts: Parts | None) -> Iterator[BadWeight]:
-    """The first of the rows, which are in order, in each part of a tensor, or in all of it."""
+def _told(
+    name: str, rows: Sequence[int], find_overflow: FindOverflow | None, parts: Parts | None
+) -> Iterator[BadWeight]:
+    """What overflowed, or the first of the bad rows, which are in order, in each part of a tensor, or in all of it."""
     if not rows:
+        return
+    if find_overflow is not None:
+        yield from find_overflow()
         return
     begun = [(0, name)] if parts is None else parts()
     begins = [begin for begin, _ in begun]

@@ -63,14 +63,14 @@ def first_tensors(checkpoint: Checkpoint, device_map: Any, *, is_bounded: bool) 
     if found is None:
         return []
     gpu, takes_all = found
+    if not takes_all and not _spreads_evenly(device_map, is_bounded=is_bounded):
+        return []
     entries = sorted(checkpoint.values(), key=lambda entry: _natural_key(entry.name))
     sizes = list(map(_least_bytes, entries))
     least = sum(sizes)  # that the model takes
     early = _most_early(sizes, least)
     if takes_all:
         return [FirstTensors(gpu, entries, early, least)]
-    if not _spreads_evenly(device_map, is_bounded=is_bounded):
-        return []
     if_free = int((checkpoint.most_bytes_loaded + early) / _PLANNED_PART)
     gpus = torch.cuda.device_count()
     if gpus == 1:
@@ -135,9 +135,9 @@ def _place(layer: str, entry: Entry) -> tuple[int, int]:
     layers, and norms outside of layers after them."""
     where = (layer or entry.name).split(".")
     is_last = not layer and not re.search(r"emb|wte|wpe|shared", entry.name)
-    if "decoder" in where:
-        return 1, 2 if is_last else int(layer != "")
-    return 2 if is_last and "encoder" not in where else 0, 2 if is_last else int(layer != "")
+    is_head = is_last and not {"encoder", "decoder"}.intersection(where)
+    stack = 2 if is_head else int("decoder" in where)
+    return stack, 2 if is_last else int(layer != "")
 
 
 def _model_bytes(layer: str, entry: Entry) -> int:

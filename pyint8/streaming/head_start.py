@@ -166,16 +166,16 @@ class HeadStart:
             lane = self._transport.lane(part.device)
             if lane.device != part.device or not part.entries:
                 continue
-            has_room = _has_room(part)
-            if has_room:
+            entries: list[Entry] = []
+            if _has_room(part):
                 self.reserves = part.reserved > 0
-            entries = _worthwhile(part.entries, part.nbytes) if has_room else []
+                entries = _worthwhile(part.entries, part.nbytes)
             few = _FIRST_ASKED if self._is_alone else len(entries)  # ranks agree once, while nothing is gathered yet
             if self._ask_for(lane, entries[:few]):
                 others.append((lane, entries[few:]))
-        for lane, entries in others:
-            if entries:
-                self._ask_for(lane, entries)
+        for lane, rest in others:
+            if rest:
+                self._ask_for(lane, rest)
 
     def _ask_for(self, lane: Lane, entries: Sequence[Entry]) -> bool:
         """Asks for those that there is memory for, on all ranks; returns whether those are all."""

@@ -11,6 +11,7 @@ namespace pyint8 {
 namespace {
 
 constexpr std::size_t kParts = 8;  // of scratch
+constexpr std::size_t kHalfBytes = 2;
 // How long the thread may take to see that it was closed.
 constexpr std::chrono::milliseconds kInterval{50};
 
@@ -206,6 +207,7 @@ void Consumer::serve() {
       if (!await(asked)) return;
       put_work(asked);
       finish(asked);
+      if (joined_.rows > 0 && !next_joins()) quantize_joined();
     }
   } catch (...) {
     const std::lock_guard lock(mutex_);
@@ -260,16 +262,53 @@ void Consumer::quantize_band(const Task& task, const ToInt8& to, const Asked& as
   const Request& request = task.request;
   const Band& band = *asked.band;
   const Address marks = request.marks == 0 ? 0 : request.marks + band.row;
+  if (joined_.rows == 0) {
+    joined_.to = to;
+    joined_.to.codes += band.row * request.columns;
+    joined_.to.scales += band.row * sizeof(float);
+    joined_.columns = request.columns;
+  }
   device_.cast({.from = asked.memory,
                 .type = request.stored,
                 .through_bfloat16 = to.through_bfloat16,
                 .elements = band.rows * request.columns,
-                .to = half_,
+                .to = half_ + joined_.rows * joined_.columns * kHalfBytes,
                 .to_type = ElementType::kHalf,
                 .marks_at = marks,
                 .elements_per_mark = request.columns},
                stream_->handle());
-  quantize(to, half_, band.row, band.rows, request.columns);
+  joined_.rows += band.rows;
+}
+
+// Whether its codes and scales go behind those of the bands that are joined, and its fp16 form has room.
+bool Consumer::can_join(const Asked& asked) const {
+  const Request& request = asked.task->request;
+  const auto* to = std::get_if<ToInt8>(&request.to);
+  if (to == nullptr || is_transposed(request) || request.columns != joined_.columns) return false;
+  const Band& band = *asked.band;
+  const std::size_t elements = joined_.rows * joined_.columns;
+  return to->codes + band.row * request.columns == joined_.to.codes + elements &&
+         to->scales + band.row * sizeof(float) == joined_.to.scales + joined_.rows * sizeof(float) &&
+         (elements + band.rows * request.columns) * kHalfBytes <= band_bytes_;
+}
+
+// Whether there is something to join that has landed: nothing is quantized later than it could be.
+bool Consumer::next_joins() {
+  std::optional<Ticket> ticket;
+  {
+    const std::lock_guard lock(mutex_);
+    if (asked_.empty() || !can_join(asked_.front())) return false;
+    ticket = asked_.front().ticket;
+  }
+  return !ticket || engine_.is_on_its_way(*ticket, std::chrono::milliseconds(0));
+}
+
+void Consumer::quantize_joined() {
+  quantize(joined_.to, half_, 0, joined_.rows, joined_.columns);
+  const Ticket tasks = std::exchange(joined_, {}).tasks;
+  const std::lock_guard lock(mutex_);
+  done_ += tasks;
+  changed_.notify_all();
 }
 
 // Its rows are columns of what is quantized, which must be whole; a last look at it marks what is not finite.
@@ -278,7 +317,7 @@ void Consumer::transpose_band(const Task& task, const ToInt8& to, const Asked& a
   const Request& request = task.request;
   const Band& band = *asked.band;
   device_.transpose_to_half({asked.memory, request.stored, to.through_bfloat16, band.rows, request.columns,
-                             options_.transposed + band.row * 2, request.rows},
+                             options_.transposed + band.row * kHalfBytes, request.rows},
                             stream_->handle());
   if (!asked.is_last) return;
   if (request.marks != 0) {
@@ -292,7 +331,7 @@ void Consumer::transpose_band(const Task& task, const ToInt8& to, const Asked& a
                   .elements_per_mark = request.rows},
                  stream_->handle());
   }
-  const std::size_t row_bytes = request.rows * 2;
+  const std::size_t row_bytes = request.rows * kHalfBytes;
   for (const Band& part : cut_into_bands(request.columns, row_bytes, band_bytes_)) {
     quantize(to, options_.transposed + part.start, part.row, part.rows, request.rows);
   }
@@ -333,7 +372,7 @@ void Consumer::finish(const Asked& asked) {
     scratch_.release(*asked.region);
     passing_bytes_ -= asked.band->nbytes;
   }
-  if (asked.is_last) ++done_;
+  if (asked.is_last) ++(joined_.rows > 0 ? joined_.tasks : done_);
   if (!is_over()) ask();
   changed_.notify_all();
 }

@@ -8,7 +8,9 @@
 // many bands as have room. Once a band's copies are issued, the consumer's stream waits for them, and two
 // things are put there: a kernel that casts (stored -> model dtype -> fp16) and marks rows that are not
 // finite, and bitsandbytes' own quantizer, by its address. The band's room is free from then on: the copies
-// of the next read into it wait for all that is on the stream.
+// of the next read into it wait for all that is on the stream. Bands whose codes lie behind one another, such
+// as those of a mixture's experts, are quantized by one call where the next has landed already: to launch a
+// kernel for each of thousands takes longer than the bus does.
 //
 // What is only cast goes the same way without the quantizer, and what is as stored goes straight to its
 // place. Requests are served in order. A transposed weight arrives in bands of input rows, which are columns
@@ -129,6 +131,13 @@ class Consumer {
     std::vector<Ticket> own{};  // the engine's, of what this rank reads
     Ticket whole = 0;           // a promise of the engine's
   };
+  // Bands that are cast, in the last eighth of scratch, and not quantized yet.
+  struct Joined {
+    ToInt8 to{};  // of the first
+    std::size_t rows = 0;
+    std::size_t columns = 0;
+    Ticket tasks = 0;  // that are done with them
+  };
   // What is asked for at once.
   struct Asking {
     bool first = false;
@@ -157,6 +166,9 @@ class Consumer {
   void transpose_band(const Task& task, const ToInt8& to, const Asked& asked);
   void cast_band(const Task& task, const ToValues& to, const Asked& asked);
   void quantize(const ToInt8& to, Address half, std::size_t row, std::size_t rows, std::size_t columns);
+  bool can_join(const Asked& asked) const;
+  bool next_joins();
+  void quantize_joined();
   void finish(const Asked& asked);
   bool is_over() const;
   void keep_error();
@@ -169,6 +181,7 @@ class Consumer {
   Device& device_;
   std::unique_ptr<Stream> stream_;
   std::unique_ptr<Event> reached_;  // of the caller's stream, or of this one, for as long as a call lasts
+  Joined joined_;                   // the thread's own
 
   std::mutex mutex_;  // guards what follows
   std::condition_variable changed_;

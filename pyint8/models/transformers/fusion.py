@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 from math import prod
 
@@ -85,16 +86,14 @@ def expert_parts(
         return []
     if any(stack[0].torch_shape[1:] != (inner,) or len(stack) != experts for stack in stacks):
         return []
-    parts: list[ExpertPart] = []
-    row = 0
-    for stack in stacks:
-        names = [target.scales_of.get(entry.name) for entry in stack]
-        parts += [
-            ExpertPart(entry, index, row, scales=None if name is None else checkpoint[name])
-            for index, (entry, name) in enumerate(zip(stack, names, strict=True))
-        ]
-        row += stack[0].torch_shape[0]
-    return parts
+    rows = itertools.accumulate((stack[0].torch_shape[0] for stack in stacks[:-1]), initial=0)
+    scales_of = {name: checkpoint[scales] for name, scales in target.scales_of.items()}
+    made = [
+        [ExpertPart(entry, index, row, scales=scales_of.get(entry.name)) for index, entry in enumerate(stack)]
+        for row, stack in zip(rows, stacks, strict=True)
+    ]
+    # Expert by expert, as they will lie in memory: the GPU's consumer quantizes what lies together by one call.
+    return list(itertools.chain.from_iterable(zip(*made, strict=True)))
 
 
 def to_revert(

@@ -90,6 +90,35 @@ void at_once(const void* half, void* codes, void* scales, float, int rows, int c
   fake_cuda::quantize_rows(half, codes, scales, rows, columns);
 }
 
+std::vector<int> rows_of_calls;
+
+void counted(const void* half, void* codes, void* scales, float threshold, int rows, int columns,
+             StreamHandle stream) {
+  rows_of_calls.push_back(rows);  // by the only consumer
+  cint8_vector_quant(half, codes, scales, threshold, rows, columns, stream);
+}
+
+// Rows of a weight as requests of their own, which have landed in `memory`.
+std::vector<Request> parts_of(const Request& whole, std::size_t count, Gpus& gpus, Bytes& memory) {
+  const auto& range = std::get<Range>(whole.from);
+  std::vector<Request> parts(count, whole);
+  for (std::size_t part = 0; part < count; ++part) {
+    const std::size_t rows = whole.rows / count, row = part * rows;
+    const std::size_t row_bytes = whole.columns * size_of(whole.stored);
+    const Read read{{range.file, range.offset + row * row_bytes, rows * row_bytes},
+                    reinterpret_cast<Address>(memory.data()) + row * row_bytes};
+    const Ticket ticket = gpus.engine.submit(0, {&read, 1}, gpus.callers[0].stream(), false);
+    REQUIRE(gpus.engine.is_on_its_way(ticket, std::chrono::seconds(60)));
+    auto& to = std::get<ToInt8>(parts[part].to);
+    to.codes += row * whole.columns;
+    to.scales += row * sizeof(float);
+    parts[part].marks += row;
+    parts[part].rows = rows;
+    parts[part].from = Landed{ticket, read.to};
+  }
+  return parts;
+}
+
 // Bytes that are zero; says in which order they were asked for, the first of them once it is let to.
 class Ordered final : public Source {
  public:
@@ -263,6 +292,43 @@ TEST_CASE("what landed in its place is only waited for") {
   gpus.synchronize();
   CHECK(tensors.came());
   CHECK(fake_cuda_calls("cuMemcpyDtoDAsync_v2") == 0);
+}
+
+TEST_CASE("what has landed and lies together is quantized together, as far as there is room") {
+  constexpr std::size_t kCount = 16, kRows = 4, kColumns = 32, kPart = kRows * kColumns * 2;
+  for (const std::size_t together : {1, 3, 16, 40}) {
+    CAPTURE(together);
+    const Accounts accounts;
+    Random random(13);
+    Tensors tensors({{Kind::kInt8, ElementType::kBFloat16, ElementType::kBFloat16, kCount * kRows, kColumns}},
+                    random);
+    Bytes memory(tensors[0].stored().size());
+    Callers callers(1);
+    const std::size_t band = std::max(kScratchAlignment, together * kPart);
+    Gpus gpus(tensors, callers, 8 * band, kOptions, counted);
+    const StreamHandle stream = callers[0].stream();
+    const Request whole = tensors[0].request(gpus.engine, 0, stream);
+    std::vector<Request> parts = parts_of(whole, kCount, gpus, memory);
+    rows_of_calls.clear();
+    SUBCASE("in order") {
+      gpus.wait(0, gpus.consumers[0].submit(parts, stream) + kCount - 1);
+      CHECK(rows_of_calls.size() == (kCount * kPart + band - 1) / band);
+    }
+    SUBCASE("backwards, where nothing lies behind what was before") {
+      std::ranges::reverse(parts);
+      gpus.wait(0, gpus.consumers[0].submit(parts, stream) + kCount - 1);
+      CHECK(rows_of_calls == std::vector<int>(kCount, kRows));
+    }
+    SUBCASE("in order, but for other scales") {
+      std::swap(std::get<ToInt8>(parts[0].to).scales, std::get<ToInt8>(parts[1].to).scales);
+      gpus.wait(0, gpus.consumers[0].submit(parts, stream) + kCount - 1);
+      CHECK(rows_of_calls.at(0) == kRows);
+      CHECK(rows_of_calls.at(1) == kRows);
+      continue;  // which are not where they belong
+    }
+    gpus.synchronize();
+    CHECK(tensors.came());
+  }
 }
 
 TEST_CASE("what is wanted first is read ahead of what was asked for before, and stays in its own order") {

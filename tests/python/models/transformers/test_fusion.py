@@ -11,11 +11,12 @@ from safetensors.torch import save_file
 from transformers.core_model_loading import Chunk, Concatenate, MergeModulelist, Transpose, WeightConverter
 
 from pyint8.checkpoint import Checkpoint, open_checkpoint
-from pyint8.models.transformers.fusion import find_parts
+from pyint8.models.transformers.fusion import expert_parts, find_parts
 from pyint8.models.transformers.plan import Target
 
 GATE, UP, DOWN = "experts.*.gate.weight", "experts.*.up.weight", "experts.*.down.weight"
 BOTH = WeightConverter([GATE, UP], "experts.gate_up", [MergeModulelist(dim=0), Concatenate(dim=1)])
+KINDS = ("gate", "up")
 ONE = WeightConverter(DOWN, "experts.down", [MergeModulelist(dim=0)])
 
 
@@ -113,3 +114,12 @@ def test_an_expert_that_is_missing_is_left_to_the_converter(tmp_path: Path) -> N
 def test_no_converter_no_parts(tmp_path: Path) -> None:
     checkpoint = experts(tmp_path, {"down": (5, 6)}, count=1)
     assert find_parts(Target("x", [("experts.0.down.weight", None)]), checkpoint, torch.bfloat16) == {}
+
+
+@pytest.mark.parametrize("up_rows", [6, 3])
+def test_parts_of_int8_experts_come_as_they_will_lie_in_memory(tmp_path: Path, up_rows: int) -> None:
+    checkpoint = experts(tmp_path, {"gate": (6, 5), "up": (up_rows, 5)})
+    target = target_of(checkpoint, BOTH, "experts.gate_up")
+    parts = expert_parts(target, checkpoint, (12, 6 + up_rows, 5), transposed=False)
+    assert [part.entry.name for part in parts] == [f"experts.{n}.{kind}.weight" for n in range(12) for kind in KINDS]
+    assert [(part.expert, part.row) for part in parts] == [(n, row) for n in range(12) for row in (0, 6)]

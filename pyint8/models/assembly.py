@@ -90,10 +90,10 @@ class ExpertPart(NamedTuple):
     def rows(self) -> int:
         return self.entry.torch_shape[1 if self.transposed else 0]
 
-    @property
-    def has_codes(self) -> bool:
-        """Whether it is int8 already."""
-        return self.entry.dtype == "I8"
+
+def _is_codes(entry: Entry) -> bool:
+    """Whether a tensor that becomes int8 is that already."""
+    return entry.dtype == "I8"
 
 
 def _shape_of(parts: Sequence[ExpertPart]) -> tuple[int, int, int]:
@@ -186,15 +186,15 @@ class Assembly:
         codes, as_stored = ToDtype(torch.int8), ToDtype(torch.float32)
         int8 = {transposed: ToInt8(destination.dtype, transposed) for transposed in (False, True)}
         requests: list[TensorRequest] = []
-        for part in parts:
-            row = part.expert * out + part.row
-            if part.scales is not None:
+        for entry, expert, first_row, transposed, scales in parts:
+            row = expert * out + first_row
+            if scales is not None:
                 place = Part(scales_name, shape[:2], row) if in_place else None
-                requests.append(TensorRequest(part.scales, device, becomes=as_stored, part=place))
+                requests.append(TensorRequest(scales, device, becomes=as_stored, part=place))
             place = Part(name, shape, row * inner) if in_place else None
-            has_codes = part.has_codes
-            becomes = codes if has_codes else int8[part.transposed]
-            requests.append(TensorRequest(part.entry, device, not has_codes, becomes=becomes, part=place))
+            has_codes = _is_codes(entry)
+            becomes = codes if has_codes else int8[transposed]
+            requests.append(TensorRequest(entry, device, not has_codes, None, becomes, place))
         return requests
 
     def make_experts(
@@ -213,7 +213,7 @@ class Assembly:
         made = Experts(name, _shape_of(parts), destination.dtype, destination.device, self._quantizer.health)
         for part in parts:
             source = StreamSource(stream, part.entry)
-            if not part.has_codes:
+            if not _is_codes(part.entry):
                 made.put(source, part.expert, part.row, transposed=part.transposed, name=part.entry.name)
             else:
                 scales = None if part.scales is None else stream.later(part.scales.name)

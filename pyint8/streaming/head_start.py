@@ -36,7 +36,7 @@ class EarlyTensor:
 
     def is_for(self, entry: Entry, lane: Lane) -> bool:
         """Whether this is what an entry is wanted as, where it is wanted."""
-        return self.entry == entry and self.lane is lane
+        return self.lane is lane and (self.entry is entry or self.entry == entry)
 
     @property
     def memory(self) -> torch.Tensor:

@@ -2,20 +2,21 @@
 
 The consumer serves requests in order, whether or not somebody waits for them, so their results can be handed out before
 their bytes are there: a model is put together while it is still coming. Results are allocated here, as soon as they
-take, with what landed early and is still to be made smaller, no more than all results will.
+take, with what landed early and is still to be made smaller, no more than all results will. What landed early goes as
+fast as it is made smaller, so a thread uses its room at once: the bus would stand still until the caller comes.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING
 
 import torch
 
-from pyint8.streaming.requests import KERNEL_DTYPES, TensorRequest, ToDtype, ToInt8, is_plain, kernels_cast
-from pyint8.streaming.scratch import band_bytes
+from pyint8.streaming.pump import Pump
+from pyint8.streaming.requests import KERNEL_NAMES, TensorRequest, ToDtype, ToInt8
 
 if TYPE_CHECKING:
     from pyint8.checkpoint import Entry
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
     from pyint8.streaming.lane import Lane
     from pyint8.streaming.transport import Transport
 
-_NAMES = {dtype: name for name, dtype in KERNEL_DTYPES.items()}
-_MOST_ROWS = 2**31 - 1  # that bitsandbytes counts
 # The first requests are few, so that bytes begin to move while the others are written down.
 _FIRST_REQUESTS = 64
+# Of the others some are served while more are written down.
+_MOST_AT_ONCE = 512
 # Into so many parts the wait for the end is divided: as often a bar moves, however many requests there are.
 _STEPS = 256
 
@@ -63,25 +64,8 @@ class _Place:
     marks: int
 
 
-def can_pour(request: TensorRequest, lane: Lane, quantizer: int | None) -> bool:
-    """Whether the consumer of `lane` can make what a request is for."""
-    entry = request.entry
-    if not lane.on_gpu or not is_plain(entry):
-        return False
-    if isinstance(request.becomes, ToInt8):
-        return quantizer is not None and _can_quantize(entry, request.becomes, lane)
-    return isinstance(request.becomes, ToDtype) and kernels_cast(entry.torch_dtype, request.becomes.dtype)
-
-
-def _can_quantize(entry: Entry, becomes: ToInt8, lane: Lane) -> bool:
-    shape = entry.torch_shape
-    if entry.dtype not in KERNEL_DTYPES or becomes.model_dtype not in _NAMES or len(shape) != 2:
-        return False
-    return max(shape) <= _MOST_ROWS and entry.nbytes // shape[0] <= band_bytes(lane.scratch_bytes // 2)
-
-
 class Pour:
-    """What one GPU's consumer makes of requests.
+    """What one GPU's consumer makes of requests; thread-safe.
 
     Args:
         transport: What moves the bytes; it closes the consumer.
@@ -109,6 +93,8 @@ class Pour:
         recorder: Recorder,
         most_bytes: int | None = None,
     ) -> None:
+        self._lock = threading.RLock()  # guards everything
+        self._pump: Pump | None = None
         self._transport = transport
         self._lane = lane
         self._requests = requests
@@ -126,13 +112,32 @@ class Pour:
         self._budget = sum(request.allocated_bytes for request in firsts) if most_bytes is None else most_bytes
         self._submitted = self._ready = 0
         self._stride = 1 + len(requests) // _STEPS
-        marks = sum(map(_count_of_marks, firsts))
+        marks = sum(request.marks for request in firsts)
         self._marks = torch.zeros(marks, dtype=torch.uint8, device=lane.device)
         self._marks_used = 0
         transposed = max((r.entry.numel for r in requests if r.is_transposed), default=0)
         self._consumer = transport.open_consumer(lane, scratch_bytes, transposed, quantizer)
         self._fill(_FIRST_REQUESTS)
         self._fill(len(requests))
+
+    def start(self) -> None:
+        """From now on the room that early tensors leave is used at once; called once, and `close` must follow."""
+        if self._early and not self._is_bounded:
+            self._pump = Pump(self._lane.device, self._go_on)
+
+    def _go_on(self) -> bool:
+        """Asks for more once half of what was asked for is served; False where no room will come of it.
+
+        Not once each is: pieces of room that one whole tensor leaves do not hold another.
+        """
+        with self._lock:
+            if not self._early or self._ready == self._submitted:
+                return False
+            ticket = (self._ready + self._submitted - 1) // 2
+        ready = self._consumer.wait(ticket, self._lane.stream)
+        with self._lock:
+            self._note(ready)
+        return True
 
     def has_part(self, name: str) -> bool:
         """Whether the values of an entry are a part of a larger tensor."""
@@ -144,47 +149,55 @@ class Pour:
     def take(self, name: str) -> Made:
         """What comes of an entry, each once; its values are there once it was waited for, at the latest by `finish`."""
         ticket = self._tickets[name]
-        while ticket >= self._submitted:
-            if self._ready < self._submitted:
-                self._wait(self._ready)
-            else:  # it is what there was no room for
-                self._submit(self._submitted + 1)
-        if self._early and self._consumer.done() > self._ready:
-            self._wait(self._ready)
-        made = self._made.pop(ticket)
-        if self._is_bounded:
-            self._taken[ticket] = made
+        with self._lock:
+            while ticket >= self._submitted:
+                if self._ready < self._submitted:
+                    self._wait(self._ready)
+                else:  # it is what there was no room for
+                    self._submit(self._submitted + 1)
+            made = self._made.pop(ticket)
+            if self._is_bounded:
+                self._taken[ticket] = made
         return made
 
     def wait(self, name: str) -> None:
         """Until the values of an entry that was taken are ordered before the lane's stream."""
         ticket = self._tickets[name]
-        if ticket >= self._ready:
-            self._wait(ticket)
+        with self._lock:
+            if ticket >= self._ready:
+                self._wait(ticket)
 
     def release(self, name: str) -> None:
         """Makes room for other results: what came of an entry was taken and waited for, and is of no more use."""
         ticket = self._tickets[name]
-        request, made = self._requests[ticket], self._taken.pop(ticket)
-        for memory in (made.tensor, made.scales):
-            if memory is not None:
-                self._transport.let_go(memory)
-        if request.part is not None:
-            self._wholes.pop(request.part.name, None)
-        self._made_bytes -= request.final_bytes
-        self._fill(len(self._requests))
+        with self._lock:
+            request, made = self._requests[ticket], self._taken.pop(ticket)
+            for memory in (made.tensor, made.scales):
+                if memory is not None:
+                    self._transport.let_go(memory)
+            if request.part is not None:
+                self._wholes.pop(request.part.name, None)
+            self._made_bytes -= request.final_bytes
+            self._fill(len(self._requests))
 
     def finish(self) -> None:
         """Waits until that is so for all entries."""
-        while self._ready < len(self._requests):
-            self._submit(max(self._submitted, self._ready + 1))
-            is_all = self._submitted == len(self._requests)
-            self._wait(min(self._ready + self._stride, self._submitted) - 1 if is_all else self._ready)
+        with self._lock:
+            while self._ready < len(self._requests):
+                self._submit(max(self._submitted, self._ready + 1))
+                is_all = self._submitted == len(self._requests)
+                self._wait(min(self._ready + self._stride, self._submitted) - 1 if is_all else self._ready)
 
     def _wait(self, ticket: int) -> None:
-        before = self._ready
+        if self._pump is not None and self._pump.error is not None:
+            raise self._pump.error
         with self._recorder.waiting():
-            self._ready = self._consumer.wait(ticket, self._lane.stream)
+            ready = self._consumer.wait(ticket, self._lane.stream)
+        self._note(ready)
+
+    def _note(self, ready: int) -> None:
+        """Notes how many requests are served; asks for more, where there is room."""
+        before, self._ready = self._ready, max(self._ready, ready)
         landed = self._requests[before : self._ready]
         self._recorder.landed(sum(request.entry.nbytes for request in landed))
         for request in landed if self._early else ():
@@ -194,7 +207,9 @@ class Pour:
         self._fill(len(self._requests))
 
     def close(self) -> None:
-        """Gives destinations back that nobody took; the transport is closed already. Idempotent."""
+        """Gives destinations back that nobody took; the transport is closed already, which ended waits. Idempotent."""
+        if self._pump is not None:
+            self._pump.join()
         self._made.clear()
         self._taken.clear()
         self._wholes.clear()
@@ -230,10 +245,10 @@ class Pour:
     def _submit(self, end: int) -> None:
         """Requests are served in order: what is not early, but is before something that is, is read first."""
         for until, first in ((min(end, self._read_first), True), (end, False)):
-            if until > self._submitted:
-                tuples = [self._written_down(number) for number in range(self._submitted, until)]
-                self._consumer.submit(tuples, self._lane.stream, first=first)
-                self._submitted = until
+            while until > self._submitted:
+                some = range(self._submitted, min(until, self._submitted + _MOST_AT_ONCE))
+                self._consumer.submit(list(map(self._written_down, some)), self._lane.stream, first=first)
+                self._submitted = some.stop
 
     def _written_down(self, ticket: int) -> _core.RequestTuple:
         """A request as the extension takes it; allocates what it makes, unless that is part of what is there."""
@@ -257,7 +272,7 @@ class Pour:
         address = place.values + offset * becomes.dtype.itemsize
         if becomes.dtype == entry.torch_dtype:
             return source, "", 1, entry.nbytes, ("", address), place.marks
-        return source, entry.dtype, entry.numel, 1, (_NAMES[becomes.dtype], address), place.marks
+        return source, entry.dtype, entry.numel, 1, (KERNEL_NAMES[becomes.dtype], address), place.marks
 
     def _source(self, entry: Entry) -> tuple[bool, int, int, int]:
         early = self._early.get(entry.name)
@@ -279,7 +294,7 @@ class Pour:
         else:
             assert isinstance(becomes, ToDtype)
             values = torch.empty(shape, dtype=becomes.dtype, device=device)
-        count = _count_of_marks(request)
+        count = request.marks
         marks = self._marks[self._marks_used : self._marks_used + count] if count else None
         self._marks_used += count
         made = Made(values, scales, marks)
@@ -303,12 +318,3 @@ def _first_parts(requests: Sequence[TensorRequest]) -> list[TensorRequest]:
         else:
             wholes.setdefault(request.part.name, request)
     return [*others, *wholes.values()]
-
-
-def _count_of_marks(request: TensorRequest) -> int:
-    """How many marks there are of what a request makes, or makes a part of."""
-    entry, becomes = request.entry, request.becomes
-    if isinstance(becomes, ToInt8):
-        return request.out_rows if request.part is None else prod(request.part.shape[:-1])
-    assert isinstance(becomes, ToDtype)
-    return 1 if becomes.dtype == torch.float16 and entry.torch_dtype != torch.float16 else 0

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 
 from pyint8.errors import DeviceError
 from pyint8.streaming.extension import _core
-from pyint8.streaming.pour import Pour, can_pour
-from pyint8.streaming.requests import TensorRequest, ToDtype
+from pyint8.streaming.pour import Pour
+from pyint8.streaming.requests import (
+    KERNEL_DTYPES,
+    KERNEL_NAMES,
+    TensorRequest,
+    ToDtype,
+    ToInt8,
+    is_plain,
+    kernels_cast,
+)
+from pyint8.streaming.scratch import band_bytes
 
 if TYPE_CHECKING:
     from pyint8.report import Recorder
@@ -20,6 +30,8 @@ if TYPE_CHECKING:
     from pyint8.streaming.transport import Transport
 
 logger = logging.getLogger(__name__)
+
+_MOST_ROWS = 2**31 - 1  # that bitsandbytes counts
 
 
 def open_pours(
@@ -80,6 +92,25 @@ def open_pours(
             del early[name]
         pours |= dict.fromkeys((request.entry.name for request in group), pour)
     return pours
+
+
+def can_pour(request: TensorRequest, lane: Lane, quantizer: int | None) -> bool:
+    """Whether the consumer of `lane` can make what a request is for."""
+    entry = request.entry
+    if not lane.on_gpu or not is_plain(entry):
+        return False
+    if isinstance(request.becomes, ToInt8):
+        most = band_bytes(lane.scratch_bytes // 2)
+        return quantizer is not None and _can_quantize(entry.dtype, entry.torch_shape, request.becomes, most)
+    return isinstance(request.becomes, ToDtype) and kernels_cast(entry.torch_dtype, request.becomes.dtype)
+
+
+@lru_cache  # of thousands of experts
+def _can_quantize(stored: str, shape: tuple[int, ...], becomes: ToInt8, most_row_bytes: int) -> bool:
+    dtype = KERNEL_DTYPES.get(stored)
+    if dtype is None or becomes.model_dtype not in KERNEL_NAMES or len(shape) != 2:
+        return False
+    return max(shape) <= _MOST_ROWS and shape[1] * dtype.itemsize <= most_row_bytes
 
 
 def _warn_of_missing_kernels(lanes: set[Lane]) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # What the extension's kernels read and write, by the names of the safetensors format.
 KERNEL_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+KERNEL_NAMES = {dtype: name for name, dtype in KERNEL_DTYPES.items()}
 
 
 def is_plain(entry: Entry) -> bool:
@@ -91,6 +92,14 @@ class TensorRequest(NamedTuple):
     def out_rows(self) -> int:
         """Rows of what becomes int8."""
         return self.entry.torch_shape[1 if self.is_transposed else 0]
+
+    @property
+    def marks(self) -> int:
+        """How many marks (see `pyint8.streaming.pour.Made`) there are of the result, or of all that it is a part of."""
+        if isinstance(self.becomes, ToInt8):
+            return self.out_rows if self.part is None else prod(self.part.shape[:-1])
+        casts_to_half = self.becomes is not None and self.becomes.dtype == torch.float16
+        return 1 if casts_to_half and self.entry.torch_dtype != torch.float16 else 0
 
     @property
     def allocated_bytes(self) -> int:

@@ -74,6 +74,8 @@ class TensorStream:
         self._pending = gather_batches(self._chunks)
         self._cursor = 0
         self._fill_window()
+        for pour in dict.fromkeys(self._pours.values()):
+            pour.start()
 
     def close(self) -> None:
         """Gives destinations back; the transport is closed already. Idempotent."""

@@ -9,10 +9,13 @@ from fake_driver import FakeDriver
 from safetensors.torch import save_file
 
 from pyint8 import StreamOptions
-from pyint8.checkpoint import Checkpoint, open_checkpoint
+from pyint8.checkpoint import Checkpoint, Entry, open_checkpoint
+from pyint8.streaming.head_start import EarlyTensor
+from pyint8.streaming.lane import Lane
 from pyint8.streaming.pour import Made
 from pyint8.streaming.reading import open_stream
 from pyint8.streaming.requests import TensorRequest
+from pyint8.streaming.transport import ReadRequest, Transport
 
 GPU = torch.device("cuda", 0)
 # Bands of 128 KiB.
@@ -34,3 +37,15 @@ def pour(driver: FakeDriver, requests: list[TensorRequest], options: StreamOptio
         made = {request.entry.name: stream.made(request.entry.name) for request in requests}
         stream.finish()
     return made
+
+
+def quantized(half: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As the fake's kernel does."""
+    scales = half.float().abs().amax(dim=1)
+    return (half.float() * (torch.full_like(scales, 127) / scales)[:, None]).round().to(torch.int8), scales
+
+
+def begun_early(transport: Transport, lane: Lane, entry: Entry) -> EarlyTensor:
+    storage = torch.UntypedStorage(entry.nbytes)
+    ticket = transport.submit(lane, [ReadRequest(entry.path, entry.offset, entry.nbytes, storage, stamp=entry.stamp)])
+    return EarlyTensor(entry, lane, storage, ticket)

@@ -7,34 +7,24 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from fake_driver import FakeDriver, driver
-from pours import DTYPES, GPU, OPTIONS, checkpoint_of, pour, random_weight
+from pours import DTYPES, GPU, OPTIONS, checkpoint_of, pour, quantized, random_weight
 from streams import unstamped
 
 from pyint8 import _core
-from pyint8.checkpoint import Entry
 from pyint8.errors import TruncatedError
-from pyint8.streaming.head_start import EarlyTensor
-from pyint8.streaming.lane import Lane
 from pyint8.streaming.pour import Made
 from pyint8.streaming.reading import open_stream
-from pyint8.streaming.requests import Part, TensorRequest, ToDtype, ToInt8
+from pyint8.streaming.requests import TensorRequest, ToDtype, ToInt8
 from pyint8.streaming.stream import TensorStream
-from pyint8.streaming.transport import ReadRequest, Transport
+from pyint8.streaming.transport import Transport
 
 __all__ = ["driver"]  # a fixture
 
 pytestmark = pytest.mark.skipif(not _core.has_kernels(), reason="a build without kernels")
-
-
-def quantized(half: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As the fake's kernel does."""
-    scales = half.float().abs().amax(dim=1)
-    return (half.float() * (torch.full_like(scales, 127) / scales)[:, None]).round().to(torch.int8), scales
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -79,67 +69,6 @@ def test_what_stays_as_stored_may_be_of_any_dtype(driver: FakeDriver, tmp_path: 
     entries = checkpoint_of(tmp_path, tensors)
     made = pour(driver, [TensorRequest(e, GPU, becomes=ToDtype(e.torch_dtype)) for e in entries.values()])
     assert all(found is not None and torch.equal(found.tensor, tensors[name]) for name, found in made.items())
-
-
-def begun_early(transport: Transport, lane: Lane, entry: Entry) -> EarlyTensor:
-    storage = torch.UntypedStorage(entry.nbytes)
-    ticket = transport.submit(lane, [ReadRequest(entry.path, entry.offset, entry.nbytes, storage, stamp=entry.stamp)])
-    return EarlyTensor(entry, lane, storage, ticket)
-
-
-@pytest.mark.parametrize("becomes", [ToInt8(torch.bfloat16), ToDtype(torch.float16), ToDtype(torch.bfloat16)], ids=str)
-@pytest.mark.parametrize("part", [None, Part("whole", (2, 300, 200), 60000)], ids=["whole", "part"])
-def test_what_landed_early_is_made_of_where_it_is(
-    driver: FakeDriver, tmp_path: Path, becomes: ToInt8 | ToDtype, part: Part | None
-) -> None:
-    weight = random_weight(300, 200, torch.bfloat16)
-    entries = checkpoint_of(tmp_path, {"weight": weight})
-    transport = Transport(OPTIONS, driver.lane)
-    lane, entry = transport.lane(GPU), entries["weight"]
-    begun = begun_early(transport, lane, entry)
-    part = part if isinstance(becomes, ToDtype) else None
-    request = TensorRequest(entry, GPU, True, becomes=becomes, part=part)
-    stream = TensorStream([request], transport, early={"weight": begun}, quantizer=driver.quantizer)
-    if isinstance(becomes, ToDtype) and becomes.dtype == torch.bfloat16 and part is None:
-        assert not stream.makes("weight")  # it is there
-        found = stream.whole("weight")
-    else:
-        made = stream.made("weight")
-        assert made is not None
-        found = made.tensor
-    stream.finish()
-    transport.close()
-    assert transport.stats()["bytes_delivered"] == entry.nbytes  # nothing was read twice
-    if isinstance(becomes, ToInt8):
-        assert torch.equal(found, quantized(weight.half())[0])
-    else:
-        assert torch.equal(found if part is None else found[1], weight.to(becomes.dtype))
-    stream.close()
-
-
-def test_what_early_tensors_wait_for_is_read_ahead_of_them(
-    driver: FakeDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Requests are served in order: what is in between, read behind all early ones, would hold them all up."""
-    names = ["before", "early", "between", "also early", "after", "at last"]
-    entries = checkpoint_of(tmp_path, {name: random_weight(30, 20, torch.bfloat16) for name in names})
-    transport = Transport(OPTIONS, driver.lane)
-    lane, asked = transport.lane(GPU), []
-    begun = {name: begun_early(transport, lane, entries[name]) for name in ("early", "also early")}
-
-    def submit(self: Any, requests: list[Any], stream: int, *, first: bool) -> int:
-        asked.append((len(requests), first))
-        return int(consumer_submit(self, requests, stream, first=first))
-
-    consumer_submit = _core.Consumer.submit
-    monkeypatch.setattr(_core.Consumer, "submit", submit)
-    becomes = ToInt8(torch.bfloat16)
-    requests = [TensorRequest(entries[name], GPU, True, becomes=becomes) for name in names]
-    stream = TensorStream(requests, transport, early=dict(begun), quantizer=driver.quantizer)
-    stream.finish()
-    transport.close()
-    stream.close()
-    assert [first for count, first in asked for _ in range(count)] == 4 * [True] + 2 * [False]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 70000.0])

@@ -1,0 +1,183 @@
+"""What is made of tensors that landed before there was a stream, over the fake driver; and what takes their room.
+
+What is made, and what it is made of, must outlive the stream: the fake's memory is not given back in a stream's order.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+import torch
+from fake_driver import FakeDriver, driver
+from pours import GPU, OPTIONS, begun_early, checkpoint_of, quantized, random_weight
+
+from pyint8 import _core
+from pyint8.streaming.head_start import EarlyTensor
+from pyint8.streaming.pour import Made, Pour
+from pyint8.streaming.requests import Part, TensorRequest, ToDtype, ToInt8
+from pyint8.streaming.stream import TensorStream
+from pyint8.streaming.transport import Transport
+
+__all__ = ["driver"]  # a fixture
+
+BegunLoad: TypeAlias = tuple[TensorStream, Transport, dict[str, torch.Tensor]]
+
+pytestmark = pytest.mark.skipif(not _core.has_kernels(), reason="a build without kernels")
+
+
+@pytest.mark.parametrize("becomes", [ToInt8(torch.bfloat16), ToDtype(torch.float16), ToDtype(torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("part", [None, Part("whole", (2, 300, 200), 60000)], ids=["whole", "part"])
+def test_what_landed_early_is_made_of_where_it_is(
+    driver: FakeDriver, tmp_path: Path, becomes: ToInt8 | ToDtype, part: Part | None
+) -> None:
+    weight = random_weight(300, 200, torch.bfloat16)
+    entries = checkpoint_of(tmp_path, {"weight": weight})
+    transport = Transport(OPTIONS, driver.lane)
+    lane, entry = transport.lane(GPU), entries["weight"]
+    begun = begun_early(transport, lane, entry)
+    part = part if isinstance(becomes, ToDtype) else None
+    request = TensorRequest(entry, GPU, True, becomes=becomes, part=part)
+    stream = TensorStream([request], transport, early={"weight": begun}, quantizer=driver.quantizer)
+    if isinstance(becomes, ToDtype) and becomes.dtype == torch.bfloat16 and part is None:
+        assert not stream.makes("weight")  # it is there
+        found = stream.whole("weight")
+    else:
+        made = stream.made("weight")
+        assert made is not None
+        found = made.tensor
+    stream.finish()
+    transport.close()
+    assert transport.stats()["bytes_delivered"] == entry.nbytes  # nothing was read twice
+    if isinstance(becomes, ToInt8):
+        assert torch.equal(found, quantized(weight.half())[0])
+    else:
+        assert torch.equal(found if part is None else found[1], weight.to(becomes.dtype))
+    stream.close()
+
+
+def test_what_early_tensors_wait_for_is_read_ahead_of_them(
+    driver: FakeDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests are served in order: what is in between, read behind all early ones, would hold them all up."""
+    names = ["before", "early", "between", "also early", "after", "at last"]
+    entries = checkpoint_of(tmp_path, {name: random_weight(30, 20, torch.bfloat16) for name in names})
+    transport = Transport(OPTIONS, driver.lane)
+    lane, asked = transport.lane(GPU), []
+    begun = {name: begun_early(transport, lane, entries[name]) for name in ("early", "also early")}
+
+    def submit(self: Any, requests: list[Any], stream: int, *, first: bool) -> int:
+        asked.append((len(requests), first))
+        return int(consumer_submit(self, requests, stream, first=first))
+
+    consumer_submit = _core.Consumer.submit
+    monkeypatch.setattr(_core.Consumer, "submit", submit)
+    becomes = ToInt8(torch.bfloat16)
+    requests = [TensorRequest(entries[name], GPU, True, becomes=becomes) for name in names]
+    stream = TensorStream(requests, transport, early=dict(begun), quantizer=driver.quantizer)
+    stream.finish()
+    transport.close()
+    stream.close()
+    assert [first for count, first in asked for _ in range(count)] == 4 * [True] + 2 * [False]
+
+
+EARLY = 8  # of 12 weights that become int8
+
+
+@pytest.fixture
+def begun_load(driver: FakeDriver, tmp_path: Path) -> Iterator[Callable[[], BegunLoad]]:
+    """Loads most of which is under way: early tensors leave little room for results, so others have to wait."""
+    kept: list[EarlyTensor] = []  # the fake's memory is not given back in the order of a stream
+    weights = {f"{number:02}": random_weight(90, 70, torch.bfloat16, number) for number in range(12)}
+    entries = checkpoint_of(tmp_path, weights)
+    requests = [TensorRequest(entry, GPU, True, becomes=ToInt8(torch.bfloat16)) for entry in entries.values()]
+
+    def begin() -> BegunLoad:
+        transport = Transport(OPTIONS, driver.lane)
+        lane = transport.lane(GPU)
+        begun = {name: begun_early(transport, lane, entries[name]) for name in list(weights)[:EARLY]}
+        kept.extend(begun.values())
+        return TensorStream(requests, transport, early=begun, quantizer=driver.quantizer), transport, weights
+
+    yield begin
+    driver.synchronize(0)
+
+
+def test_the_room_of_early_tensors_is_used_whatever_the_caller_does(begun_load: Callable[[], BegunLoad]) -> None:
+    stream, transport, weights = begun_load()
+    (pour_of_gpu,) = set(stream._pours.values())
+    until = time.monotonic() + 60
+    while pour_of_gpu._submitted < len(weights):  # nobody takes anything, nor waits
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    check(*taken(stream, transport, weights))
+    assert transport.stats()["bytes_delivered"] == sum(weight.nbytes for weight in weights.values())
+
+
+@pytest.mark.parametrize("has_threads", [True, False])
+def test_an_early_load_whose_caller_comes_at_once(
+    begun_load: Callable[[], BegunLoad], monkeypatch: pytest.MonkeyPatch, has_threads: bool
+) -> None:
+    """Whoever of the two, the caller or the thread, comes first to a tensor; and where no thread can be had."""
+
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    if not has_threads:
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+    for _ in range(20):
+        check(*taken(*begun_load()))
+
+
+def taken(
+    stream: TensorStream, transport: Transport, weights: dict[str, torch.Tensor]
+) -> tuple[dict[str, Made | None], dict[str, torch.Tensor]]:
+    made = {name: stream.made(name) for name in weights}
+    stream.finish()
+    transport.close()
+    stream.close()
+    assert not pump_threads()
+    return made, weights
+
+
+def check(made: dict[str, Made | None], weights: dict[str, torch.Tensor]) -> None:
+    for name, weight in weights.items():
+        found = made[name]
+        assert found is not None
+        assert torch.equal(found.tensor, quantized(weight.half())[0])
+
+
+def test_what_stops_the_thread_is_the_callers_error(
+    begun_load: Callable[[], BegunLoad], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit, main = Pour._submit, threading.current_thread()
+
+    def full(self: Pour, end: int) -> None:
+        if threading.current_thread() is not main:
+            raise torch.OutOfMemoryError
+        submit(self, end)
+
+    monkeypatch.setattr(Pour, "_submit", full)
+    stream, transport, weights = begun_load()
+    for thread in pump_threads():
+        thread.join(60)
+    with pytest.raises(torch.OutOfMemoryError):
+        list(map(stream.made, weights))
+    transport.close()
+    stream.close()
+
+
+def test_a_load_that_is_closed_halfway_leaves_no_thread(begun_load: Callable[[], BegunLoad]) -> None:
+    for _ in range(20):
+        stream, transport, _ = begun_load()
+        transport.close()
+        stream.close()
+        assert not pump_threads()
+
+
+def pump_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("pyint8 pump")]

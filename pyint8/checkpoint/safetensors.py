@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from pyint8.errors import HeaderError, TruncatedError
@@ -36,6 +37,7 @@ MAX_HEADER_BYTES = 100_000_000
 _LENGTH_BYTES = 8
 _U64_MAX = 2**64 - 1
 _FIELDS = ("dtype", "shape", "data_offsets")
+_BY_PLACE = attrgetter("offset", "nbytes")
 _BITS = {name: bits for name, (bits, _) in DTYPES.items()}
 
 
@@ -86,7 +88,7 @@ def _read_header(path: str) -> SafetensorsFile:
     metadata = _metadata(path, header.pop("__metadata__", None))
     data_start = _LENGTH_BYTES + len(raw)
     entries = [_entry(path, name, info, data_start, stamp) for name, info in header.items()]
-    entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
+    entries.sort(key=_BY_PLACE)
     data_end = _check_cover(path, entries, data_start)
     _check_size(path, entries, data_end, stamp.size)
     return SafetensorsFile(path, stamp.size, {entry.name: entry for entry in entries}, metadata, stamp)

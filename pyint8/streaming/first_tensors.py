@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pyint8.checkpoint import DTYPES
 from pyint8.host.processes import processes
 from pyint8.placement.device_map import is_planned
 from pyint8.placement.even import USED, even_parts, even_share
@@ -32,6 +33,9 @@ _EVEN_MAPS = frozenset({"auto", "balanced"})
 _SPREAD_PART = 0.8
 # A GPU that gets no more layers begins with all of them, not away from the borders.
 _FEW_LAYERS = 3
+_EXPERTS = ".experts."
+# Of one number, by dtype.
+_BITS_OF_FLOATS = {dtype: bits for dtype, (bits, _) in DTYPES.items() if dtype.startswith(("F", "BF"))}
 
 
 def open_head_start(
@@ -65,7 +69,7 @@ def first_tensors(checkpoint: Checkpoint, device_map: Any, *, is_bounded: bool) 
     gpu, takes_all = found
     if not takes_all and not _spreads_evenly(device_map, is_bounded=is_bounded):
         return []
-    entries = sorted(checkpoint.values(), key=lambda entry: _natural_key(entry.name))
+    entries = sorted(checkpoint.values(), key=lambda entry: _place_in_order(entry.name))
     sizes = list(map(_least_bytes, entries))
     least = sum(sizes)  # that the model takes
     early = _most_early(sizes, least)
@@ -117,7 +121,7 @@ def _spread(entries: Iterable[Entry], gpus: int, if_free: int) -> list[FirstTens
 
 def _least_bytes(entry: Entry) -> int:
     """What the model takes at least for it: as int8, if it is a weight."""
-    return entry.numel if entry.is_floating else entry.nbytes
+    return entry.nbytes * 8 // _BITS_OF_FLOATS.get(entry.dtype, 8)
 
 
 def _entries(layers: Iterable[list[tuple[str, Entry]]]) -> list[Entry]:
@@ -143,7 +147,7 @@ def _place(layer: str, entry: Entry) -> tuple[int, int]:
 def _model_bytes(layer: str, entry: Entry) -> int:
     """What the model is likely to hold of it: matrices of layers become int8, others stay as they are."""
     becomes_int8 = layer != "" and entry.is_floating and len(entry.torch_shape) == 2
-    return entry.numel if becomes_int8 and ".experts." not in entry.name else entry.nbytes
+    return entry.numel if becomes_int8 and _EXPERTS not in entry.name else entry.nbytes
 
 
 def first_gpu(device_map: Any) -> tuple[torch.device, bool] | None:
@@ -168,6 +172,12 @@ def first_gpu(device_map: Any) -> tuple[torch.device, bool] | None:
     return (gpus[0], len(set(values)) == 1) if gpus else None
 
 
+def _place_in_order(name: str) -> str:
+    """Sorts as loops over layers take tensors; those of a layer's experts stay in the order of the file."""
+    return _natural_key(name.partition(_EXPERTS)[0])
+
+
+@lru_cache(4096)
 def _natural_key(name: str) -> str:
     """Sorts "layers.9" before "layers.10", as loops over layers take them; numbers may have any length."""
     return "\0".join(map(_natural_part, name.rsplit(".", 3)))  # there are few beginnings, and few of each of the others

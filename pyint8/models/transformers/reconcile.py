@@ -133,8 +133,9 @@ def _check_sources(
                 tensor=entries[0].name,
                 path=entries[0].path,
             )
-        usual = Counter(entry.torch_shape for entry in entries).most_common(1)[0][0]
-        for entry in entries:
+        shapes = Counter(entry.torch_shape for entry in entries)
+        usual = shapes.most_common(1)[0][0]
+        for entry in entries if len(shapes) > 1 else ():
             if entry.torch_shape != usual:
                 raise ShapeMismatchError(
                     f"its shape is {list(entry.shape)}, and that of the others that {target.name} is merged of is "

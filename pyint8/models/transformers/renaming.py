@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -84,11 +85,34 @@ def _names_digits(transform: WeightTransform) -> bool:
 
 
 def in_loading_order(names: Sequence[str]) -> list[str]:
-    """Names in the order of transformers' loop, which sorts by what lies between dots."""
-    key_of = cache(dot_natural_key)
+    """Names in the order of transformers' loop, which sorts by what lies between dots.
 
-    def key(name: str) -> Any:
+    Those of a layer's experts come together; in which order is found out once for all layers.
+    """
+    units: list[tuple[Any, bool, list[tuple[str, str]]]] = []  # one name, or a layer's experts
+    layers: dict[str, list[tuple[str, str]]] = {}
+    alike: dict[tuple[Any, ...], list[tuple[str, str]]] = {}  # layers whose names say the same: "01" and "1"
+    for name in names:
         head, experts, rest = name.partition(_EXPERTS)
-        return [*key_of(head), *key_of(experts[1:] + rest)] if experts else key_of(name)
+        if not experts:
+            units.append((dot_natural_key(name), False, [("", name)]))
+            continue
+        layer = layers.get(head)
+        if layer is None:
+            key = dot_natural_key(head + _EXPERTS.rstrip("."))
+            layer = layers[head] = alike.setdefault(tuple(key), [])
+            if not layer:
+                units.append((key, True, layer))
+        layer.append((rest, name))
+    places = _places({rest for layer in layers.values() for rest, _ in layer})
+    for layer in layers.values():
+        layer.sort(key=lambda pair: places[pair[0]])
+    units.sort(key=lambda unit: unit[:2])
+    return [name for _, _, named in units for _, name in named]
 
-    return sorted(names, key=key)
+
+def _places(names: Iterable[str]) -> dict[str, int]:
+    """Numbers that sort as transformers sorts the names."""
+    ordered = sorted(names, key=dot_natural_key)
+    groups = [list(group) for _, group in itertools.groupby(ordered, key=dot_natural_key)]
+    return {name: place for place, group in enumerate(groups) for name in group}

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from pyint8.streaming.made import Made, Place, first_parts
 from pyint8.streaming.pump import Pump
 from pyint8.streaming.requests import KERNEL_NAMES, TensorRequest, ToDtype, ToInt8
 
@@ -32,36 +32,6 @@ _FIRST_REQUESTS = 64
 _MOST_AT_ONCE = 512
 # Into so many parts the wait for the end is divided: as often a bar moves, however many requests there are.
 _STEPS = 256
-
-
-@dataclass(frozen=True)
-class Made:
-    """What came of one request.
-
-    Requests for parts of one tensor have one result, the whole, which is filled as they are served.
-
-    Attributes:
-        tensor: int8 codes [out, in], or the values in their shape; contiguous.
-        scales: Of codes, fp32 [out].
-        marks: uint8 [out], of a whole of more dimensions [rows], or [1] for values that were cast to fp16: not 0 where
-            something does not fit (see `pyint8.quantizer.WeightHealth.watch_marks`). All of a GPU's are in one storage,
-            to be copied at once.
-    """
-
-    tensor: torch.Tensor
-    scales: torch.Tensor | None = None
-    marks: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a request is made, or all those that make parts of one tensor; addresses are 0 for what there is not."""
-
-    made: Made
-    columns: int
-    values: int
-    scales: int
-    marks: int
 
 
 class Pour:
@@ -94,7 +64,7 @@ class Pour:
         most_bytes: int | None = None,
     ) -> None:
         self._lock = threading.RLock()  # guards everything
-        self._pump: Pump | None = None
+        self._error: BaseException | None = None  # of requests that were begun to be written down
         self._transport = transport
         self._lane = lane
         self._requests = requests
@@ -104,11 +74,11 @@ class Pour:
         self._early_bytes = sum(tensor.entry.nbytes for tensor in early.values())
         self._read_first = 1 + max((self._tickets[name] for name in early), default=-1)
         self._made: dict[int, Made] = {}
-        self._wholes: dict[str, _Place] = {}  # of which entries are parts, by name
+        self._wholes: dict[str, Place] = {}  # of which entries are parts, by name
         self._made_bytes = 0
         self._is_bounded = most_bytes is not None
         self._taken: dict[int, Made] = {}  # and not released, if it is bounded
-        firsts = _first_parts(requests)
+        firsts = first_parts(requests)
         self._budget = sum(request.allocated_bytes for request in firsts) if most_bytes is None else most_bytes
         self._submitted = self._ready = 0
         self._stride = 1 + len(requests) // _STEPS
@@ -116,6 +86,7 @@ class Pour:
         self._marks = torch.zeros(marks, dtype=torch.uint8, device=lane.device)
         self._marks_used = 0
         transposed = max((r.entry.numel for r in requests if r.is_transposed), default=0)
+        self._pump = Pump(lane.device, self._go_on)
         self._consumer = transport.open_consumer(lane, scratch_bytes, transposed, quantizer)
         self._fill(_FIRST_REQUESTS)
         self._fill(len(requests))
@@ -123,7 +94,7 @@ class Pour:
     def start(self) -> None:
         """From now on the room that early tensors leave is used at once; called once, and `close` must follow."""
         if self._early and not self._is_bounded:
-            self._pump = Pump(self._lane.device, self._go_on)
+            self._pump.start()
 
     def _go_on(self) -> bool:
         """Asks for more once half of what was asked for is served; False where no room will come of it.
@@ -149,12 +120,14 @@ class Pour:
     def take(self, name: str) -> Made:
         """What comes of an entry, each once; its values are there once it was waited for, at the latest by `finish`."""
         ticket = self._tickets[name]
-        with self._lock:
+        with self._guarded():
             while ticket >= self._submitted:
                 if self._ready < self._submitted:
                     self._wait(self._ready)
                 else:  # it is what there was no room for
                     self._submit(self._submitted + 1)
+            if self._early and not self._pump.runs and self._consumer.done() > self._ready:
+                self._wait(self._ready)
             made = self._made.pop(ticket)
             if self._is_bounded:
                 self._taken[ticket] = made
@@ -163,14 +136,14 @@ class Pour:
     def wait(self, name: str) -> None:
         """Until the values of an entry that was taken are ordered before the lane's stream."""
         ticket = self._tickets[name]
-        with self._lock:
+        with self._guarded():
             if ticket >= self._ready:
                 self._wait(ticket)
 
     def release(self, name: str) -> None:
         """Makes room for other results: what came of an entry was taken and waited for, and is of no more use."""
         ticket = self._tickets[name]
-        with self._lock:
+        with self._guarded():
             request, made = self._requests[ticket], self._taken.pop(ticket)
             for memory in (made.tensor, made.scales):
                 if memory is not None:
@@ -182,15 +155,27 @@ class Pour:
 
     def finish(self) -> None:
         """Waits until that is so for all entries."""
-        with self._lock:
+        with self._guarded():
             while self._ready < len(self._requests):
                 self._submit(max(self._submitted, self._ready + 1))
                 is_all = self._submitted == len(self._requests)
                 self._wait(min(self._ready + self._stride, self._submitted) - 1 if is_all else self._ready)
+            self._check()
+
+    def _guarded(self) -> threading.RLock:
+        """The lock, for the caller. A forked child, where nobody would give it back, gets an error instead."""
+        self._consumer.done()
+        self._check()
+        return self._lock
+
+    def _check(self) -> None:
+        """Raises what stopped the thread, or what left requests half written down."""
+        error = self._error or self._pump.error
+        if error is not None:
+            raise error
 
     def _wait(self, ticket: int) -> None:
-        if self._pump is not None and self._pump.error is not None:
-            raise self._pump.error
+        self._check()
         with self._recorder.waiting():
             ready = self._consumer.wait(ticket, self._lane.stream)
         self._note(ready)
@@ -208,8 +193,8 @@ class Pour:
 
     def close(self) -> None:
         """Gives destinations back that nobody took; the transport is closed already, which ended waits. Idempotent."""
-        if self._pump is not None:
-            self._pump.join()
+        self._pump.join()
+        self._error = None  # breaks a reference cycle
         self._made.clear()
         self._taken.clear()
         self._wholes.clear()
@@ -244,10 +229,15 @@ class Pour:
 
     def _submit(self, end: int) -> None:
         """Requests are served in order: what is not early, but is before something that is, is read first."""
+        self._check()
         for until, first in ((min(end, self._read_first), True), (end, False)):
             while until > self._submitted:
                 some = range(self._submitted, min(until, self._submitted + _MOST_AT_ONCE))
-                self._consumer.submit(list(map(self._written_down, some)), self._lane.stream, first=first)
+                try:
+                    self._consumer.submit(list(map(self._written_down, some)), self._lane.stream, first=first)
+                except BaseException as error:
+                    self._error = error
+                    raise
                 self._submitted = some.stop
 
     def _written_down(self, ticket: int) -> _core.RequestTuple:
@@ -281,7 +271,7 @@ class Pour:
         file, checksum = self._transport.file(entry.path, entry.stamp), self._transport.checksum_of(entry)
         return False, file, entry.offset, checksum
 
-    def _allocate(self, request: TensorRequest) -> _Place:
+    def _allocate(self, request: TensorRequest) -> Place:
         """Memory for what a request makes, or makes a part of."""
         part, device = request.part, self._lane.device
         self._made_bytes += request.allocated_bytes
@@ -302,19 +292,7 @@ class Pour:
             if memory is not None:
                 self._transport.keep(memory)
         addresses = (0 if memory is None else memory.data_ptr() for memory in (values, scales, marks))
-        place = _Place(made, shape[-1] if shape else 1, *addresses)
+        place = Place(made, shape[-1] if shape else 1, *addresses)
         if part is not None:
             self._wholes[part.name] = place
         return place
-
-
-def _first_parts(requests: Sequence[TensorRequest]) -> list[TensorRequest]:
-    """Of those that make parts of one tensor the first, and all others."""
-    wholes: dict[str, TensorRequest] = {}
-    others: list[TensorRequest] = []
-    for request in requests:
-        if request.part is None:
-            others.append(request)
-        else:
-            wholes.setdefault(request.part.name, request)
-    return [*others, *wholes.values()]

@@ -18,32 +18,39 @@ class Pump:
         step: What is done.
 
     Attributes:
+        runs: Whether the thread does it; where none can be had, the caller has to.
         error: What stopped it; None so far.
     """
 
     def __init__(self, device: torch.device, step: Callable[[], bool]) -> None:
+        self.runs = False
         self.error: BaseException | None = None
         where: Any = nullcontext()
         if device.type == "cuda":  # a thread begins on the default stream
             where = torch.cuda.stream(torch.cuda.current_stream(device))
-        self._thread: threading.Thread | None = None
-        thread = threading.Thread(target=self._run, args=(where, step), name=f"pyint8 pump {device}")
+        arguments = (where, torch.is_inference_mode_enabled(), step)
+        self._thread = threading.Thread(target=self._run, args=arguments, name=f"pyint8 pump {device}")
+
+    def start(self) -> None:
+        self.runs = True
         try:
-            thread.start()
-        except RuntimeError:  # no more threads (`ulimit -u`): the caller does it when it comes to it
-            return
-        self._thread = thread
+            self._thread.start()
+        except RuntimeError:  # no more threads (`ulimit -u`)
+            self.runs = False
 
     def join(self) -> None:
         """Waits for the thread to end; something must end `step`."""
-        if self._thread is not None:
+        # It may be the thread itself, where Python collects what nobody closed.
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join()
         self.error = None  # breaks a reference cycle
 
-    def _run(self, where: Any, step: Callable[[], bool]) -> None:
+    def _run(self, where: Any, is_inference: bool, step: Callable[[], bool]) -> None:
         try:
-            with where, torch.no_grad():
+            with where, torch.inference_mode(is_inference), torch.no_grad():
                 while step():
                     pass
         except BaseException as error:  # for the caller
             self.error = error
+        finally:
+            self.runs = False

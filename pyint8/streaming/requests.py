@@ -95,7 +95,7 @@ class TensorRequest(NamedTuple):
 
     @property
     def marks(self) -> int:
-        """How many marks (see `pyint8.streaming.pour.Made`) there are of the result, or of all that it is a part of."""
+        """How many marks (see `pyint8.streaming.made.Made`) there are of the result, or of all that it is a part of."""
         if isinstance(self.becomes, ToInt8):
             return self.out_rows if self.part is None else prod(self.part.shape[:-1])
         casts_to_half = self.becomes is not None and self.becomes.dtype == torch.float16

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pyint8.streaming.pour import Made
+from pyint8.streaming.made import Made
 from pyint8.streaming.stream import TensorStream
 
 if TYPE_CHECKING:

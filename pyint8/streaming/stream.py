@@ -13,7 +13,7 @@ from pyint8.errors import ChecksumError, FileChangedError, ReadError, TruncatedE
 from pyint8.report import Recorder
 from pyint8.streaming.chunks import Chunk, bands_of, cut, gather_batches, typed
 from pyint8.streaming.lane import Lane
-from pyint8.streaming.pour import Made
+from pyint8.streaming.made import Made
 from pyint8.streaming.pours import open_pours
 from pyint8.streaming.requests import TensorRequest
 from pyint8.streaming.transport import ReadRequest, Transport
@@ -74,8 +74,13 @@ class TensorStream:
         self._pending = gather_batches(self._chunks)
         self._cursor = 0
         self._fill_window()
-        for pour in dict.fromkeys(self._pours.values()):
-            pour.start()
+        try:
+            for pour in dict.fromkeys(self._pours.values()):
+                pour.start()
+        except BaseException:  # Ctrl-C: nobody has this stream yet
+            transport.close()
+            self.close()
+            raise
 
     def close(self) -> None:
         """Gives destinations back; the transport is closed already. Idempotent."""

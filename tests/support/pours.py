@@ -12,7 +12,7 @@ from pyint8 import StreamOptions
 from pyint8.checkpoint import Checkpoint, Entry, open_checkpoint
 from pyint8.streaming.head_start import EarlyTensor
 from pyint8.streaming.lane import Lane
-from pyint8.streaming.pour import Made
+from pyint8.streaming.made import Made
 from pyint8.streaming.reading import open_stream
 from pyint8.streaming.requests import TensorRequest
 from pyint8.streaming.transport import ReadRequest, Transport

@@ -236,11 +236,22 @@ bool Consumer::await(const Asked& asked) {
 
 void Consumer::put_work(const Asked& asked) {
   Timeline* timeline = engine_.timeline();
-  std::unique_ptr<Event> begin = timeline == nullptr ? nullptr : timeline->mark(lane_, stream_->handle());
+  const bool goes_on = joined_.rows > 0;
+  std::unique_ptr<Event> begin =
+      timeline == nullptr || goes_on ? nullptr : timeline->mark(lane_, stream_->handle());
   put_work_of(asked);
-  if (begin == nullptr) return;
+  if (joined_.rows > 0) {  // the rest of it is to come
+    if (!goes_on) joined_.begin = std::move(begin);
+    joined_.nbytes += asked.band->nbytes;
+  } else if (begin != nullptr) {
+    add_span(std::move(begin), asked.band->nbytes);
+  }
+}
+
+void Consumer::add_span(std::unique_ptr<Event> begin, std::size_t nbytes) {
+  Timeline* timeline = engine_.timeline();
   timeline->add_work(Doing::kQuantizing, lane_, std::move(begin), timeline->mark(lane_, stream_->handle()),
-                     asked.band->nbytes);
+                     nbytes);
 }
 
 void Consumer::put_work_of(const Asked& asked) {
@@ -305,9 +316,10 @@ bool Consumer::next_joins() {
 
 void Consumer::quantize_joined() {
   quantize(joined_.to, half_, 0, joined_.rows, joined_.columns);
-  const Ticket tasks = std::exchange(joined_, {}).tasks;
+  Joined joined = std::exchange(joined_, {});
+  if (joined.begin != nullptr) add_span(std::move(joined.begin), joined.nbytes);
   const std::lock_guard lock(mutex_);
-  done_ += tasks;
+  done_ += joined.tasks;
   changed_.notify_all();
 }
 

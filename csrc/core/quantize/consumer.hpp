@@ -136,7 +136,9 @@ class Consumer {
     ToInt8 to{};  // of the first
     std::size_t rows = 0;
     std::size_t columns = 0;
-    Ticket tasks = 0;  // that are done with them
+    Ticket tasks = 0;                // that are done with them
+    std::unique_ptr<Event> begin{};  // of this work, for the timeline
+    std::size_t nbytes = 0;          // as stored
   };
   // What is asked for at once.
   struct Asking {
@@ -162,6 +164,7 @@ class Consumer {
   bool await(const Asked& asked);
   void put_work(const Asked& asked);
   void put_work_of(const Asked& asked);
+  void add_span(std::unique_ptr<Event> begin, std::size_t nbytes);
   void quantize_band(const Task& task, const ToInt8& to, const Asked& asked);
   void transpose_band(const Task& task, const ToInt8& to, const Asked& asked);
   void cast_band(const Task& task, const ToValues& to, const Asked& asked);

@@ -331,6 +331,39 @@ TEST_CASE("what has landed and lies together is quantized together, as far as th
   }
 }
 
+TEST_CASE("a timeline has all that is done with a weight, whether it is joined with others or not") {
+  constexpr std::size_t kCount = 8;
+  for (const bool together : {false, true}) {
+    CAPTURE(together);
+    const Accounts accounts;
+    Random random(14);
+    Tensors tensors({{Kind::kInt8, ElementType::kHalf, ElementType::kHalf, kCount * 4, 32}}, random);
+    Bytes memory(tensors[0].stored().size());
+    Callers callers(1);
+    EngineOptions options = kOptions;
+    options.timeline = true;
+    Gpus gpus(tensors, callers, 64 * kLeast, options, slowly);
+    const Request whole = tensors[0].request(gpus.engine, 0, callers[0].stream());
+    std::vector<Request> parts = parts_of(whole, kCount, gpus, memory);
+    if (!together) std::ranges::reverse(parts);
+    gpus.wait(0, gpus.consumers[0].submit(parts, callers[0].stream()) + kCount - 1);
+    gpus.synchronize();
+    CHECK(tensors.came());
+    gpus.consumers[0].close();
+    double seconds = 0;
+    std::size_t nbytes = 0, count = 0;
+    for (const Span& span : gpus.engine.timeline()->spans()) {
+      if (span.doing != Doing::kQuantizing) continue;
+      seconds += span.end - span.begin;
+      nbytes += span.nbytes;
+      ++count;
+    }
+    CHECK(nbytes == memory.size());
+    CHECK(count == (together ? 1 : kCount));
+    CHECK(seconds >= (together ? 1 : kCount) * 300e-6);  // that the quantizer takes
+  }
+}
+
 TEST_CASE("what is wanted first is read ahead of what was asked for before, and stays in its own order") {
   constexpr std::size_t kTensor = 2 * kSlot;
   const Accounts accounts;

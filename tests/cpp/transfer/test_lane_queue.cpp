@@ -45,13 +45,18 @@ TEST_CASE("a lane whose device is slow waits while others have fewer jobs under 
   CHECK(queue.pop() == 15);
 }
 
-TEST_CASE("urgent jobs come before their lane's others, the latest submission first, each in its own order") {
+TEST_CASE("urgent jobs come before their lane's others, in order") {
   LaneQueue<int> queue;
   queue.push(0, {1, 2}, false);
   queue.push(0, {3, 4}, true);
   queue.push(0, {5, 6}, true);
   queue.push(0, {7}, false);
-  CHECK(take_all(queue) == std::vector<int>{5, 6, 3, 4, 1, 2, 7});
+  CHECK(queue.pop() == 3);
+  queue.push(0, {8}, true);
+  CHECK(take_all(queue) == std::vector<int>{4, 5, 6, 8, 1, 2, 7});
+  queue.push(0, {9}, false);
+  queue.push(0, {10}, true);
+  CHECK(take_all(queue) == std::vector<int>{10, 9});
 }
 
 TEST_CASE("a lane's urgent jobs take no turn from the others") {
@@ -69,6 +74,10 @@ TEST_CASE("clearing destroys what waits, urgent or not") {
   queue.push(3, {witness}, true);
   queue.clear();
   CHECK(queue.empty());
+  queue.push(3, {nullptr}, false);
+  queue.push(3, {witness}, true);
+  CHECK(queue.pop() == witness);
+  queue.clear();
   CHECK(witness.use_count() == 1);
 }
 

@@ -16,7 +16,7 @@ from streams import unstamped
 
 from pyint8 import _core
 from pyint8.errors import TruncatedError
-from pyint8.streaming.pour import Made
+from pyint8.streaming.made import Made
 from pyint8.streaming.reading import open_stream
 from pyint8.streaming.requests import TensorRequest, ToDtype, ToInt8
 from pyint8.streaming.stream import TensorStream

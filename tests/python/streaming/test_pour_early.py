@@ -5,6 +5,7 @@ What is made, and what it is made of, must outlive the stream: the fake's memory
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,8 +18,11 @@ from fake_driver import FakeDriver, driver
 from pours import GPU, OPTIONS, begun_early, checkpoint_of, quantized, random_weight
 
 from pyint8 import _core
+from pyint8.errors import CancelledError
 from pyint8.streaming.head_start import EarlyTensor
-from pyint8.streaming.pour import Made, Pour
+from pyint8.streaming.made import Made
+from pyint8.streaming.pour import Pour
+from pyint8.streaming.pump import Pump
 from pyint8.streaming.requests import Part, TensorRequest, ToDtype, ToInt8
 from pyint8.streaming.stream import TensorStream
 from pyint8.streaming.transport import Transport
@@ -110,10 +114,7 @@ def begun_load(driver: FakeDriver, tmp_path: Path) -> Iterator[Callable[[], Begu
 def test_the_room_of_early_tensors_is_used_whatever_the_caller_does(begun_load: Callable[[], BegunLoad]) -> None:
     stream, transport, weights = begun_load()
     (pour_of_gpu,) = set(stream._pours.values())
-    until = time.monotonic() + 60
-    while pour_of_gpu._submitted < len(weights):  # nobody takes anything, nor waits
-        assert time.monotonic() < until
-        time.sleep(0.001)
+    wait_until(lambda: pour_of_gpu._submitted == len(weights))  # nobody takes anything, nor waits
     check(*taken(stream, transport, weights))
     assert transport.stats()["bytes_delivered"] == sum(weight.nbytes for weight in weights.values())
 
@@ -131,6 +132,104 @@ def test_an_early_load_whose_caller_comes_at_once(
         monkeypatch.setattr(threading.Thread, "start", refuse)
     for _ in range(20):
         check(*taken(*begun_load()))
+
+
+def test_without_a_thread_the_caller_uses_the_room_when_it_takes_something(
+    begun_load: Callable[[], BegunLoad], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pump, "start", lambda _: None)
+    stream, transport, weights = begun_load()
+    (pour_of_gpu,) = set(stream._pours.values())
+    first, *others = weights
+    made = {first: stream.made(first)}
+    before = pour_of_gpu._submitted
+    wait_until(lambda: pour_of_gpu._consumer.done() >= before)
+    second, *others = others
+    made[second] = stream.made(second)
+    assert pour_of_gpu._submitted > before
+    made |= {name: stream.made(name) for name in others}
+    stream.finish()
+    transport.close()
+    stream.close()
+    check(made, weights)
+
+
+def test_a_forked_child_is_told_though_the_thread_had_the_lock(
+    begun_load: Callable[[], BegunLoad], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_lock, go_on, note = threading.Event(), threading.Event(), Pour._note
+
+    def slowly(self: Pour, ready: int) -> None:
+        if threading.current_thread() in pump_threads():
+            has_lock.set()
+            go_on.wait(60)
+        note(self, ready)
+
+    monkeypatch.setattr(Pour, "_note", slowly)
+    stream, transport, weights = begun_load()
+    assert has_lock.wait(60)
+    child = os.fork()
+    if child == 0:
+        try:
+            stream.made(next(iter(weights)))
+        except CancelledError:
+            os._exit(7)
+        finally:
+            os._exit(1)
+    ended: list[int] = []
+    wait_until(lambda: bool(ended) or has_ended(child, ended))
+    go_on.set()
+    assert ended == [7]
+    check(*taken(stream, transport, weights))
+
+
+def has_ended(child: int, ended: list[int]) -> bool:
+    found, status = os.waitpid(child, os.WNOHANG)
+    if found:
+        ended.append(os.waitstatus_to_exitcode(status))
+    return bool(found)
+
+
+def test_the_thread_makes_what_the_caller_would(begun_load: Callable[[], BegunLoad]) -> None:
+    with torch.inference_mode():
+        stream, transport, weights = begun_load()
+        wait_until(lambda: not pump_threads())
+        made, _ = taken(stream, transport, weights)
+    assert all(one is not None and one.tensor.is_inference() for one in made.values())
+
+
+def test_what_was_half_written_down_is_not_written_down_again(
+    begun_load: Callable[[], BegunLoad], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither by the thread, nor by a caller that goes on."""
+    monkeypatch.setattr(Pump, "start", lambda _: None)
+    stream, transport, weights = begun_load()
+    (pour_of_gpu,) = set(stream._pours.values())
+    written_down, asked = Pour._written_down, []
+
+    def interrupted(self: Pour, ticket: int) -> Any:
+        asked.append(ticket)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return written_down(self, ticket)
+
+    monkeypatch.setattr(Pour, "_written_down", interrupted)
+    last = list(weights)[-1]
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            stream.made(last)
+    with pytest.raises(KeyboardInterrupt):
+        pour_of_gpu._note(pour_of_gpu._ready + 1)
+    assert len(asked) == 2
+    transport.close()
+    stream.close()
+
+
+def wait_until(happens: Callable[[], bool]) -> None:
+    until = time.monotonic() + 60
+    while not happens():
+        assert time.monotonic() < until
+        time.sleep(0.001)
 
 
 def taken(

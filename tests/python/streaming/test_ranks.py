@@ -20,7 +20,7 @@ from pyint8.checkpoint import Checkpoint, open_checkpoint
 from pyint8.errors import TruncatedError
 from pyint8.streaming.head_start import FirstTensors, HeadStart
 from pyint8.streaming.lane import Lane
-from pyint8.streaming.pour import Made
+from pyint8.streaming.made import Made
 from pyint8.streaming.ranks import pieces
 from pyint8.streaming.ranks.ranks import Ranks
 from pyint8.streaming.reading import open_stream

@@ -1,0 +1,54 @@
+"""What comes of requests on a GPU, and where it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from pyint8.streaming.requests import TensorRequest
+
+
+@dataclass(frozen=True)
+class Made:
+    """What came of one request.
+
+    Requests for parts of one tensor have one result, the whole, which is filled as they are served.
+
+    Attributes:
+        tensor: int8 codes [out, in], or the values in their shape; contiguous.
+        scales: Of codes, fp32 [out].
+        marks: uint8 [out], of a whole of more dimensions [rows], or [1] for values that were cast to fp16: not 0 where
+            something does not fit (see `pyint8.quantizer.WeightHealth.watch_marks`). All of a GPU's are in one storage,
+            to be copied at once.
+    """
+
+    tensor: torch.Tensor
+    scales: torch.Tensor | None = None
+    marks: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a request is made, or all those that make parts of one tensor; addresses are 0 for what there is not."""
+
+    made: Made
+    columns: int
+    values: int
+    scales: int
+    marks: int
+
+
+def first_parts(requests: Sequence[TensorRequest]) -> list[TensorRequest]:
+    """Of those that make parts of one tensor the first, and all others."""
+    wholes: dict[str, TensorRequest] = {}
+    others: list[TensorRequest] = []
+    for request in requests:
+        if request.part is None:
+            others.append(request)
+        else:
+            wholes.setdefault(request.part.name, request)
+    return [*others, *wholes.values()]

@@ -56,7 +56,7 @@ def write_together(
         with recorder.phase("stream"):
             part.write(folder, noted)
         return
-    with staged(target, identity, recorder) as (folder, noted):
+    with staged(target, identity, recorder) as (folder, noted), ranks.telling():
         ranks.meet("the folder", [folder, os.stat(folder).st_ino, noted])
         part.write(folder, noted)
         completed(plan, folder, complete)

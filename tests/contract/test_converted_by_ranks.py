@@ -115,6 +115,17 @@ def test_all_fail_together(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_fails_before_another_has_begun(two: RankProcesses, rank: int, old: Path, tmp_path: Path) -> None:
+    """The first rank takes away what the other is about to write to: the error that counts is the one before."""
+    target = tmp_path / "work" / "int8"
+    outcomes = two.run(cases.failing_soon, old, target, rank)
+    assert outcomes[rank].error == "WriteError"
+    assert outcomes[1 - rank].error == "RankError"
+    assert f"rank {rank} of 2 failed: WriteError" in outcomes[1 - rank].text
+    assert not os.listdir(target.parent)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_killed(two: RankProcesses, rank: int, old: Path, tmp_path: Path) -> None:
     """The others stop soon; what is there is gone on with, by ranks or by one process."""
     target, expected = tmp_path / "work" / "int8", alone(old, tmp_path / "alone")

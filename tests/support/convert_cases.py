@@ -16,6 +16,8 @@ import torch.distributed as dist
 import pyint8
 from pyint8.errors import ReadError, WriteError
 from pyint8.models import converted_files
+from pyint8.operations import convert_together
+from pyint8.streaming.ranks.ranks import Ranks
 from pyint8.streaming.write_behind import WriteBehind
 
 SIZE = "40KB"
@@ -66,3 +68,22 @@ def failing(rank: int, source: Path, target: Path, failing_rank: int, after: int
 
     with mock.patch.object(WriteBehind, "put", put_some), mock.patch.object(converted_files, "_NOTED_BYTES", 1):
         return convert(rank, source, target)
+
+
+def failing_soon(rank: int, source: Path, target: Path, failing_rank: int) -> int:
+    """One rank is done with it before another has begun to write, and leaves late."""
+    journal, leave = convert_together._journal, Ranks.__exit__
+
+    def begin_late(*args: Any) -> Any:
+        time.sleep(1)
+        return journal(*args)
+
+    def leave_late(self: Ranks, *error: Any) -> None:
+        time.sleep(2)
+        leave(self, *error)
+
+    patch = mock.patch.object(convert_together, "_journal", begin_late)
+    if rank == failing_rank:
+        patch = mock.patch.object(Ranks, "__exit__", leave_late)
+    with patch:
+        return failing(rank, source, target, failing_rank, 0, "full")

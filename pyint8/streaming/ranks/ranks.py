@@ -78,6 +78,15 @@ class Ranks:
         """Around what each rank does by itself."""
         return Apart(self._conductor)
 
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """An error of this block is known to the others before what is around it ends, and takes away what they use."""
+        try:
+            yield
+        except BaseException as error:
+            self._conductor.fail(error)
+            raise
+
     @staticmethod
     def of_block() -> Ranks | None:
         """Those that `together` was given, in this context."""

@@ -24,6 +24,8 @@ from pyint8.cli.main import main
 from pyint8.errors import OptionError
 from pyint8.host.locks import lock
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[RankProcesses]:

@@ -8,7 +8,7 @@ Nothing here reads a byte of a tensor (except in formats that cannot be read by 
 """
 
 from .agreement import Disagreement
-from .entry import DTYPES, Entry, EntryInMemory
+from .entry import DTYPES, FLOATS, Entry, EntryInMemory
 from .index import Checkpoint, checkpoint_of_files, open_checkpoint
 from .pickled import PickledFile, read_pickled
 from .safetensors import SafetensorsFile, read_header
@@ -16,6 +16,7 @@ from .stamp import FileStamp
 
 __all__ = [
     "DTYPES",
+    "FLOATS",
     "Checkpoint",
     "Disagreement",
     "Entry",

@@ -44,6 +44,8 @@ DTYPES: Mapping[str, tuple[int, str | None]] = MappingProxyType(
 """Every dtype of the safetensors format (as of safetensors 0.8): bits per element, and the attribute of `torch` that is
 the same dtype, None where torch has none. torch's `float4_e2m1fn_x2` holds two of the format's elements."""
 
+FLOATS = frozenset(dtype for dtype in DTYPES if dtype.startswith(("F", "BF")))
+"""Those of real floating-point numbers (as torch says: complex ones are not)."""
 
 SCALES = "SCB"
 """What bitsandbytes saves the scales of an int8 weight as, beside it: "X.SCB" for "X.weight"."""
@@ -96,8 +98,8 @@ class Entry:
 
     @property
     def is_floating(self) -> bool:
-        """Whether the elements are real floating-point numbers (as torch says: complex ones are not)."""
-        return self.dtype.startswith(("F", "BF"))
+        """Whether the elements are of one of `FLOATS`."""
+        return self.dtype in FLOATS
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pyint8.checkpoint import DTYPES
+from pyint8.checkpoint import DTYPES, FLOATS
 from pyint8.host.processes import processes
 from pyint8.placement.device_map import is_planned
 from pyint8.placement.even import USED, even_parts, even_share
@@ -34,8 +34,7 @@ _SPREAD_PART = 0.8
 # A GPU that gets no more layers begins with all of them, not away from the borders.
 _FEW_LAYERS = 3
 _EXPERTS = ".experts."
-# Of one number, by dtype.
-_BITS_OF_FLOATS = {dtype: bits for dtype, (bits, _) in DTYPES.items() if dtype.startswith(("F", "BF"))}
+_BITS = {dtype: DTYPES[dtype][0] for dtype in FLOATS}  # of one number
 
 
 def open_head_start(
@@ -121,7 +120,7 @@ def _spread(entries: Iterable[Entry], gpus: int, if_free: int) -> list[FirstTens
 
 def _least_bytes(entry: Entry) -> int:
     """What the model takes at least for it: as int8, if it is a weight."""
-    return entry.nbytes * 8 // _BITS_OF_FLOATS.get(entry.dtype, 8)
+    return entry.nbytes * 8 // _BITS.get(entry.dtype, 8)
 
 
 def _entries(layers: Iterable[list[tuple[str, Entry]]]) -> list[Entry]:
@@ -177,16 +176,13 @@ def _place_in_order(name: str) -> str:
     return _natural_key(name.partition(_EXPERTS)[0])
 
 
-@lru_cache(4096)
+@lru_cache(4096)  # of thousands of experts
 def _natural_key(name: str) -> str:
-    """Sorts "layers.9" before "layers.10", as loops over layers take them; numbers may have any length."""
-    return "\0".join(map(_natural_part, name.rsplit(".", 3)))  # there are few beginnings, and few of each of the others
+    """Sorts "layers.9" before "layers.10"; numbers may have any length.
 
-
-@lru_cache(4096)
-def _natural_part(part: str) -> str:
-    """Text, and numbers preceded by how long they are, which sort after text; for dots what sorts before both."""
-    pieces = re.split(r"([0-9]+|\.)", part)  # those at odd places are numbers and dots
+    Text, numbers preceded by how long they are, which sort after text, and for dots what sorts before both.
+    """
+    pieces = re.split(r"([0-9]+|\.)", name)  # those at odd places are numbers and dots
     return "".join(_sortable(piece) if at % 2 else f"\1{piece}" for at, piece in enumerate(pieces))
 
 

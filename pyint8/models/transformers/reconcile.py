@@ -134,8 +134,10 @@ def _check_sources(
                 path=entries[0].path,
             )
         shapes = Counter(entry.torch_shape for entry in entries)
+        if len(shapes) == 1:
+            continue
         usual = shapes.most_common(1)[0][0]
-        for entry in entries if len(shapes) > 1 else ():
+        for entry in entries:
             if entry.torch_shape != usual:
                 raise ShapeMismatchError(
                     f"its shape is {list(entry.shape)}, and that of the others that {target.name} is merged of is "

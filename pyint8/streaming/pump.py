@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any
+from contextlib import AbstractContextManager
 
 import torch
+
+from pyint8.streaming.caller import as_caller
 
 
 class Pump:
@@ -25,10 +26,7 @@ class Pump:
     def __init__(self, device: torch.device, step: Callable[[], bool]) -> None:
         self.runs = False
         self.error: BaseException | None = None
-        where: Any = nullcontext()
-        if device.type == "cuda":  # a thread begins on the default stream
-            where = torch.cuda.stream(torch.cuda.current_stream(device))
-        arguments = (where, torch.is_inference_mode_enabled(), step)
+        arguments = (as_caller([device]), step)
         self._thread = threading.Thread(target=self._run, args=arguments, name=f"pyint8 pump {device}")
 
     def start(self) -> None:
@@ -45,9 +43,9 @@ class Pump:
             self._thread.join()
         self.error = None  # breaks a reference cycle
 
-    def _run(self, where: Any, is_inference: bool, step: Callable[[], bool]) -> None:
+    def _run(self, entered: Callable[[], AbstractContextManager[None]], step: Callable[[], bool]) -> None:
         try:
-            with where, torch.inference_mode(is_inference), torch.no_grad():
+            with entered():
                 while step():
                     pass
         except BaseException as error:  # for the caller

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
-from typing import Any
+from contextlib import AbstractContextManager
 
 import torch
 
 from pyint8.models.transformers.compat import SkipParameters
+from pyint8.streaming.caller import as_caller
 
 Made = dict[str, torch.Tensor]
 
@@ -28,12 +28,9 @@ class DeviceWorker:
         self._error: BaseException | None = None
         self._changed = threading.Condition()
         self._stopped = False
-        where: Any = nullcontext()
-        if device.type == "cuda":
-            where = torch.cuda.stream(torch.cuda.current_stream(device))
-        self._where, self._make = where, make
+        self._make, entered = make, as_caller([device])
         self._thread: threading.Thread | None = threading.Thread(
-            target=self._run, args=(where, list(names), make), name=f"pyint8 {device}"
+            target=self._run, args=(entered, list(names), make), name=f"pyint8 {device}"
         )
         try:
             self._thread.start()
@@ -48,7 +45,7 @@ class DeviceWorker:
             Exception: The error that stopped the thread (or of making it, where there is none).
         """
         if self._thread is None:
-            with self._where, torch.no_grad():
+            with torch.no_grad():
                 return self._make(name)
         with self._changed:
             self._changed.wait_for(lambda: name in self._made or self._error is not None)
@@ -66,14 +63,17 @@ class DeviceWorker:
 
     def join(self) -> None:
         """Waits for the thread to end, and discards parameters that were not taken."""
-        if self._thread is not None:
+        # It may be the thread itself, where Python collects what nobody closed.
+        if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
         self._made.clear()
         self._error = None  # breaks a reference cycle
 
-    def _run(self, where: Any, names: list[str], make: Callable[[str], Made]) -> None:
+    def _run(
+        self, entered: Callable[[], AbstractContextManager[None]], names: list[str], make: Callable[[str], Made]
+    ) -> None:
         try:
-            with where, torch.no_grad():
+            with entered():
                 for name in names:
                     if self._stopped:
                         return

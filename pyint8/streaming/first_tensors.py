@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,9 @@ from pyint8.checkpoint import DTYPES, FLOATS
 from pyint8.host.processes import processes
 from pyint8.placement.device_map import is_planned
 from pyint8.placement.even import USED, even_parts, even_share
+from pyint8.streaming.guesses import EXPERTS, Guess, guess_requests
 from pyint8.streaming.head_start import FirstTensors, HeadStart
+from pyint8.streaming.natural_order import natural_key
 
 if TYPE_CHECKING:
     from pyint8.checkpoint import Checkpoint, Entry
@@ -33,7 +35,6 @@ _EVEN_MAPS = frozenset({"auto", "balanced"})
 _SPREAD_PART = 0.8
 # A GPU that gets no more layers begins with all of them, not away from the borders.
 _FEW_LAYERS = 3
-_EXPERTS = ".experts."
 _BITS = {dtype: DTYPES[dtype][0] for dtype in FLOATS}  # of one number
 
 
@@ -54,13 +55,21 @@ def open_head_start(
     return HeadStart(devices, options, gpus=gpus, ranks=ranks)
 
 
-def first_tensors(checkpoint: Checkpoint, device_map: Any, *, is_bounded: bool) -> list[FirstTensors]:
+def first_tensors(
+    checkpoint: Checkpoint, device_map: Any, *, is_bounded: bool, guess: Guess | None = None
+) -> list[FirstTensors]:
     """What the devices of a head start begin with.
 
     Tensors are read only if all of them go to one GPU, or a map will be planned ("auto") that spreads them evenly over
     all there are; of several GPUs, each begins with what it is likely to get, and what another one gets is read again.
     A planned map depends on the memory that is free: GPUs must be so large that it will be the same with what landed
     before.
+
+    Args:
+        checkpoint: What is to be loaded.
+        device_map: Where to.
+        is_bounded: Whether GPUs may use only a part of their memory.
+        guess: What experts become, if they shall land in their place where all go to one GPU.
     """
     found = first_gpu(device_map)
     if found is None:
@@ -68,17 +77,36 @@ def first_tensors(checkpoint: Checkpoint, device_map: Any, *, is_bounded: bool) 
     gpu, takes_all = found
     if not takes_all and not _spreads_evenly(device_map, is_bounded=is_bounded):
         return []
-    entries = sorted(checkpoint.values(), key=lambda entry: _place_in_order(entry.name))
-    sizes = list(map(_least_bytes, entries))
-    least = sum(sizes)  # that the model takes
-    early = _most_early(sizes, least)
-    if takes_all:
-        return [FirstTensors(gpu, entries, early, least)]
-    if_free = int((checkpoint.most_bytes_loaded + early) / _PLANNED_PART)
     gpus = torch.cuda.device_count()
-    if gpus == 1:
-        return [FirstTensors(gpu, entries, early, least, if_free)]
+    if takes_all or gpus == 1:
+        return [_of_one(checkpoint, gpu, guess, is_planned=not takes_all)]
+    entries = _in_order(checkpoint.values())
+    sizes = list(map(_least_bytes, entries))
+    if_free = int((checkpoint.most_bytes_loaded + _most_early(sizes, sum(sizes))) / _PLANNED_PART)
     return _spread(entries, gpus, if_free)
+
+
+def _of_one(checkpoint: Checkpoint, gpu: torch.device, guess: Guess | None, *, is_planned: bool) -> FirstTensors:
+    """What one GPU begins with that gets all: what is no expert, and then experts in their place, where that can be
+    guessed."""
+    experts = [entry for entry in checkpoint.values() if EXPERTS in entry.name] if guess is not None else []
+    entries = _in_order(entry for entry in checkpoint.values() if not experts or EXPERTS not in entry.name)
+    sizes = list(map(_least_bytes, entries))
+    least = sum(sizes)  # that the model takes for these
+    early = _most_early(sizes, least)
+    guessed_bytes = guess.nbytes(experts) if guess is not None else 0
+    most = checkpoint.most_bytes_loaded + early + guessed_bytes
+    if_free = int(most / _PLANNED_PART) if is_planned else 0
+    part = FirstTensors(gpu, entries, early, least + guessed_bytes, if_free)
+    if guess is None or not experts:
+        return part
+    otherwise = partial(_of_one, checkpoint, gpu, None, is_planned=is_planned)
+    return replace(part, guess=partial(guess_requests, experts, gpu, guess), otherwise=otherwise)
+
+
+def _in_order(entries: Iterable[Entry]) -> list[Entry]:
+    """As loops over layers take tensors; those of a layer's experts stay in the order of the file."""
+    return sorted(entries, key=lambda entry: natural_key(entry.name.partition(EXPERTS)[0]))
 
 
 def _spreads_evenly(device_map: Any, *, is_bounded: bool) -> bool:
@@ -146,7 +174,7 @@ def _place(layer: str, entry: Entry) -> tuple[int, int]:
 def _model_bytes(layer: str, entry: Entry) -> int:
     """What the model is likely to hold of it: matrices of layers become int8, others stay as they are."""
     becomes_int8 = layer != "" and entry.is_floating and len(entry.torch_shape) == 2
-    return entry.numel if becomes_int8 and _EXPERTS not in entry.name else entry.nbytes
+    return entry.numel if becomes_int8 and EXPERTS not in entry.name else entry.nbytes
 
 
 def first_gpu(device_map: Any) -> tuple[torch.device, bool] | None:
@@ -169,25 +197,3 @@ def first_gpu(device_map: Any) -> tuple[torch.device, bool] | None:
     }
     gpus = sorted({current if gpu.index is None else gpu for gpu in devices if gpu.type == "cuda"}, key=str)
     return (gpus[0], len(set(values)) == 1) if gpus else None
-
-
-def _place_in_order(name: str) -> str:
-    """Sorts as loops over layers take tensors; those of a layer's experts stay in the order of the file."""
-    return _natural_key(name.partition(_EXPERTS)[0])
-
-
-@lru_cache(4096)  # of thousands of experts
-def _natural_key(name: str) -> str:
-    """Sorts "layers.9" before "layers.10"; numbers may have any length.
-
-    Text, numbers preceded by how long they are, which sort after text, and for dots what sorts before both.
-    """
-    pieces = re.split(r"([0-9]+|\.)", name)  # those at odd places are numbers and dots
-    return "".join(_sortable(piece) if at % 2 else f"\1{piece}" for at, piece in enumerate(pieces))
-
-
-def _sortable(piece: str) -> str:
-    if piece == ".":
-        return "\0"
-    digits = piece.lstrip("0")
-    return f"\2{chr(min(len(digits), sys.maxunicode))}{digits}"

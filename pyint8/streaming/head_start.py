@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from pyint8.checkpoint import EntryInMemory
+from pyint8.errors import DeviceError
+from pyint8.report import Recorder
+from pyint8.streaming.caller import as_caller
+from pyint8.streaming.guesses import Guessed, are_right
 from pyint8.streaming.lane import Lane, LaneOpener, open_lane, reserve_memory
+from pyint8.streaming.pour import Pour
+from pyint8.streaming.pours import can_pour
 from pyint8.streaming.transport import ReadRequest, Transport
 
 if TYPE_CHECKING:
     from pyint8.checkpoint import Entry
     from pyint8.config import StreamOptions
     from pyint8.streaming.ranks.ranks import Ranks
+    from pyint8.streaming.requests import TensorRequest
+
+logger = logging.getLogger(__name__)
 
 # Smaller tensors are asked for later, together: they would take longer to ask for than to read.
 _WORTHWHILE_BYTES = 1 << 20
@@ -55,6 +66,8 @@ class FirstTensors:
         reserved: How much memory the load will need at least: torch's allocator is given that much at once, for the
             first tensors and what is made of them.
         if_free: Asks for tensors only if so much memory of the device is free.
+        guess: Finds requests whose results are made at once.
+        otherwise: What to begin with where there is no room, or nothing can be guessed.
     """
 
     device: torch.device
@@ -62,6 +75,22 @@ class FirstTensors:
     nbytes: int = 0
     reserved: int = 0
     if_free: int = 0
+    guess: Callable[[], Guessed] | None = None
+    otherwise: Callable[[], FirstTensors] | None = None
+
+
+class Begun(NamedTuple):
+    """What a load takes over.
+
+    Attributes:
+        transport: Now the caller's to close.
+        early: By name the tensors that are under way.
+        pour: What makes the results of requests that are under way, if some are; to be closed after the transport.
+    """
+
+    transport: Transport
+    early: dict[str, EarlyTensor]
+    pour: Pour | None = None
 
 
 class HeadStart:
@@ -89,31 +118,44 @@ class HeadStart:
     ) -> None:
         self._error: BaseException | None = None
         self._early: dict[str, EarlyTensor] = {}
-        self._transport = Transport(options, opener, gpus) if ranks is None else ranks.transport(options, opener)
+        self._pour: Pour | None = None
+        self._has_failed_to_guess = False
+        self._open_another = partial(Transport, options, opener, gpus)
+        self._transport = self._open_another() if ranks is None else ranks.transport(options, opener)
         self._is_alone = ranks is None
         self._taken = False
         self.reserves = False
-        # A thread begins on the default streams; the caller may be on others.
-        is_there = torch.cuda.is_initialized()
-        self._streams = [torch.cuda.current_stream(device) for device in devices] if is_there else []
+        self._has_context = torch.cuda.is_initialized()
+        self._as_caller = as_caller(devices if self._has_context else ())
         self._thread: threading.Thread | None = None
         self._start(lambda: list(map(self._open, devices)))
 
     def begin(self, parts: Sequence[FirstTensors]) -> None:
-        """Asks for what each device begins with; called once, for some or all of the devices."""
-        self._start(lambda: self._begin(parts))
+        """Asks for what each device begins with; called once, for some or all of the devices.
 
-    def _start(self, work: Callable[[], object]) -> None:
-        """Has a thread do `work`, behind what was begun before."""
-        thread = threading.Thread(target=self._run, args=(work, self._thread), name="pyint8 head start")
+        Where requests are guessed it returns once they are begun: the bus has little to do until then, and the thread
+        that builds the model would take the interpreter's lock for half of the time.
+        """
+        guesses = any(part.guess is not None for part in parts)
+        begun = threading.Event()
+        if self._start(lambda: self._begin(parts, begun), begun) and guesses and self._has_context:
+            begun.wait()
+
+    def _start(self, work: Callable[[], object], ended: threading.Event | None = None) -> bool:
+        """Has a thread do `work`, behind what was begun before; `ended` is set at the end. False without a thread."""
+        thread = threading.Thread(target=self._run, args=(work, self._thread, ended), name="pyint8 head start")
         try:
             thread.start()
         except RuntimeError:  # no more threads: the load then asks for everything itself
-            return
+            return False
         self._thread = thread
+        return True
 
-    def take(self) -> tuple[Transport, dict[str, EarlyTensor]]:
-        """The transport, now the caller's to close, and by name the tensors that are under way.
+    def take(self, wanted: Iterable[TensorRequest] = ()) -> Begun:
+        """What is under way, as far as it is of use: all of it, or nothing where it is not what is wanted.
+
+        Args:
+            wanted: What the plan of the load asks for.
 
         Raises:
             FileChangedError: A file is not the one whose header was read.
@@ -124,9 +166,21 @@ class HeadStart:
         if self._error is not None:
             self._transport.close()
             raise self._error
+        if self._has_failed_to_guess or (self._pour is not None and not are_right(self._pour.requests, wanted)):
+            logger.info("what was begun of experts is not what the model needs: all is read again")
+            self._discard()
+            self._transport = self._open_another()
         self._taken = True
         early, self._early = self._early, {}
-        return self._transport, early
+        pour, self._pour = self._pour, None
+        return Begun(self._transport, early, pour)
+
+    def _discard(self) -> None:
+        self._transport.close()
+        if self._pour is not None:
+            self._pour.close()
+        self._pour = None
+        self._early.clear()
 
     def close(self) -> None:
         """Discards everything, unless a load has taken it. Idempotent."""
@@ -134,48 +188,70 @@ class HeadStart:
         self._error = None  # breaks a reference cycle
         if self._taken:
             return
-        self._transport.close()
-        self._early.clear()
+        self._discard()
 
     def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
 
-    def _run(self, work: Callable[[], object], before: threading.Thread | None) -> None:
-        if before is not None:
-            before.join()
-        if self._error is not None:
-            return
+    def _run(self, work: Callable[[], object], before: threading.Thread | None, ended: threading.Event | None) -> None:
         try:
-            with ExitStack() as streams:
-                for stream in self._streams:
-                    streams.enter_context(torch.cuda.stream(stream))
-                work()
+            if before is not None:
+                before.join()
+            if self._error is None:
+                with self._as_caller():
+                    work()
         except BaseException as error:  # for whoever takes it
             self._error = error
+        finally:
+            if ended is not None:
+                ended.set()
 
     def _open(self, device: torch.device) -> None:
         lane = self._transport.lane(device)
         if lane.device == device:
             self._transport.engine.prepare(lane.index)
 
-    def _begin(self, parts: Sequence[FirstTensors]) -> None:
-        """Each device's few first tensors before the others: to take memory for thousands takes a while."""
-        others: list[tuple[Lane, list[Entry]]] = []
+    def _begin(self, parts: Sequence[FirstTensors], begun: threading.Event) -> None:
+        """Each device's few first tensors before the others: to take memory for thousands takes a while. Sets `begun`
+        once all is but written down."""
+        others: list[tuple[Lane, FirstTensors, list[Entry]]] = []
         for part in parts:
             lane = self._transport.lane(part.device)
-            if lane.device != part.device or not part.entries:
+            if lane.device != part.device or not (part.entries or part.guess):
                 continue
+            has_room = _has_room(part)
+            if not has_room and part.otherwise is not None:
+                part = part.otherwise()
+                has_room = _has_room(part)
             entries: list[Entry] = []
-            if _has_room(part):
+            if has_room:
                 self.reserves = part.reserved > 0
                 entries = _worthwhile(part.entries, part.nbytes)
             few = _FIRST_ASKED if self._is_alone else len(entries)  # ranks agree once, while nothing is gathered yet
-            if self._ask_for(lane, entries[:few]):
-                others.append((lane, entries[few:]))
-        for lane, rest in others:
-            if rest:
-                self._ask_for(lane, rest)
+            if self._ask_for(lane, entries[:few]) and has_room:
+                others.append((lane, part, entries[few:]))
+        for lane, part, rest in others:
+            if (not rest or self._ask_for(lane, rest)) and part.guess is not None:
+                self._make(lane, part, part.guess(), begun)
+
+    def _make(self, lane: Lane, part: FirstTensors, guessed: Guessed, begun: threading.Event) -> None:
+        """Has the results of guessed requests made; where that cannot be done, asks for what is to be early instead."""
+        requests, quantizer = guessed
+        if not requests or not self._is_alone or not all(can_pour(request, lane, quantizer) for request in requests):
+            if part.otherwise is not None:
+                other = part.otherwise()
+                entries = [entry for entry in other.entries if entry.name not in self._early]
+                self._ask_for(lane, _worthwhile(entries, other.nbytes - part.nbytes))
+            return
+        scratch_bytes = lane.halve_scratch()
+        try:
+            pour = self._pour = Pour(self._transport, lane, requests, quantizer or 0, scratch_bytes, {}, Recorder())
+            pour.allocate()
+            begun.set()
+            pour.start()
+        except (DeviceError, torch.OutOfMemoryError):  # the load itself may get by with less at a time
+            self._has_failed_to_guess = True
 
     def _ask_for(self, lane: Lane, entries: Sequence[Entry]) -> bool:
         """Asks for those that there is memory for, on all ranks; returns whether those are all."""

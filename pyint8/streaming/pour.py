@@ -48,6 +48,9 @@ class Pour:
         most_bytes: Of results at a time, as far as one alone does not take more: what was taken is to be released. None
             for all results.
 
+    Attributes:
+        requests: As given.
+
     Raises:
         DeviceError: The driver refuses, or has no kernels for the GPU.
     """
@@ -67,7 +70,7 @@ class Pour:
         self._error: BaseException | None = None  # of requests that were begun to be written down
         self._transport = transport
         self._lane = lane
-        self._requests = requests
+        self.requests = self._requests = requests
         self._tickets = {request.entry.name: ticket for ticket, request in enumerate(requests)}
         self._recorder = recorder
         self._early = early
@@ -89,10 +92,23 @@ class Pour:
         self._pump = Pump(lane.device, self._go_on)
         self._consumer = transport.open_consumer(lane, scratch_bytes, transposed, quantizer)
         self._fill(_FIRST_REQUESTS)
-        self._fill(len(requests))
+
+    def tell(self, recorder: Recorder) -> None:
+        """From now on another recorder is told: nothing has been waited for yet."""
+        self._recorder = recorder
+
+    def allocate(self) -> None:
+        """Takes memory for all larger tensors at once, where there is room: each time the interpreter's lock is let go,
+        and a thread gets it back late (docs/performance.md, "The interpreter's lock")."""
+        with self._lock:
+            for request in first_parts(self._requests):
+                if request.part is not None and request.part.name not in self._wholes:
+                    self._allocate(request)
 
     def start(self) -> None:
-        """From now on the room that early tensors leave is used at once; called once, and `close` must follow."""
+        """Asks for all that there is room for. From now on what early tensors leave is used at once, and `close` must
+        follow. Idempotent for who has none."""
+        self._fill(len(self._requests))
         if self._early and not self._is_bounded:
             self._pump.start()
 

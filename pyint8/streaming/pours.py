@@ -42,6 +42,7 @@ def open_pours(
     early: dict[str, EarlyTensor],
     recorder: Recorder,
     most_bytes: int | None = None,
+    begun: Pour | None = None,
 ) -> dict[str, Pour]:
     """Each entry's `Pour`, of its GPU; entries that none can make are left to the caller, with all parts of a tensor
     that one of them is a part of.
@@ -56,7 +57,13 @@ def open_pours(
         early: What is on its way already, by name; what a pour takes over is taken out.
         recorder: Told of bytes as they land.
         most_bytes: See `Pour`.
+        begun: What serves some of the requests already.
     """
+    pours: dict[str, Pour] = {}
+    if begun is not None:
+        begun.tell(recorder)
+        pours = {request.entry.name: begun for request in begun.requests}
+        requests = [request for request in requests if request.entry.name not in pours]
     groups: dict[Lane, list[TensorRequest]] = {}
     others: set[Lane] = set()
     if not _core.has_kernels():
@@ -79,7 +86,6 @@ def open_pours(
             lane: [r for r in group if r.part is None or r.part.name not in split] for lane, group in groups.items()
         }
         groups = {lane: group for lane, group in whole.items() if group}
-    pours: dict[str, Pour] = {}
     for lane, group in groups.items():
         mine = {r.entry.name: early[r.entry.name] for r in group if _comes_early(r, lane, early)}
         scratch_bytes = lane.halve_scratch() if lane in others else lane.scratch_bytes

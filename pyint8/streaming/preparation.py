@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,10 @@ if TYPE_CHECKING:
     from pyint8.checkpoint import Checkpoint
     from pyint8.config import StreamOptions
     from pyint8.placement.budget import MemoryBudget
-    from pyint8.streaming.head_start import EarlyTensor, HeadStart
+    from pyint8.streaming.guesses import Guess
+    from pyint8.streaming.head_start import Begun, HeadStart
     from pyint8.streaming.ranks.ranks import Ranks
-    from pyint8.streaming.transport import Transport
+    from pyint8.streaming.requests import TensorRequest
 
 
 class Preparation:
@@ -55,8 +57,9 @@ class Preparation:
         if self._head_start is not None:
             self._head_start.close()
 
-    def start_head_start(self, device_map: Any, budget: MemoryBudget) -> None:
-        """Requests the first tensors, if it is known where they go; imports torch."""
+    def start_head_start(self, device_map: Any, budget: MemoryBudget, guess: Guess | None = None) -> None:
+        """Requests the first tensors, if it is known where they go, and what experts are guessed to become; imports
+        torch."""
         from pyint8.streaming.first_tensors import first_tensors, open_head_start
 
         if self.checkpoint is None:
@@ -65,7 +68,9 @@ class Preparation:
         if self._head_start is None:
             self._head_start = open_head_start(device_map, self.options, self.ranks, is_bounded=is_bounded)
         if self._head_start is not None:
-            self._head_start.begin(first_tensors(self.checkpoint, device_map, is_bounded=is_bounded))
+            own_guess = guess if self.ranks is None else None  # ranks share out what a plan asks for
+            parts = first_tensors(self.checkpoint, device_map, is_bounded=is_bounded, guess=own_guess)
+            self._head_start.begin(parts)
 
     @property
     def reserves_memory(self) -> bool:
@@ -77,20 +82,23 @@ class Preparation:
         if self._prefetch is not None:
             self._prefetch.close()
 
-    def take_transport(self, gpus: int) -> tuple[Transport, dict[str, EarlyTensor]]:
-        """The transport, now the caller's to close, and by name the tensors that are under way.
+    def take_over(self, gpus: int, wanted: Iterable[TensorRequest] = ()) -> Begun:
+        """The transport, now the caller's to close, and what is under way.
 
         Args:
             gpus: How many GPUs tensors will land on.
+            wanted: What the plan of the load asks for.
 
         Raises:
+            FileChangedError: A file is not the one whose header was read.
             ReadError: A file cannot be opened.
             DeviceError: The driver refuses, or memory cannot be pinned.
         """
+        from pyint8.streaming.head_start import Begun
         from pyint8.streaming.transport import Transport
 
         if self._head_start is not None:
-            return self._head_start.take()
+            return self._head_start.take(wanted)
         if self.ranks is not None:
-            return self.ranks.transport(self.options), {}
-        return Transport(self.options, gpus=gpus), {}
+            return Begun(self.ranks.transport(self.options), {})
+        return Begun(Transport(self.options, gpus=gpus), {})

@@ -22,6 +22,7 @@ from pyint8.streaming.transpose import Transposer
 if TYPE_CHECKING:
     from pyint8.checkpoint import Entry
     from pyint8.streaming.head_start import EarlyTensor
+    from pyint8.streaming.pour import Pour
 
 
 class TensorStream:
@@ -36,6 +37,7 @@ class TensorStream:
             nothing writes to them.
         recorder: Counts bytes as they arrive.
         early: Tensors that are under way already; those that are not among the requests are discarded.
+        begun: What makes the results of some of the requests already; from now on the stream's.
         quantizer: The address of bitsandbytes' `cint8_vector_quant`; without it nothing becomes int8 here.
         most_bytes: Of what is `made` for each GPU at a time: entries are released. None for all of it.
 
@@ -52,6 +54,7 @@ class TensorStream:
         *,
         recorder: Recorder | None = None,
         early: dict[str, EarlyTensor] | None = None,
+        begun: Pour | None = None,
         quantizer: int | None = None,
         most_bytes: int | None = None,
     ) -> None:
@@ -64,7 +67,9 @@ class TensorStream:
         self._chunks: dict[str, list[Chunk]] = {}
         self._checksums: dict[str, int] = {}  # the transport's, of entries that were begun
         transport.agree(requests, early or {}, quantizer)
-        self._pours = open_pours(requests, transport, self._lane, quantizer, early or {}, self._recorder, most_bytes)
+        self._pours = open_pours(
+            requests, transport, self._lane, quantizer, early or {}, self._recorder, most_bytes, begun
+        )
         for request in requests:
             name = request.entry.name
             if name in self._pours:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import pyint8
 from pyint8 import errors
 from pyint8.checkpoint import open_checkpoint
-from pyint8.streaming.first_tensors import _natural_key
+from pyint8.streaming.natural_order import natural_key
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -147,7 +147,7 @@ def test_an_index_of_safetensors_names_nothing_else(tmp_path: Path) -> None:
 
 def test_numbers_in_names_have_any_length() -> None:
     names = ["x1²", "x", "l.9", "l.10", "l.2", f"l.{'9' * 5000}", f"l.1{'0' * 5000}", "l.007"]
-    ordered = sorted(names, key=_natural_key)
+    ordered = sorted(names, key=natural_key)
     assert [name for name in ordered if len(name) < 9 and name.startswith("l")] == ["l.2", "l.007", "l.9", "l.10"]
     assert ordered.index(f"l.{'9' * 5000}") < ordered.index(f"l.1{'0' * 5000}")
 

@@ -15,6 +15,7 @@ import torch
 from pyint8 import StreamOptions
 from pyint8.checkpoint import DTYPES, Checkpoint, Entry, open_checkpoint
 from pyint8.streaming.head_start import EarlyTensor, FirstTensors, HeadStart
+from pyint8.streaming.pour import Pour
 from pyint8.streaming.requests import TensorRequest
 from pyint8.streaming.stream import TensorStream
 from pyint8.streaming.transport import Transport
@@ -87,11 +88,12 @@ def over(
     requests: Sequence[TensorRequest],
     transport: Transport,
     early: dict[str, EarlyTensor],
+    begun: Pour | None = None,
     *,
     quantizer: int | None = None,
 ) -> Iterator[TensorStream]:
     """A stream over a transport that there is already, as the loader of transformers models has it."""
-    stream = TensorStream(requests, transport, early=early, quantizer=quantizer)
+    stream = TensorStream(requests, transport, early=early, begun=begun, quantizer=quantizer)
     try:
         yield stream
     finally:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
@@ -30,8 +31,9 @@ from pyint8.models.transformers.failures import (
 )
 from pyint8.models.transformers.planned import PlannedLoad
 from pyint8.models.transformers.session import LoadSession, PlanningSession
-from pyint8.quantizer import Int8Quantizer
+from pyint8.quantizer import Int8Quantizer, find_entry_point
 from pyint8.report import Recorder
+from pyint8.streaming.guesses import Guess
 from pyint8.streaming.preparation import Preparation
 
 # from_pretrained changes the process while it runs (the default dtype, PreTrainedModel's methods, progress bars): two
@@ -70,11 +72,13 @@ def load_pretrained(
     """
     int8 = Int8Quantizer(request.config or Int8Config())
     int8.validate_environment(**{name: request.arguments.get(name, False) for name in ("from_tf", "from_flax")})
-    preparation.start_head_start(request.device_map, request.budget)
+    dtype = int8.update_dtype(request.dtype)
+    guess = Guess(int8.config.experts, dtype if isinstance(dtype, torch.dtype) else None, find_entry_point())
+    preparation.start_head_start(request.device_map, request.budget, guess)
     memory = request.budget.per_device
     placement = {
         "device_map": request.device_map,
-        "dtype": int8.update_dtype(request.dtype),
+        "dtype": dtype,
         "max_memory": None if memory is None else dict(memory),  # accelerate writes into it
         "offload_folder": request.offload_folder,
     }

@@ -94,7 +94,8 @@ class ParameterMaker:
         wanted = {device: [r for t in group for r in requests[t.name]] for device, group in self._groups.items()}
         recorder.expect(sum(request.entry.nbytes for each in wanted.values() for request in each))
         self._streams: dict[torch.device, TensorStream] = {}
-        self._transport, early = preparation.take_transport(len(self._groups))
+        every = itertools.chain.from_iterable(wanted.values())
+        self._transport, early, begun = preparation.take_over(len(self._groups), every)
         try:
             if not preparation.reserves_memory and most_bytes is None:
                 _reserve_memory(itertools.chain.from_iterable(wanted.values()))
@@ -108,6 +109,7 @@ class ParameterMaker:
                     self._transport,
                     recorder=recorder,
                     early=mine,
+                    begun=begun,
                     quantizer=find_entry_point(),
                     most_bytes=most_bytes,
                 )

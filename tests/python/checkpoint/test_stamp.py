@@ -178,7 +178,7 @@ def test_early_tensors_of_the_file_as_it_was_are_not_used(tmp_path: Path, monkey
     options = pyint8.StreamOptions(threads=2)
     save(tmp_path / FILE, {"x": torch.zeros(1000)})
     start = head_start(list(open_checkpoint(tmp_path).values()), options=options)
-    transport, early = start.take()
+    transport, early, _ = start.take()
     replaced(tmp_path / FILE)
     wanted = [TensorRequest(entry, CPU) for entry in open_checkpoint(tmp_path).values()]
     with over(wanted, transport, early) as stream:

@@ -78,7 +78,7 @@ def test_what_is_not_contiguous_is_in_no_batch(experts: Checkpoint, number: int)
 
 def test_what_landed_early_is_in_no_batch(experts: Checkpoint) -> None:
     start = HeadStart([CPU], TINY)
-    transport, early = start.take()
+    transport, early, _ = start.take()
     lane = transport.lane(CPU)
     entry = experts["gate.7"]
     storage = torch.UntypedStorage(entry.nbytes)

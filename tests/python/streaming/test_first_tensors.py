@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from pyint8 import StreamOptions
 from pyint8.checkpoint import Checkpoint, open_checkpoint
 from pyint8.streaming import first_tensors
+from pyint8.streaming.guesses import Guess
 from pyint8.streaming.head_start import FirstTensors
 
 TENSORS = ["h.10.weight", "h.9.weight", "a.weight", "h.9.bias"]
@@ -40,7 +41,7 @@ def begun(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
 
         def head_start(devices: Sequence[torch.device], _: Any, *, gpus: int, ranks: None) -> Any:
-            parts = first_tensors.first_tensors(checkpoint, device_map, is_bounded=max_memory is not None)
+            parts = list(first_tensors.first_tensors(checkpoint, device_map, is_bounded=max_memory is not None))
             assert [part.device for part in parts] in (devices, [])
             made = [told(part) | {"gpus": gpus} for part in parts or map(FirstTensors, devices)]
             return made[0] if len(made) == 1 else made
@@ -116,3 +117,28 @@ def test_a_map_of_several_devices_gets_none(begun: Any, device_map: Any) -> None
 def test_no_gpu_no_head_start(begun: Any, device_map: Any) -> None:
     assert begun(device_map) is None
     assert begun("auto", gpus=0) is None
+
+
+def test_experts_are_left_to_the_guess(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    names = [
+        f"h.{layer}.mlp.experts.{number}.{name}.weight"
+        for layer in "01"
+        for number in "01"
+        for name in ("w1", "w3", "w2")
+    ]
+    tensors = {name: torch.zeros(100, 10, dtype=torch.bfloat16) for name in [*TENSORS, *names]}
+    save_file(tensors, tmp_path / "x.safetensors")
+    found = open_checkpoint(tmp_path / "x.safetensors")
+    guess = Guess(are_int8=True, quantizer=1)
+    (part,) = first_tensors.first_tensors(found, 0, is_bounded=False, guess=guess)
+    assert told(part) == {"device": "cuda:0", "names": IN_ORDER, "nbytes": 3000, "reserved": 16_000}
+    assert part.guess is not None
+    assert [request.entry.name for request in part.guess().requests] == sorted(names[:6], key=lambda name: "w2" in name)
+    assert part.otherwise is not None
+    other = part.otherwise()
+    assert (len(other.entries), other.nbytes, other.reserved, other.guess) == (16, 15_000, 16_000, None)
+    (planned,) = first_tensors.first_tensors(found, "auto", is_bounded=False, guess=guess)
+    assert planned.if_free == int((2 * 32_000 + 3000 + 12_000) / 0.8)
+    assert first_tensors.first_tensors(found, "auto", is_bounded=True, guess=guess) == []

@@ -31,7 +31,7 @@ def every_size_is_worthwhile(request: pytest.FixtureRequest, monkeypatch: pytest
 @pytest.mark.parametrize("nbytes", [0, 60, 1_000_000, 10_000_000])
 def test_what_was_begun_early_is_taken_over(mixed: Checkpoint, nbytes: int, in_bands: bool) -> None:
     start = head_start(list(mixed.values()), nbytes)
-    transport, early = start.take()
+    transport, early, _ = start.take()
     with over(requests(mixed, in_bands=in_bands), transport, early) as stream:
         for name, entry in mixed.items():
             bands = [(row, bytes_of(band), len(band) if band.ndim else 1) for row, band in stream.bands(name)]
@@ -68,7 +68,7 @@ def test_what_was_begun_early_and_is_not_wanted_is_dropped(mixed: Checkpoint) ->
 def test_small_tensors_are_not_begun_early(tmp_path: Path) -> None:
     checkpoint = write(tmp_path / "x.safetensors", {"small": ("U8", (MIB - 1,)), "large": ("U8", (MIB,))})
     start = head_start(list(checkpoint.values()))
-    transport, early = start.take()
+    transport, early, _ = start.take()
     assert set(early) == {"large"}
     transport.close()
 
@@ -85,7 +85,7 @@ def test_a_head_start_asks_for_a_few_and_for_all_others(mixed: Checkpoint, monke
 
     monkeypatch.setattr(Transport, "submit", counted)
     start = head_start(list(mixed.values()))
-    transport, early = start.take()
+    transport, early, _ = start.take()
     transport.close()
     few = head_start_module._FIRST_ASKED
     assert asked == ([few, len(early) - few] if few == 1 else [len(early)])
@@ -131,7 +131,7 @@ def test_a_head_start_ends_where_the_device_is_full(mixed: Checkpoint, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "UntypedStorage", limited)
-        transport, early = head_start(list(mixed.values())).take()
+        transport, early, _ = head_start(list(mixed.values())).take()
     assert list(early) == list(mixed)[:2]
     with over(requests(mixed), transport, early) as stream:
         assert all(bytes_of(stream.whole(name)) == stored(entry) for name, entry in mixed.items())

@@ -30,7 +30,7 @@ GPU = torch.device("cuda", 0)
 def preparation(mixed: Checkpoint, monkeypatch: pytest.MonkeyPatch, nothing_left: None) -> Preparation:
     """With a head start, for which there is no GPU here."""
 
-    def parts(checkpoint: Checkpoint, *_: Any, is_bounded: bool) -> list[FirstTensors]:
+    def parts(checkpoint: Checkpoint, *_: Any, is_bounded: bool, guess: Any) -> list[FirstTensors]:
         return [FirstTensors(CPU, list(checkpoint.values()), 1 << 30)]
 
     monkeypatch.setattr("pyint8.streaming.head_start._WORTHWHILE_BYTES", 1)
@@ -48,7 +48,7 @@ def test_what_a_failed_load_did_not_take_is_given_back(preparation: Preparation)
 def test_what_was_taken_is_the_takers(preparation: Preparation, mixed: Checkpoint) -> None:
     with preparation:
         preparation.start_head_start("auto", MemoryBudget())
-        transport, early = preparation.take_transport(gpus=1)
+        transport, early, _ = preparation.take_over(gpus=1)
     assert set(early) == {name for name, entry in mixed.items() if entry.nbytes}
     with over(requests(mixed), transport, early) as stream:
         assert all(bytes_of(stream.whole(name)) == stored(entry) for name, entry in mixed.items())
@@ -68,7 +68,7 @@ def test_an_engine_that_is_opened_ahead_asks_for_nothing(
         engine = opened_engine_for(stack, [GPU, CPU, GPU], TINY)
         preparation = stack.enter_context(Preparation(mixed, TINY, opened=engine))
         if is_taken:
-            transport, early = preparation.take_transport(gpus=1)
+            transport, early, _ = preparation.take_over(gpus=1)
             assert early == {}
             assert _core.pinned_bytes_in_use() > 0
             assert transport.stats()["bytes_read"] == 0
@@ -88,7 +88,7 @@ def test_an_engine_that_is_opened_ahead_is_the_loads(
     engine = HeadStart([CPU], TINY)
     with Preparation(mixed, TINY, opened=engine) as preparation:
         preparation.start_head_start(0, MemoryBudget())
-        transport, early = preparation.take_transport(gpus=1)
+        transport, early, _ = preparation.take_over(gpus=1)
     assert set(early) == {name for name, entry in mixed.items() if entry.nbytes}
     with over(requests(mixed), transport, early) as stream:
         assert all(bytes_of(stream.whole(name)) == stored(entry) for name, entry in mixed.items())

@@ -144,7 +144,7 @@ def test_the_head_start_asks_for_what_fits_on_every_rank(
         part = FirstTensors(CPU, entries, (1 << 30) if rank else fits)
         start = HeadStart([CPU], OPTIONS, opener=opener, ranks=ranks)
         start.begin([part])
-        transport, early = start.take()
+        transport, early, _ = start.take()
         asked = list(early.values())  # kept: the fake's memory is not given back in the order of a GPU's stream
         with over(every_kind, transport, early, quantizer=driver.quantizer) as stream:
             made = {name: stream.made(name) or Made(stream.whole(name)) for name in alone}

@@ -23,7 +23,7 @@ from pyint8.models.transformers import parameters
 from pyint8.models.transformers.compat import SkipParameters
 from pyint8.models.transformers.device_worker import DeviceWorker
 from pyint8.models.transformers.parameters import ParameterMaker
-from pyint8.streaming.head_start import EarlyTensor
+from pyint8.streaming.head_start import Begun, EarlyTensor
 from pyint8.streaming.preparation import Preparation
 from pyint8.streaming.stream import TensorStream
 from pyint8.streaming.transport import ReadRequest, Transport
@@ -71,25 +71,25 @@ def test_what_landed_where_nothing_goes_is_waited_for(
     checkpoints: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its memory must not be given back while the bus still writes to it."""
-    take, discard = Preparation.take_transport, Transport.discard
+    take, discard = Preparation.take_over, Transport.discard
     waited: list[str] = []
 
-    def with_another(self: Preparation, gpus: int) -> tuple[Transport, dict[str, EarlyTensor]]:
-        transport, early = take(self, gpus)
+    def with_another(self: Preparation, gpus: int, wanted: Any) -> Begun:
+        transport, early, _ = take(self, gpus, wanted)
         assert self.checkpoint is not None
         entry = next(iter(self.checkpoint.values()))
         lane = transport.open_lane(torch.device("cpu"))
         storage = torch.UntypedStorage(entry.nbytes)
         ticket = transport.submit(lane, [ReadRequest(entry.path, entry.offset, entry.nbytes, storage)])
         lane.device = torch.device("cpu", 7)
-        return transport, early | {entry.name: EarlyTensor(entry, lane, storage, ticket)}
+        return Begun(transport, early | {entry.name: EarlyTensor(entry, lane, storage, ticket)})
 
     def noting(self: Transport, early: dict[str, EarlyTensor]) -> None:
         waited.extend(str(tensor.lane.device) for tensor in early.values())
         discard(self, early)
         assert not early
 
-    monkeypatch.setattr(Preparation, "take_transport", with_another)
+    monkeypatch.setattr(Preparation, "take_over", with_another)
     monkeypatch.setattr(Transport, "discard", noting)
     pyint8.load(checkpoints.folder(ZOO["llama"], "bf16"), **KWARGS)
     assert waited == ["cpu:7"]

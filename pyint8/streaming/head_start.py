@@ -18,6 +18,7 @@ from pyint8.report import Recorder
 from pyint8.streaming.caller import as_caller
 from pyint8.streaming.guesses import Guessed, are_right
 from pyint8.streaming.lane import Lane, LaneOpener, open_lane, reserve_memory
+from pyint8.streaming.made import first_parts
 from pyint8.streaming.pour import Pour
 from pyint8.streaming.pours import can_pour
 from pyint8.streaming.transport import ReadRequest, Transport
@@ -34,6 +35,10 @@ logger = logging.getLogger(__name__)
 _WORTHWHILE_BYTES = 1 << 20
 # So many tensors are asked for before memory is taken for all others.
 _FIRST_ASKED = 64
+# So many guessed requests, which are like each other, are begun before the model is built beside the others.
+_FIRST_GUESSED = 2048
+# Of a lane's scratch, for these: what is not guessed is little.
+_EIGHTHS_FOR_GUESSED = 6
 
 
 @dataclass(frozen=True)
@@ -238,16 +243,21 @@ class HeadStart:
     def _make(self, lane: Lane, part: FirstTensors, guessed: Guessed, begun: threading.Event) -> None:
         """Has the results of guessed requests made; where that cannot be done, asks for what is to be early instead."""
         requests, quantizer = guessed
-        if not requests or not self._is_alone or not all(can_pour(request, lane, quantizer) for request in requests):
+        if (
+            not requests
+            or not self._is_alone
+            or not all(can_pour(each, lane, quantizer) for each in first_parts(requests))
+        ):
             if part.otherwise is not None:
                 other = part.otherwise()
                 entries = [entry for entry in other.entries if entry.name not in self._early]
                 self._ask_for(lane, _worthwhile(entries, other.nbytes - part.nbytes))
             return
-        scratch_bytes = lane.halve_scratch()
+        scratch_bytes = lane.leave_scratch(_EIGHTHS_FOR_GUESSED)
         try:
             pour = self._pour = Pour(self._transport, lane, requests, quantizer or 0, scratch_bytes, {}, Recorder())
             pour.allocate()
+            pour.ask(_FIRST_GUESSED)
             begun.set()
             pour.start()
         except (DeviceError, torch.OutOfMemoryError):  # the load itself may get by with less at a time

@@ -50,11 +50,12 @@ class Lane:
         # The rest holds the band being quantized: its fp16 form and its codes.
         self.ring = ScratchRing(self.scratch_bytes * (_BANDS_IN_SCRATCH - 2) // _BANDS_IN_SCRATCH)
 
-    def halve_scratch(self) -> int:
-        """Leaves half of scratch, none of which is in use, to somebody else, who may take so many bytes."""
-        self.scratch_bytes //= 2
+    def leave_scratch(self, eighths: int = 4) -> int:
+        """Leaves a part of scratch, none of which is in use, to somebody else, who may take so many bytes."""
+        left = self.scratch_bytes // 8 * eighths
+        self.scratch_bytes -= left
         self.__post_init__()
-        return self.scratch_bytes
+        return left
 
     @property
     def band_bytes(self) -> int:

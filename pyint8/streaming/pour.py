@@ -91,7 +91,7 @@ class Pour:
         transposed = max((r.entry.numel for r in requests if r.is_transposed), default=0)
         self._pump = Pump(lane.device, self._go_on)
         self._consumer = transport.open_consumer(lane, scratch_bytes, transposed, quantizer)
-        self._fill(_FIRST_REQUESTS)
+        self.ask(_FIRST_REQUESTS)
 
     def tell(self, recorder: Recorder) -> None:
         """From now on another recorder is told: nothing has been waited for yet."""
@@ -105,10 +105,15 @@ class Pour:
                 if request.part is not None and request.part.name not in self._wholes:
                     self._allocate(request)
 
+    def ask(self, count: int) -> None:
+        """Asks for the first requests, as far as there is room."""
+        with self._lock:
+            self._fill(count)
+
     def start(self) -> None:
         """Asks for all that there is room for. From now on what early tensors leave is used at once, and `close` must
         follow. Idempotent for who has none."""
-        self._fill(len(self._requests))
+        self.ask(len(self._requests))
         if self._early and not self._is_bounded:
             self._pump.start()
 

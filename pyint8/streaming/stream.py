@@ -60,24 +60,22 @@ class TensorStream:
     ) -> None:
         self._recorder = Recorder() if recorder is None else recorder
         self._transport = transport
-        early_lanes = (tensor.lane for tensor in (early or {}).values())
+        early = {} if early is None else early
+        early_lanes = (tensor.lane for tensor in early.values())
         self._host_lane = next((lane for lane in early_lanes if lane.device.type != "cuda"), None)
         self._engine = self._transport.engine
         self._transposer = Transposer(self._engine)
         self._chunks: dict[str, list[Chunk]] = {}
         self._checksums: dict[str, int] = {}  # the transport's, of entries that were begun
-        transport.agree(requests, early or {}, quantizer)
-        self._pours = open_pours(
-            requests, transport, self._lane, quantizer, early or {}, self._recorder, most_bytes, begun
-        )
+        transport.agree(requests, early, quantizer)
+        self._pours = open_pours(requests, transport, self._lane, quantizer, early, self._recorder, most_bytes, begun)
         for request in requests:
             name = request.entry.name
             if name in self._pours:
                 continue
-            self._chunks[name] = self._take_over(request, early or {}) or cut(request, self._lane(request.device))
-        transport.discard(early or {})
-        self._pending = gather_batches(self._chunks)
-        self._cursor = 0
+            self._chunks[name] = self._take_over(request, early) or cut(request, self._lane(request.device))
+        transport.discard(early)
+        self._pending, self._cursor = gather_batches(self._chunks), 0
         self._fill_window()
         try:
             for pour in dict.fromkeys(self._pours.values()):
@@ -137,15 +135,13 @@ class TensorStream:
     def wait(self, names: Iterable[str]) -> None:
         """Waits for the values of what was `made` of entries, so that they are ordered before the lanes' streams."""
         with self._naming_tensors():
-            for name in names:
-                if name in self._pours:
-                    self._pours[name].wait(name)
+            for name in filter(self._pours.__contains__, names):
+                self._pours[name].wait(name)
 
     def release(self, names: Iterable[str]) -> None:
         """Makes room for what is still to be made, where that is bounded: these were waited for, and are used up."""
-        for name in names:
-            if name in self._pours:
-                self._pours[name].release(name)
+        for name in filter(self._pours.__contains__, names):
+            self._pours[name].release(name)
 
     def later(self, name: str) -> torch.Tensor:
         """As `whole`, but the values may come later; after `finish` they are there."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,38 @@ from pyint8.quantizer import EXPERT_SCALES
 from pyint8.quantizer.experts.kinds import kind_of
 from pyint8.quantizer.experts.modules import Int8Experts, why_not_experts
 from pyint8.quantizer.experts.names import WEIGHTS
+from pyint8.streaming.guesses import Guess, are_right, guess_requests
+from pyint8.streaming.head_start import Begun
+from pyint8.streaming.preparation import Preparation
+from pyint8.streaming.requests import TensorRequest
 
 KWARGS: dict[str, Any] = {"device_map": {"": "cpu"}, "dtype": torch.bfloat16}
 LEAST_COMPARED = 50
+LEAST_GUESSED = 18  # small models that have experts in two layers, each in tensors of its own
 
 compared: set[str] = set()
+guessed: set[str] = set()
+
+
+@pytest.fixture
+def guesses(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of how many tensors it was guessed what would become of them, of each load; all of them rightly."""
+    take, found = Preparation.take_over, []
+
+    def looking(self: Preparation, gpus: int, wanted: Iterable[TensorRequest] = ()) -> Begun:
+        asked = list(wanted)
+        assert self.checkpoint is not None
+        for are_int8 in (True, False):
+            each = guess_requests(
+                self.checkpoint.values(), torch.device("cpu"), Guess(are_int8, torch.bfloat16)
+            ).requests
+            if are_right(each, asked):
+                found.append(len(each))
+                break
+        return take(self, gpus, asked)
+
+    monkeypatch.setattr(Preparation, "take_over", looking)
+    return found
 
 
 def small_mixture(model_type: str) -> Any:
@@ -43,7 +71,7 @@ def small_mixture(model_type: str) -> Any:
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_codes_and_scales_are_those_of_linear8bitlt(model_type: str, tmp_path: Path) -> None:
+def test_codes_and_scales_are_those_of_linear8bitlt(model_type: str, tmp_path: Path, guesses: list[int]) -> None:
     model = small_mixture(model_type)
     model.save_pretrained(tmp_path)
     usual = pyint8.load(tmp_path, model=type(model), progress=False, **KWARGS)
@@ -56,6 +84,9 @@ def test_codes_and_scales_are_those_of_linear8bitlt(model_type: str, tmp_path: P
             checked += compare(module, usual.get_submodule(name))
     assert checked
     compared.add(model_type)
+    assert guesses == guesses[:1] * 2  # what is int8 and what is not
+    if guesses[0]:
+        guessed.add(model_type)
     for name, parameter in usual.named_parameters():  # all else is as it was
         if name.rpartition(".")[2] not in WEIGHTS:
             assert torch.equal(parameter, ours.get_parameter(name)), name
@@ -85,6 +116,7 @@ def compare(ours: Any, theirs: Any) -> int:
 
 def test_many_were_compared() -> None:
     assert len(compared) >= LEAST_COMPARED
+    assert len(guessed) >= LEAST_GUESSED
 
 
 def with_weights_of(theirs: Any, ours: Any) -> Any:

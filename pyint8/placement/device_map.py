@@ -92,8 +92,12 @@ def off_device(device_map: Any) -> list[str]:
 
 
 def landing_device(device: Any) -> torch.device:
-    """Where a tensor is loaded to: its device, or the CPU for what accelerate will offload to the disk."""
-    return torch.device("cpu" if device == "disk" else device)
+    """Where a tensor is loaded to: its device, the current GPU if that says none, or the CPU for what accelerate will
+    offload to the disk."""
+    found = torch.device("cpu" if device == "disk" else device)
+    if str(found) == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return found
 
 
 def check_entries(model: nn.Module, device_map: DeviceMap, *, are_all: bool) -> None:

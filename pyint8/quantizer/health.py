@@ -59,6 +59,11 @@ class _Marked:
     parts: Parts | None = None
 
     @property
+    def storage(self) -> int:
+        """The address of what they lie in."""
+        return self.marks.untyped_storage().data_ptr()
+
+    @property
     def start(self) -> int:
         """Where they lie in their storage."""
         return int(self.marks.storage_offset())
@@ -226,15 +231,18 @@ class WeightHealth:
         """Marks lie in few storages; what is between the first and the last that are asked for is copied at once."""
         groups: dict[int, list[_Marked]] = {}
         for marked in self._marked:
-            groups.setdefault(marked.marks.untyped_storage().data_ptr(), []).append(marked)
-        for group in groups.values():
+            groups.setdefault(marked.storage, []).append(marked)
+        bad: dict[int, tuple[torch.Tensor, int]] = {}
+        for storage, group in groups.items():
             marks = group[0].marks
             first, last = min(marked.start for marked in group), max(marked.end for marked in group)
             whole = torch.empty(0, dtype=torch.uint8, device=marks.device).set_(marks.untyped_storage())
             on_host = whole[first:last].cpu()
             if bool(on_host.any()):
-                for marked in group:
-                    yield from marked.bad(on_host, first)
+                bad[storage] = on_host, first
+        for marked in self._marked if bad else ():
+            if marked.storage in bad:
+                yield from marked.bad(*bad[marked.storage])
 
     def _look_at_scales(self) -> None:
         """All of a device's at once: there are hundreds, whose copies one by one would take a while at the very end."""

@@ -16,6 +16,7 @@ from pyint8.report import Span
 from pyint8.streaming.detours import Detours, check_staging
 from pyint8.streaming.extension import _core, open_engine
 from pyint8.streaming.lane import Lane, LaneOpener, open_lane
+from pyint8.streaming.naming import naming_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -197,8 +198,9 @@ class Transport:
 
         After an error, of reading one of them, this is to be closed before they go.
         """
-        for tensor in early.values():
-            self.engine.wait(tensor.ticket, tensor.lane.stream)
+        with naming_tensors(lambda: (tensor.entry for tensor in early.values())):
+            for tensor in early.values():
+                self.engine.wait(tensor.ticket, tensor.lane.stream)
         early.clear()
 
     def require_unchanged(self) -> None:

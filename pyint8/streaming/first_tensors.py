@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -15,7 +15,7 @@ from pyint8.checkpoint import DTYPES, FLOATS
 from pyint8.host.processes import processes
 from pyint8.placement.device_map import is_planned
 from pyint8.placement.even import USED, even_parts, even_share
-from pyint8.streaming.guesses import EXPERTS, Guess, guess_requests
+from pyint8.streaming.guesses import EXPERTS, Guess, guess_requests, guessable
 from pyint8.streaming.head_start import FirstTensors, HeadStart
 from pyint8.streaming.natural_order import natural_key
 
@@ -69,7 +69,7 @@ def first_tensors(
         checkpoint: What is to be loaded.
         device_map: Where to.
         is_bounded: Whether GPUs may use only a part of their memory.
-        guess: What experts become, if they shall land in their place where all go to one GPU.
+        guess: What experts become, if they shall land in their place.
     """
     found = first_gpu(device_map)
     if found is None:
@@ -80,28 +80,70 @@ def first_tensors(
     gpus = torch.cuda.device_count()
     if takes_all or gpus == 1:
         return [_of_one(checkpoint, gpu, guess, is_planned=not takes_all)]
-    entries = _in_order(checkpoint.values())
-    sizes = list(map(_least_bytes, entries))
-    if_free = int((checkpoint.most_bytes_loaded + _most_early(sizes, sum(sizes))) / _PLANNED_PART)
-    return _spread(entries, gpus, if_free)
+    return _spread(checkpoint, gpus, guess)
 
 
 def _of_one(checkpoint: Checkpoint, gpu: torch.device, guess: Guess | None, *, is_planned: bool) -> FirstTensors:
-    """What one GPU begins with that gets all: what is no expert, and then experts in their place, where that can be
-    guessed."""
-    experts = [entry for entry in checkpoint.values() if EXPERTS in entry.name] if guess is not None else []
-    entries = _in_order(entry for entry in checkpoint.values() if not experts or EXPERTS not in entry.name)
+    """What one GPU begins with that gets all."""
+    entries = list(checkpoint.values())
+    most = checkpoint.most_bytes_loaded
+
+    def if_free(early: int) -> int:
+        return int((most + early) / _PLANNED_PART) if is_planned else 0
+
+    experts = guessable(entries) if guess else []
+    # To sort thousands of experts takes a while.
+    others = _in_order(entry for entry in entries if not experts or EXPERTS not in entry.name)
+    part = _part(_Held(gpu, entries, others, experts), guess, 1.0, if_free)
+    otherwise = partial(_of_one, checkpoint, gpu, None, is_planned=is_planned)
+    return replace(part, otherwise=otherwise if part.guess else None)
+
+
+class _Held(NamedTuple):
+    """What a GPU gets.
+
+    Attributes:
+        gpu: The GPU.
+        entries: All of it.
+        begun: What it may begin with.
+        experts: Of this, those whose place can be guessed.
+    """
+
+    gpu: torch.device
+    entries: Sequence[Entry]
+    begun: Sequence[Entry]
+    experts: Sequence[Entry]
+
+
+def _part(held: _Held, guess: Guess | None, room: float, if_free: Callable[[int], int]) -> FirstTensors:
+    """What a GPU begins with: what is no expert, and then experts in their place; without a guess, any.
+
+    Args:
+        held: What it gets.
+        guess: What experts become.
+        room: The part of the model's memory that others may take.
+        if_free: How much memory must be free for so many bytes that are early.
+    """
+    gpu, entries, begun, experts = held
+    if guess is None or not experts:
+        return _unguessed(gpu, entries, begun, room, if_free)
+    others, begun_others = ([entry for entry in each if EXPERTS not in entry.name] for each in (entries, begun))
+    nbytes = guess.nbytes(experts)
+    part = _unguessed(gpu, others, begun_others, room, lambda early: if_free(early + nbytes))
+    reserved = part.reserved + guess.nbytes(entry for entry in entries if EXPERTS in entry.name)
+    otherwise = partial(_part, held, None, room, if_free)
+    return replace(part, reserved=reserved, guess=partial(guess_requests, experts, gpu, guess), otherwise=otherwise)
+
+
+def _unguessed(
+    gpu: torch.device, entries: Sequence[Entry], begun: Sequence[Entry], room: float, if_free: Callable[[int], int]
+) -> FirstTensors:
     sizes = list(map(_least_bytes, entries))
     least = sum(sizes)  # that the model takes for these
-    early = _most_early(sizes, least)
-    guessed_bytes = guess.nbytes(experts) if guess is not None else 0
-    most = checkpoint.most_bytes_loaded + early + guessed_bytes
-    if_free = int(most / _PLANNED_PART) if is_planned else 0
-    part = FirstTensors(gpu, entries, early, least + guessed_bytes, if_free)
-    if guess is None or not experts:
-        return part
-    otherwise = partial(_of_one, checkpoint, gpu, None, is_planned=is_planned)
-    return replace(part, guess=partial(guess_requests, experts, gpu, guess), otherwise=otherwise)
+    early = _most_early(sizes, int(least * room))
+    # A large embedding would otherwise take it all, or end the list.
+    in_turn = sorted(begun, key=lambda entry: entry.nbytes > early // 2)
+    return FirstTensors(gpu, in_turn, early, least, if_free(early))
 
 
 def _in_order(entries: Iterable[Entry]) -> list[Entry]:
@@ -121,29 +163,41 @@ def _most_early(sizes: Sequence[int], least: int) -> int:
     return max(0, min(int(least * _EARLY_PART), least - max(sizes, default=0)))
 
 
-def _spread(entries: Iterable[Entry], gpus: int, if_free: int) -> list[FirstTensors]:
-    """What each of several GPUs begins with under an even map, whose borders are guessed; of entries in natural order.
+def _spread(checkpoint: Checkpoint, gpus: int, guess: Guess | None) -> list[FirstTensors]:
+    """What each of several GPUs begins with under an even map, whose borders are guessed.
 
     Away from the borders, where there is enough between them: what another GPU gets would be read again.
     """
+    entries = _in_order(checkpoint.values())
     named = sorted(((_layer(entry.name), entry) for entry in entries), key=lambda pair: _place(*pair))
     layers = [list(layer) for _, layer in itertools.groupby(named, key=lambda pair: pair[0] or pair[1].name)]
-    model_bytes = [sum(itertools.starmap(_model_bytes, layer)) for layer in layers]
+    with_experts = guess is not None and guess.are_int8
+    model_bytes = [sum(_model_bytes(*pair, with_experts=with_experts) for pair in layer) for layer in layers]
     share = even_share(model_bytes, gpus)
+    experts = {entry.name for entry in guessable(entries)} if guess else set()
+    sizes = list(map(_least_bytes, entries))
+    for_all = int((checkpoint.most_bytes_loaded + _most_early(sizes, sum(sizes))) / _PLANNED_PART)
     parts = []
     for gpu, held in enumerate(even_parts(model_bytes, gpus)):
         margin = 1 if len(held) > _FEW_LAYERS else 0
         begin = held.start + (margin if gpu > 0 else 0)
         end = held.stop - (margin if held.stop < len(layers) else 0)
-        sizes = [_least_bytes(entry) for entry in _entries(layers[held.start : held.stop])]
-        least = sum(sizes)
-        early = _most_early(sizes, int(least * _SPREAD_PART))
-        # A large embedding would otherwise take it all, or end the list.
-        begun = sorted(_entries(layers[begin:end]), key=lambda entry: entry.nbytes > early // 2)
+        begun = _entries(layers[begin:end])
         # The map must be the same with what is early. The last GPU may use all of its memory.
-        needed = max(share, int(sum(model_bytes[held.start : held.stop]) / USED)) + early
-        parts.append(FirstTensors(torch.device("cuda", gpu), begun, early, least, max(if_free // gpus, needed)))
+        needed = max(share, int(sum(model_bytes[held.start : held.stop]) / USED))
+        mine = _Held(
+            torch.device("cuda", gpu),
+            _entries(layers[held.start : held.stop]),
+            begun,
+            [entry for entry in begun if entry.name in experts],
+        )
+        if_free = partial(_even_if_free, for_all // gpus, needed)
+        parts.append(_part(mine, guess, _SPREAD_PART, if_free))
     return parts
+
+
+def _even_if_free(least: int, needed: int, early: int) -> int:
+    return max(least, needed + early)
 
 
 def _least_bytes(entry: Entry) -> int:
@@ -171,10 +225,10 @@ def _place(layer: str, entry: Entry) -> tuple[int, int]:
     return stack, 2 if is_last else int(layer != "")
 
 
-def _model_bytes(layer: str, entry: Entry) -> int:
+def _model_bytes(layer: str, entry: Entry, *, with_experts: bool) -> int:
     """What the model is likely to hold of it: matrices of layers become int8, others stay as they are."""
     becomes_int8 = layer != "" and entry.is_floating and len(entry.torch_shape) == 2
-    return entry.numel if becomes_int8 and EXPERTS not in entry.name else entry.nbytes
+    return entry.numel if becomes_int8 and (with_experts or EXPERTS not in entry.name) else entry.nbytes
 
 
 def first_gpu(device_map: Any) -> tuple[torch.device, bool] | None:

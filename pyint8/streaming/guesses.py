@@ -1,12 +1,14 @@
 """What a load is likely to make of a mixture's experts, by their names: so they land in their place before it is known.
 
 A plan takes as long as half of the bytes do. Guessed requests are those of a plan, and it says whether they were right.
-The last module of experts is left to it: of some checkpoints it predicts further tokens, and no model has it.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -36,9 +38,14 @@ class Guess(NamedTuple):
     quantizer: int | None = None
 
     def nbytes(self, entries: Iterable[Entry]) -> int:
-        """What a model takes for weights of experts, about."""
-        size = 1 if self.are_int8 else self.dtype and self.dtype.itemsize
-        return sum(entry.numel * size if size else entry.nbytes for entry in entries)
+        """What a model takes for weights of experts."""
+        if not self.are_int8 and self.dtype is None:
+            return sum(entry.nbytes for entry in entries)
+        shapes = Counter(entry.shape for entry in entries)  # few
+        elements = sum(count * prod(shape) for shape, count in shapes.items())
+        if self.dtype is not None and not self.are_int8:
+            return elements * self.dtype.itemsize
+        return elements + sum(count * sum(shape[:1]) for shape, count in shapes.items()) * torch.float32.itemsize
 
 
 class Guessed(NamedTuple):
@@ -53,6 +60,22 @@ class Guessed(NamedTuple):
     quantizer: int | None
 
 
+def guessable(entries: Iterable[Entry]) -> list[Entry]:
+    """Those of experts, if they are as usual, but for the last module: some checkpoints have one more, which predicts
+    further tokens.
+    """
+    modules: dict[str, list[Entry]] = {}
+    for entry in entries:
+        head, experts, _ = entry.name.partition(EXPERTS)
+        if experts:
+            modules.setdefault(head, []).append(entry)
+    modules.pop(max(modules, key=natural_key, default=""), None)
+    first = next(iter(modules.values()), [])
+    weights = {entry.name.partition(EXPERTS)[2].partition(".")[2] for entry in first}
+    is_usual = any(weights == set(family) for family in _FAMILIES) and first[0].dtype in KERNEL_DTYPES
+    return list(itertools.chain.from_iterable(modules.values())) if is_usual else []
+
+
 def guess_requests(entries: Iterable[Entry], device: torch.device, guess: Guess) -> Guessed:
     """Those for the weights of experts, in the order of layers; of each expert by expert."""
     modules: dict[str, dict[str, dict[str, Entry]]] = {}  # by the name before "experts", the weight, and the number
@@ -62,7 +85,7 @@ def guess_requests(entries: Iterable[Entry], device: torch.device, guess: Guess)
             number, _, weight = rest.partition(".")
             modules.setdefault(head, {}).setdefault(weight, {})[number] = entry
     requests: list[TensorRequest] = []
-    for head in sorted(modules, key=natural_key)[:-1]:
+    for head in sorted(modules, key=natural_key):
         for family in _FAMILIES:
             if modules[head].keys() == set(family):
                 first, second, last = (_in_order(modules[head][weight]) for weight in family)
@@ -79,12 +102,12 @@ def _in_order(by_number: dict[str, Entry]) -> list[Entry]:
 
 def _requests(name: str, stacks: Sequence[Sequence[Entry]], device: torch.device, guess: Guess) -> list[TensorRequest]:
     """Of a parameter [experts, out, in], `out` being that of all stacks together."""
-    shapes = [{entry.torch_shape for entry in stack} for stack in stacks]
     dtypes = {entry.dtype for stack in stacks for entry in stack}
+    shapes = [{entry.shape for entry in stack} for stack in stacks]
     if any(len(shape) != 1 for shape in shapes) or len(dtypes) != 1 or len({len(stack) for stack in stacks}) != 1:
         return []
-    each = [next(iter(shape)) for shape in shapes]
     stored = KERNEL_DTYPES.get(next(iter(dtypes)))
+    each = [next(iter(shape)) for shape in shapes]
     if stored is None or any(len(shape) != 2 or shape[1] != each[0][1] for shape in each):
         return []
     if not all(is_plain(entry) for stack in stacks for entry in stack):
@@ -103,17 +126,30 @@ def _requests(name: str, stacks: Sequence[Sequence[Entry]], device: torch.device
 
 
 def are_right(guessed: Iterable[TensorRequest], wanted: Iterable[TensorRequest]) -> bool:
-    """Whether all that was guessed is wanted, and comes to the same there."""
-    parts = {request.entry.name: request for request in wanted if request.part is not None}
-    return all(_is_right(request, parts.get(request.entry.name)) for request in guessed)
+    """Whether all that was guessed is wanted, once, and comes to the same there."""
+    own = {request.entry.name: request for request in guessed}
+    found: set[str] = set()
+    parameters: dict[str, str] = {}  # the model's, by those of the guess
+    for other in wanted:
+        name = other.entry.name
+        request = own.get(name)
+        if request is None:
+            continue
+        if name in found or other.part is None or request.part is None or not _is_right(request, other):
+            return False
+        found.add(name)
+        if parameters.setdefault(request.part.name, other.part.name) != other.part.name:
+            return False
+    return len(found) == len(own) and len(set(parameters.values())) == len(parameters)
 
 
-def _is_right(guessed: TensorRequest, wanted: TensorRequest | None) -> bool:
-    if wanted is None or guessed.device != wanted.device or guessed.part is None or wanted.part is None:
-        return False
+def _is_right(guessed: TensorRequest, wanted: TensorRequest) -> bool:
+    assert guessed.part is not None
+    assert wanted.part is not None
     is_there = guessed.part.shape == wanted.part.shape and guessed.part.offset == wanted.part.offset
     is_it = guessed.entry is wanted.entry or guessed.entry == wanted.entry
-    return is_there and is_it and _come_to_the_same(guessed.entry, guessed.becomes, wanted.becomes)
+    is_same = is_there and is_it and guessed.device == wanted.device
+    return is_same and _come_to_the_same(guessed.entry, guessed.becomes, wanted.becomes)
 
 
 def _come_to_the_same(entry: Entry, one: ToInt8 | ToDtype | None, other: ToInt8 | ToDtype | None) -> bool:

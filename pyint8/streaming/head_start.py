@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from pyint8.checkpoint import EntryInMemory
-from pyint8.errors import DeviceError
-from pyint8.report import Recorder
 from pyint8.streaming.caller import as_caller
-from pyint8.streaming.guesses import Guessed, are_right
+from pyint8.streaming.guessed_pours import GuessedPours
 from pyint8.streaming.lane import Lane, LaneOpener, open_lane, reserve_memory
-from pyint8.streaming.made import first_parts
-from pyint8.streaming.pour import Pour
-from pyint8.streaming.pours import can_pour
 from pyint8.streaming.transport import ReadRequest, Transport
 
 if TYPE_CHECKING:
     from pyint8.checkpoint import Entry
     from pyint8.config import StreamOptions
+    from pyint8.streaming.guesses import Guessed
+    from pyint8.streaming.pour import Pour
     from pyint8.streaming.ranks.ranks import Ranks
     from pyint8.streaming.requests import TensorRequest
 
@@ -35,10 +33,6 @@ logger = logging.getLogger(__name__)
 _WORTHWHILE_BYTES = 1 << 20
 # So many tensors are asked for before memory is taken for all others.
 _FIRST_ASKED = 64
-# So many guessed requests, which are like each other, are begun before the model is built beside the others.
-_FIRST_GUESSED = 2048
-# Of a lane's scratch, for these: what is not guessed is little.
-_EIGHTHS_FOR_GUESSED = 6
 
 
 @dataclass(frozen=True)
@@ -90,12 +84,12 @@ class Begun(NamedTuple):
     Attributes:
         transport: Now the caller's to close.
         early: By name the tensors that are under way.
-        pour: What makes the results of requests that are under way, if some are; to be closed after the transport.
+        pours: By device what makes the results of requests that are under way; to be closed after the transport.
     """
 
     transport: Transport
     early: dict[str, EarlyTensor]
-    pour: Pour | None = None
+    pours: Mapping[torch.device, Pour] = MappingProxyType({})
 
 
 class HeadStart:
@@ -123,10 +117,9 @@ class HeadStart:
     ) -> None:
         self._error: BaseException | None = None
         self._early: dict[str, EarlyTensor] = {}
-        self._pour: Pour | None = None
-        self._has_failed_to_guess = False
         self._open_another = partial(Transport, options, opener, gpus)
         self._transport = self._open_another() if ranks is None else ranks.transport(options, opener)
+        self._guessed = GuessedPours(self._transport)
         self._is_alone = ranks is None
         self._taken = False
         self.reserves = False
@@ -148,12 +141,14 @@ class HeadStart:
 
     def _start(self, work: Callable[[], object], ended: threading.Event | None = None) -> bool:
         """Has a thread do `work`, behind what was begun before; `ended` is set at the end. False without a thread."""
-        thread = threading.Thread(target=self._run, args=(work, self._thread, ended), name="pyint8 head start")
+        before = self._thread
+        thread = threading.Thread(target=self._run, args=(work, before, ended), name="pyint8 head start")
+        self._thread = thread  # first: Ctrl-C may come once it runs
         try:
             thread.start()
         except RuntimeError:  # no more threads: the load then asks for everything itself
+            self._thread = before
             return False
-        self._thread = thread
         return True
 
     def take(self, wanted: Iterable[TensorRequest] = ()) -> Begun:
@@ -171,20 +166,18 @@ class HeadStart:
         if self._error is not None:
             self._transport.close()
             raise self._error
-        if self._has_failed_to_guess or (self._pour is not None and not are_right(self._pour.requests, wanted)):
+        if not self._guessed.are_right(wanted):
             logger.info("what was begun of experts is not what the model needs: all is read again")
             self._discard()
             self._transport = self._open_another()
         self._taken = True
         early, self._early = self._early, {}
-        pour, self._pour = self._pour, None
-        return Begun(self._transport, early, pour)
+        pours, self._guessed.by_device = self._guessed.by_device, {}
+        return Begun(self._transport, early, pours)
 
     def _discard(self) -> None:
         self._transport.close()
-        if self._pour is not None:
-            self._pour.close()
-        self._pour = None
+        self._guessed.close()
         self._early.clear()
 
     def close(self) -> None:
@@ -196,7 +189,7 @@ class HeadStart:
         self._discard()
 
     def _join(self) -> None:
-        if self._thread is not None:
+        if self._thread is not None and self._thread.ident is not None:  # Ctrl-C may have kept it from starting
             self._thread.join()
 
     def _run(self, work: Callable[[], object], before: threading.Thread | None, ended: threading.Event | None) -> None:
@@ -227,6 +220,7 @@ class HeadStart:
                 continue
             has_room = _has_room(part)
             if not has_room and part.otherwise is not None:
+                begun.set()
                 part = part.otherwise()
                 has_room = _has_room(part)
             entries: list[Entry] = []
@@ -238,30 +232,17 @@ class HeadStart:
                 others.append((lane, part, entries[few:]))
         for lane, part, rest in others:
             if (not rest or self._ask_for(lane, rest)) and part.guess is not None:
-                self._make(lane, part, part.guess(), begun)
+                self._make(lane, part, part.guess, begun)
+        self._guessed.ask(begun)
 
-    def _make(self, lane: Lane, part: FirstTensors, guessed: Guessed, begun: threading.Event) -> None:
+    def _make(self, lane: Lane, part: FirstTensors, guess: Callable[[], Guessed], begun: threading.Event) -> None:
         """Has the results of guessed requests made; where that cannot be done, asks for what is to be early instead."""
-        requests, quantizer = guessed
-        if (
-            not requests
-            or not self._is_alone
-            or not all(can_pour(each, lane, quantizer) for each in first_parts(requests))
-        ):
-            if part.otherwise is not None:
-                other = part.otherwise()
-                entries = [entry for entry in other.entries if entry.name not in self._early]
-                self._ask_for(lane, _worthwhile(entries, other.nbytes - part.nbytes))
+        if (self._is_alone and self._guessed.open(lane, guess())) or part.otherwise is None:
             return
-        scratch_bytes = lane.leave_scratch(_EIGHTHS_FOR_GUESSED)
-        try:
-            pour = self._pour = Pour(self._transport, lane, requests, quantizer or 0, scratch_bytes, {}, Recorder())
-            pour.allocate()
-            pour.ask(_FIRST_GUESSED)
-            begun.set()
-            pour.start()
-        except (DeviceError, torch.OutOfMemoryError):  # the load itself may get by with less at a time
-            self._has_failed_to_guess = True
+        begun.set()
+        other = part.otherwise()
+        entries = [entry for entry in other.entries if entry.name not in self._early]
+        self._ask_for(lane, _worthwhile(entries, other.nbytes - part.nbytes))
 
     def _ask_for(self, lane: Lane, entries: Sequence[Entry]) -> bool:
         """Asks for those that there is memory for, on all ranks; returns whether those are all."""

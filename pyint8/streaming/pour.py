@@ -89,9 +89,8 @@ class Pour:
         self._marks = torch.zeros(marks, dtype=torch.uint8, device=lane.device)
         self._marks_used = 0
         transposed = max((r.entry.numel for r in requests if r.is_transposed), default=0)
-        self._pump = Pump(lane.device, self._go_on)
+        self._pump = Pump(lane.device)
         self._consumer = transport.open_consumer(lane, scratch_bytes, transposed, quantizer)
-        self.ask(_FIRST_REQUESTS)
 
     def tell(self, recorder: Recorder) -> None:
         """From now on another recorder is told: nothing has been waited for yet."""
@@ -105,7 +104,7 @@ class Pour:
                 if request.part is not None and request.part.name not in self._wholes:
                     self._allocate(request)
 
-    def ask(self, count: int) -> None:
+    def ask(self, count: int = _FIRST_REQUESTS) -> None:
         """Asks for the first requests, as far as there is room."""
         with self._lock:
             self._fill(count)
@@ -115,7 +114,7 @@ class Pour:
         follow. Idempotent for who has none."""
         self.ask(len(self._requests))
         if self._early and not self._is_bounded:
-            self._pump.start()
+            self._pump.start(self._go_on)
 
     def _go_on(self) -> bool:
         """Asks for more once half of what was asked for is served; False where no room will come of it.

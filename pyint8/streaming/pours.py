@@ -90,7 +90,7 @@ def open_pours(
         mine = {r.entry.name: early[r.entry.name] for r in group if _comes_early(r, lane, early)}
         scratch_bytes = lane.leave_scratch() if lane in others else lane.scratch_bytes
         try:
-            pour = Pour(transport, lane, group, quantizer or 0, scratch_bytes, mine, recorder, most_bytes)
+            pour = _asking(Pour(transport, lane, group, quantizer or 0, scratch_bytes, mine, recorder, most_bytes))
         except DeviceError as error:
             logger.warning("weights on %s are quantized by Python operators, more slowly: %s", lane.device, str(error))
             continue
@@ -98,6 +98,16 @@ def open_pours(
             del early[name]
         pours |= dict.fromkeys((request.entry.name for request in group), pour)
     return pours
+
+
+def _asking(pour: Pour) -> Pour:
+    """One that has asked for the first, so that bytes begin to move."""
+    try:
+        pour.ask()
+    except BaseException:
+        pour.close()  # breaks a reference cycle
+        raise
+    return pour
 
 
 def can_pour(request: TensorRequest, lane: Lane, quantizer: int | None) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 import torch
 
@@ -12,40 +11,44 @@ from pyint8.streaming.caller import as_caller
 
 
 class Pump:
-    """Calls `step` in a thread, with the caller's current stream of a device, until it returns False or fails.
+    """Does something in a thread as its caller would, until that returns False or fails.
 
     Args:
-        device: The device.
-        step: What is done.
+        device: The thread has the caller's current stream of it.
 
     Attributes:
         runs: Whether the thread does it; where none can be had, the caller has to.
         error: What stopped it; None so far.
     """
 
-    def __init__(self, device: torch.device, step: Callable[[], bool]) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.runs = False
         self.error: BaseException | None = None
-        arguments = (as_caller([device]), step)
-        self._thread = threading.Thread(target=self._run, args=arguments, name=f"pyint8 pump {device}")
+        self._name, self._as_caller = f"pyint8 pump {device}", as_caller([device])
+        self._thread: threading.Thread | None = None
 
-    def start(self) -> None:
+    def start(self, step: Callable[[], bool]) -> None:
+        """Has a thread call `step`."""
         self.runs = True
+        thread = threading.Thread(target=self._run, args=(step,), name=self._name)
+        self._thread = thread  # first: Ctrl-C may come once it runs
         try:
-            self._thread.start()
+            thread.start()
         except RuntimeError:  # no more threads (`ulimit -u`)
-            self.runs = False
+            self.runs, self._thread = False, None
 
     def join(self) -> None:
         """Waits for the thread to end; something must end `step`."""
-        # It may be the thread itself, where Python collects what nobody closed.
-        if self._thread.ident is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+        thread = self._thread
+        # It may be the thread itself, where Python collects what nobody closed; Ctrl-C may have kept it from starting.
+        if thread is not None and thread.ident is not None and thread is not threading.current_thread():
+            thread.join()
+        self._thread = None
         self.error = None  # breaks a reference cycle
 
-    def _run(self, entered: Callable[[], AbstractContextManager[None]], step: Callable[[], bool]) -> None:
+    def _run(self, step: Callable[[], bool]) -> None:
         try:
-            with entered():
+            with self._as_caller():
                 while step():
                     pass
         except BaseException as error:  # for the caller

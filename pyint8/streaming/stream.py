@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
 
 from pyint8.checkpoint import EntryInMemory
-from pyint8.errors import ChecksumError, FileChangedError, ReadError, TruncatedError
 from pyint8.report import Recorder
 from pyint8.streaming.chunks import Chunk, bands_of, cut, gather_batches, typed
 from pyint8.streaming.lane import Lane
 from pyint8.streaming.made import Made
+from pyint8.streaming.naming import naming_tensors
 from pyint8.streaming.pours import open_pours
 from pyint8.streaming.requests import TensorRequest
 from pyint8.streaming.transport import ReadRequest, Transport
@@ -301,20 +301,9 @@ class TensorStream:
         chunk.memory = None
         self._fill_window()
 
-    @contextmanager
-    def _naming_tensors(self) -> Iterator[None]:
-        """Errors about a byte of a file name its tensor too."""
-        try:
-            yield
-        except (ChecksumError, FileChangedError, ReadError, TruncatedError) as error:
-            entries = [entry for chunks in self._chunks.values() for entry in chunks[0].entries]
-            entries += [pour.entry(name) for name, pour in self._pours.items()]
-            error.tensor = _tensor_at(entries, error.path, error.offset)
-            raise
+    def _naming_tensors(self) -> AbstractContextManager[None]:
+        return naming_tensors(self._entries)
 
-
-def _tensor_at(entries: Iterable[Entry], path: str | None, offset: int | None) -> str | None:
-    if offset is None:
-        return None
-    found = (e.name for e in entries if e.path == path and e.offset <= offset < e.offset + e.nbytes)
-    return next(found, None)
+    def _entries(self) -> Iterator[Entry]:
+        yield from (entry for chunks in self._chunks.values() for entry in chunks[0].entries)
+        yield from (pour.entry(name) for name, pour in self._pours.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from transformers.integrations.accelerate import _get_device_map
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
 from pyint8.checkpoint import open_checkpoint
+from pyint8.quantizer.experts.modules import make_int8
 from pyint8.streaming import first_tensors
+from pyint8.streaming.guesses import EXPERTS, Guess
 from pyint8.streaming.head_start import _WORTHWHILE_BYTES as WORTHWHILE
 from pyint8.streaming.head_start import FirstTensors
 
@@ -58,12 +61,12 @@ def model(request: pytest.FixtureRequest) -> Any:
         return auto.from_config(config, dtype=torch.bfloat16)
 
 
-def save_header(model: Any, path: Path) -> None:
-    """A file that says it holds the model's tensors; where their bytes should be it has a hole."""
+def save_header(tensors: Iterable[tuple[str, torch.Size]], path: Path) -> None:
+    """A file that says it holds tensors of these names and shapes; where their bytes should be it has a hole."""
     header, end = {}, 0
-    for name, parameter in model.named_parameters():  # what is tied comes once
-        begin, end = end, end + parameter.numel() * 2
-        header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [begin, end]}
+    for name, shape in tensors:
+        begin, end = end, end + shape.numel() * 2
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
     content = framed(header)
     write(str(path), content)
     with path.open("r+b") as file:
@@ -87,7 +90,7 @@ def device_of(name: str, device_map: dict[str, int]) -> int:
 def test_each_gpu_begins_with_what_it_gets(
     model: Any, gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_header(model, tmp_path / "model.safetensors")
+    save_header(((name, each.shape) for name, each in model.named_parameters()), tmp_path / "model.safetensors")
     checkpoint = open_checkpoint(tmp_path / "model.safetensors")
     device_map = even_map(model, dict.fromkeys(range(gpus), 10**12))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -118,3 +121,51 @@ def asked_for(part: FirstTensors) -> list[str]:
                 break
             names.append(entry.name)
     return names
+
+
+@pytest.mark.parametrize("are_int8", [True, False])
+@pytest.mark.parametrize("gpus", [2, 3, 4, 8])
+def test_experts_land_where_they_go(gpus: int, are_int8: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nearly all of them, in 16 bit or in int8, which moves the borders."""
+    with torch.device("meta"):
+        model = tf.AutoModelForCausalLM.from_config(tf.Qwen3MoeConfig(**QWEN3_MOE), dtype=torch.bfloat16)
+    save_header(list(one_by_one(model)), tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path / "model.safetensors")
+    if are_int8:
+        for layer in model.model.layers:
+            make_int8(layer.mlp.experts)
+    device_map = even_map(model, dict.fromkeys(range(gpus), 10**12))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    guess = Guess(are_int8, torch.bfloat16, quantizer=1)
+    parts = first_tensors.first_tensors(checkpoint, "balanced", is_bounded=False, guess=guess)
+    early: dict[int, int] = {}
+    count = 0
+    for part in parts:
+        assert part.guess is not None
+        requests = part.guess().requests
+        count += len(requests)
+        found = {device_of(request.entry.name, device_map) for request in requests}
+        assert found == {part.device.index} == {request.device.index for request in requests}
+        early[part.device.index] = part.nbytes + sum(request.final_bytes for request in requests)
+        assert early[part.device.index] < part.reserved
+        assert not [name for name in asked_for(part) if EXPERTS in name]
+    assert count > (0.9, 0.8, 0.7, 0.5)[(2, 3, 4, 8).index(gpus)] * 48 * 128 * 3
+    assert even_map(model, {part.device.index: part.if_free - early[part.device.index] for part in parts}) == device_map
+
+
+def one_by_one(model: Any) -> Iterator[tuple[str, torch.Size]]:
+    """A model's tensors, as checkpoints have them: an expert each."""
+    for name, parameter in model.named_parameters():
+        head, is_gated, _ = name.partition("gate_up_proj")
+        if not is_gated and not name.endswith("experts.down_proj"):
+            yield name, parameter.shape
+            continue
+        rows, columns = parameter.shape[1:]
+        for number in range(len(parameter)):
+            if is_gated:
+                yield f"{head}{number}.gate_proj.weight", torch.Size((rows // 2, columns))
+                yield f"{head}{number}.up_proj.weight", torch.Size((rows // 2, columns))
+            else:
+                yield f"{name.removesuffix('down_proj')}{number}.down_proj.weight", torch.Size((rows, columns))

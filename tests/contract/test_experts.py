@@ -20,11 +20,12 @@ import pyint8
 from pyint8.errors import (
     ModelNotSupportedError,
 )
+from pyint8.placement.budget import MemoryBudget
 from pyint8.quantizer import EXPERT_SCALES
 from pyint8.quantizer.experts.kinds import kind_of
 from pyint8.quantizer.experts.modules import Int8Experts, why_not_experts
 from pyint8.quantizer.experts.names import WEIGHTS
-from pyint8.streaming.guesses import Guess, are_right, guess_requests
+from pyint8.streaming.guesses import Guess, are_right, guess_requests, guessable
 from pyint8.streaming.head_start import Begun
 from pyint8.streaming.preparation import Preparation
 from pyint8.streaming.requests import TensorRequest
@@ -39,21 +40,24 @@ guessed: set[str] = set()
 
 @pytest.fixture
 def guesses(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Of how many tensors it was guessed what would become of them, of each load; all of them rightly."""
-    take, found = Preparation.take_over, []
+    """Of how many tensors each load would guess what becomes of them, were it one onto a GPU; all of them rightly."""
+    start, take, found = Preparation.start_head_start, Preparation.take_over, []
+    own: dict[int, Guess | None] = {}
+
+    def starting(self: Preparation, device_map: Any, budget: MemoryBudget, guess: Guess | None = None) -> None:
+        own[id(self)] = guess
+        start(self, device_map, budget, guess)
 
     def looking(self: Preparation, gpus: int, wanted: Iterable[TensorRequest] = ()) -> Begun:
-        asked = list(wanted)
+        asked, guess = list(wanted), own[id(self)]
         assert self.checkpoint is not None
-        for are_int8 in (True, False):
-            each = guess_requests(
-                self.checkpoint.values(), torch.device("cpu"), Guess(are_int8, torch.bfloat16)
-            ).requests
-            if are_right(each, asked):
-                found.append(len(each))
-                break
+        assert guess is not None
+        each = guess_requests(guessable(self.checkpoint.values()), torch.device("cpu"), guess).requests
+        assert are_right(each, asked)
+        found.append(len(each))
         return take(self, gpus, asked)
 
+    monkeypatch.setattr(Preparation, "start_head_start", starting)
     monkeypatch.setattr(Preparation, "take_over", looking)
     return found
 
@@ -84,7 +88,6 @@ def test_codes_and_scales_are_those_of_linear8bitlt(model_type: str, tmp_path: P
             checked += compare(module, usual.get_submodule(name))
     assert checked
     compared.add(model_type)
-    assert guesses == guesses[:1] * 2  # what is int8 and what is not
     if guesses[0]:
         guessed.add(model_type)
     for name, parameter in usual.named_parameters():  # all else is as it was
@@ -96,6 +99,9 @@ def test_codes_and_scales_are_those_of_linear8bitlt(model_type: str, tmp_path: P
     assert [type(module) for module in again.modules()] == [type(module) for module in ours.modules()]
     pyint8.save(ours, tmp_path / "whole", fused_experts=True)
     assert state(pyint8.load(tmp_path / "whole", model=type(model), progress=False, **KWARGS)) == state(ours)
+    pyint8.save(usual, tmp_path / "usual")
+    assert state(pyint8.load(tmp_path / "usual", model=type(model), progress=False, **KWARGS)) == state(usual)
+    assert guesses == [*guesses[:1] * 2, 0, 0, *guesses[:1]]  # int8 experts are what they are already
 
 
 def compare(ours: Any, theirs: Any) -> int:

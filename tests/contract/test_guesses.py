@@ -3,9 +3,12 @@ torch takes for the host's."""
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,15 +18,19 @@ import torch
 from fake_driver import FakeDriver, driver
 from oracle import state
 from pours import GPU
+from safetensors.torch import load_file, save_file
 from zoo import ZOO, CheckpointStore
 
 import pyint8
 from pyint8 import StreamOptions, _core
+from pyint8.errors import DeviceError, NonFiniteWeightError
 from pyint8.models.transformers import loading, parameters
-from pyint8.streaming import first_tensors, guesses, head_start
+from pyint8.streaming import first_tensors, guessed_pours, guesses, head_start
 from pyint8.streaming.head_start import HeadStart
-from pyint8.streaming.lane import Lane
+from pyint8.streaming.lane import Lane, open_lane
+from pyint8.streaming.made import Place
 from pyint8.streaming.pour import Pour
+from pyint8.streaming.requests import TensorRequest
 
 __all__ = ["driver"]  # a fixture
 
@@ -51,7 +58,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(len(arguments[2]))
         return Pour(*arguments)
 
-    monkeypatch.setattr(head_start, "Pour", made)
+    monkeypatch.setattr(guessed_pours, "Pour", made)
     return found
 
 
@@ -71,8 +78,14 @@ def default_stream() -> None:
 def load(folder: Path, nothing_left: None, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> Load:
     """`pyint8.load` onto the fake's GPU."""
 
-    def opener(engine: _core.Engine, _: torch.device, options: StreamOptions) -> Lane:
-        return driver.lane(engine, GPU, options)
+    opened: list[Lane] = []
+    only_gpu = True
+
+    def opener(engine: _core.Engine, device: torch.device, options: StreamOptions) -> Lane:
+        if opened and not only_gpu:  # the second is for the host
+            return open_lane(engine, device, options)
+        opened.append(driver.lane(engine, GPU, options))
+        return opened[-1]
 
     monkeypatch.setattr(first_tensors, "first_gpu", lambda _: (CPU, True))
     monkeypatch.setattr(first_tensors, "HeadStart", partial(WithContext, opener=opener))
@@ -80,11 +93,14 @@ def load(folder: Path, nothing_left: None, driver: FakeDriver, monkeypatch: pyte
         monkeypatch.setattr(user, "find_entry_point", lambda: driver.quantizer)
     options = StreamOptions(threads=2, slot_bytes=8192, device_scratch=1 << 20)
 
-    def loaded(folder: Path, *, experts: bool, **arguments: Any) -> Any:
-        config = pyint8.Int8Config(experts=experts, **arguments)
+    def loaded(folder: Path, *, experts: bool | None, **arguments: Any) -> Any:
+        nonlocal only_gpu
+        only_gpu = experts is not None  # int8 forms have a byte for the host with each weight
+        config = None if experts is None else pyint8.Int8Config(experts=experts, **arguments)
         arguments = {"dtype": "auto", "progress": False, "options": options}
         model = pyint8.load(folder, {"": "cpu"}, config=config, **arguments)
         driver.synchronize(0)
+        opened.clear()
         return model
 
     return loaded
@@ -103,6 +119,19 @@ def test_the_model_is_the_same(
     assert len(begun) == 1
 
 
+@pytest.mark.parametrize("experts", [True, False])
+def test_int8_forms(
+    load: Load, folder: Path, tmp_path: Path, experts: bool, begun: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their experts in 16 bit land in their place, too; those in int8 are codes already: nothing is guessed of them."""
+    pyint8.convert(folder, tmp_path / "form", device="cpu", config=pyint8.Int8Config(experts=experts), progress=False)
+    caplog.set_level(logging.INFO)
+    found = load(tmp_path / "form", experts=None)
+    assert LOST not in caplog.text
+    assert len(begun) == (0 if experts else 1)
+    assert state(found) == state(pyint8.load(tmp_path / "form", "cpu", progress=False))
+
+
 def other_order(monkeypatch: pytest.MonkeyPatch) -> None:
     families = [(second, first, last) for first, second, last in guesses._FAMILIES]
     monkeypatch.setattr(guesses, "_FAMILIES", families)
@@ -113,10 +142,10 @@ def other_experts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def taken(*_: Any) -> Pour:
+    def taken(_: Pour) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(head_start, "Pour", taken)
+    monkeypatch.setattr(Pour, "allocate", taken)
 
 
 @pytest.mark.parametrize("spoil", [other_order, other_experts, no_memory])
@@ -129,6 +158,105 @@ def test_a_wrong_guess_costs_time_and_nothing_else(
         spoil(patch)
         assert state(load(folder, experts=True)) == expected
     assert LOST in caplog.text
+
+
+@pytest.mark.parametrize("error", [DeviceError("no kernels"), torch.OutOfMemoryError()], ids=str)
+def test_what_cannot_be_begun_is_left_to_the_plan(
+    load: Load, folder: Path, error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    expected = state(load(folder, experts=True))
+    caplog.set_level(logging.INFO)
+
+    def refused(*_: Any) -> Pour:
+        raise type(error)(*error.args)
+
+    monkeypatch.setattr(guessed_pours, "Pour", refused)
+    assert state(load(folder, experts=True)) == expected
+    assert LOST not in caplog.text
+
+
+@pytest.fixture
+def wholes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[weakref.ref[torch.Tensor]]]:
+    """Every tensor that experts land in, while Python collects no cycles."""
+    found: list[weakref.ref[torch.Tensor]] = []
+    allocate = Pour._allocate
+
+    def noting(self: Pour, request: TensorRequest) -> Place:
+        place = allocate(self, request)
+        if request.part is not None:
+            found.append(weakref.ref(place.made.tensor))
+        return place
+
+    monkeypatch.setattr(Pour, "_allocate", noting)
+    gc.collect()
+    gc.disable()
+    yield found
+    gc.enable()
+
+
+def alive(wholes: list[weakref.ref[torch.Tensor]]) -> int:
+    return sum(each() is not None for each in wholes)
+
+
+@pytest.mark.parametrize("experts", [True, False])
+def test_streams_and_contexts_do_not_wait_for_the_collector(
+    load: Load, folder: Path, experts: bool, driver: FakeDriver, wholes: list[Any]
+) -> None:
+    model = load(folder, experts=experts)
+    assert not any(driver.counters().values())
+    del model
+
+
+@pytest.mark.parametrize("where", ["maker", "stream"])
+def test_a_load_that_fails_gives_memory_back_at_once(
+    load: Load, folder: Path, where: str, wholes: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever catches the error may try something smaller."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    if where == "maker":
+        monkeypatch.setattr(parameters, "_reserve_memory", fail)
+        monkeypatch.setattr("pyint8.streaming.preparation.Preparation.reserves_memory", False)
+    else:
+        monkeypatch.setattr("pyint8.streaming.stream.open_pours", fail)
+    with suppress(torch.OutOfMemoryError):
+        load(folder, experts=True)
+    assert len(wholes) > 0
+    assert alive(wholes) == 0
+
+
+def test_a_wrong_guess_gives_memory_back_before_more_is_taken(
+    load: Load, folder: Path, wholes: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other_order(monkeypatch)
+    left: list[int] = []
+    make = parameters.TensorStream
+
+    def looking(*arguments: Any, **options: Any) -> Any:
+        left.append(alive(wholes))
+        return make(*arguments, **options)
+
+    monkeypatch.setattr(parameters, "TensorStream", looking)
+    load(folder, experts=True)
+    assert len(wholes) > 0
+    assert left == [0]
+
+
+def test_the_first_bad_weight_is_told(load: Load, copy_of: Any, begun: list[int]) -> None:
+    """Of those that land before there is a plan, and those that do not."""
+    folder = copy_of("mixtral", "bf16")
+    path = next(folder.glob("*.safetensors"))
+    tensors = load_file(path)
+    names = sorted(name for name in tensors if ".experts.1.w1" in name)
+    for name in names:
+        tensors[name][3, 5] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(NonFiniteWeightError) as caught:
+        load(folder, experts=True)
+    assert begun
+    assert caught.value.tensor == names[0]
 
 
 @pytest.mark.parametrize("has_threads", [True, False])

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
-from transformers import Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
-from zoo import ZOO, CheckpointStore
+from zoo import ZOO, CheckpointStore, randomise
 
 import pyint8
 from pyint8.quantizer import EXPERT_SCALES
 from pyint8.quantizer.experts import linear as plain
 from pyint8.quantizer.experts.modules import Int8Experts, make_int8
 from pyint8.quantizer.experts.names import WEIGHTS
+from pyint8.streaming import first_tensors
 
 kernels: Any = pytest.importorskip("pyint8.quantizer.experts.kernels", exc_type=ImportError)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -208,3 +211,51 @@ def test_it_generates_and_saves(checkpoints: CheckpointStore, tmp_path: Any, nam
     pyint8.save(model, tmp_path)
     again = pyint8.load(tmp_path, 0)
     assert torch.equal(again.generate(tokens, max_new_tokens=5, do_sample=False), written)
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture of twelve layers, so that each of two GPUs has some away from the border."""
+    config = Qwen3MoeConfig(
+        hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2,
+        num_hidden_layers=12, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=128,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("deep")
+    randomise(AutoModelForCausalLM.from_config(config), "deep").to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def tensors_of(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("experts", [True, False])
+@pytest.mark.parametrize("device_map", [0, "balanced"], ids=str)
+def test_experts_land_in_their_place(
+    deep: Path, experts: bool, device_map: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before there is a plan, or as it says: the same."""
+    caplog.set_level(logging.INFO)
+    arguments: dict[str, Any] = {
+        "config": pyint8.Int8Config(experts=experts),
+        "dtype": torch.bfloat16,
+        "progress": False,
+    }
+    found = tensors_of(pyint8.load(deep, device_map, **arguments))
+    assert "all is read again" not in caplog.text
+    monkeypatch.setattr(first_tensors, "guessable", lambda _: [])
+    expected = tensors_of(pyint8.load(deep, device_map, **arguments))
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_int8_forms_of_experts_in_16_bit(deep: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Their experts land in their place, too."""
+    caplog.set_level(logging.INFO)
+    usual = pyint8.load(deep, 0, dtype=torch.bfloat16, progress=False)
+    pyint8.save(usual, tmp_path)
+    found = tensors_of(pyint8.load(tmp_path, 0, progress=False))
+    assert "all is read again" not in caplog.text
+    for name, tensor in tensors_of(usual).items():
+        assert torch.equal(tensor, found[name]), name

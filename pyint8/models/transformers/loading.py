@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -73,8 +73,7 @@ def load_pretrained(
     int8 = Int8Quantizer(request.config or Int8Config())
     int8.validate_environment(**{name: request.arguments.get(name, False) for name in ("from_tf", "from_flax")})
     dtype = int8.update_dtype(request.dtype)
-    guess = Guess(int8.config.experts, dtype if isinstance(dtype, torch.dtype) else None, find_entry_point())
-    preparation.start_head_start(request.device_map, request.budget, guess)
+    preparation.start_head_start(request.device_map, request.budget, _guess_of(int8.config, dtype, request))
     memory = request.budget.per_device
     placement = {
         "device_map": request.device_map,
@@ -83,6 +82,15 @@ def load_pretrained(
         "offload_folder": request.offload_folder,
     }
     return _from_pretrained(model_class, LoadSession(request, preparation, recorder), placement)
+
+
+def _guess_of(config: Int8Config, dtype: Any, request: LoadRequest) -> Guess | None:
+    """What experts will become; None where code may be used that is not transformers' own, and has them otherwise."""
+    has_code = not is_folder(request.base) or any(name.endswith(".py") for name in os.listdir(request.base))
+    if has_code and request.arguments.get("trust_remote_code"):
+        return None
+    found = dtype.get("") if isinstance(dtype, Mapping) else dtype
+    return Guess(config.experts, found if isinstance(found, torch.dtype) else None, find_entry_point())
 
 
 def plan_pretrained(

@@ -95,7 +95,7 @@ class ParameterMaker:
         recorder.expect(sum(request.entry.nbytes for each in wanted.values() for request in each))
         self._streams: dict[torch.device, TensorStream] = {}
         every = itertools.chain.from_iterable(wanted.values())
-        self._transport, early, begun = preparation.take_over(len(self._groups), every)
+        self._transport, early, self._begun = preparation.take_over(len(self._groups), every)
         try:
             if not preparation.reserves_memory and most_bytes is None:
                 _reserve_memory(itertools.chain.from_iterable(wanted.values()))
@@ -109,7 +109,7 @@ class ParameterMaker:
                     self._transport,
                     recorder=recorder,
                     early=mine,
-                    begun=begun,
+                    begun=self._begun.get(device),
                     quantizer=find_entry_point(),
                     most_bytes=most_bytes,
                 )
@@ -129,6 +129,8 @@ class ParameterMaker:
             maker.join()
         for stream in self._streams.values():
             stream.close()
+        for pour in self._begun.values():
+            pour.close()
         self._recorder.add_spans_later(self._transport.spans())
         self._makers.clear()  # breaks a reference cycle
         self._streams.clear()
@@ -246,7 +248,7 @@ class ParameterMaker:
 
     def _parts_of(self, target: Target) -> dict[str, Part]:
         """Where each source of a plain merge lies in the parameter; empty for what must be converted or quantized."""
-        if self._quantizer.pre_quantized or self._quantizer.check_quantized_param(target.name):
+        if target.scales_of or self._quantizer.check_quantized_param(target.name):
             return {}
         return find_parts(target, self._checkpoint, self._destinations[target.name].dtype)
 

@@ -11,7 +11,7 @@ import torch
 from streams import CPU, Spec, write
 
 from pyint8.checkpoint import Checkpoint
-from pyint8.streaming.guesses import Guess, are_right, guess_requests
+from pyint8.streaming.guesses import Guess, are_right, guess_requests, guessable
 from pyint8.streaming.requests import Part, TensorRequest, ToDtype, ToInt8
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -30,7 +30,7 @@ def specs(dtype: str = "BF16", experts: int = 3, names: tuple[str, ...] = tuple(
 
 
 def guessed(checkpoint: Checkpoint, guess: Guess) -> list[TensorRequest]:
-    return guess_requests(checkpoint.values(), CPU, guess).requests
+    return guess_requests(guessable(checkpoint.values()), CPU, guess).requests
 
 
 @pytest.mark.parametrize("names", [("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")])
@@ -52,18 +52,19 @@ def test_each_expert_lands_behind_the_one_before(tmp_path: Path, names: tuple[st
 
 
 @pytest.mark.parametrize(
-    ("guess", "becomes", "nbytes"),
+    ("guess", "becomes"),
     [
-        (Guess(are_int8=True), ToInt8(BF16), 1),
-        (Guess(are_int8=True, dtype=F32), ToInt8(F32), 1),
-        (Guess(are_int8=False), ToDtype(BF16), 2),
-        (Guess(are_int8=False, dtype=F32), ToDtype(F32), 4),
+        (Guess(are_int8=True), ToInt8(BF16)),
+        (Guess(are_int8=True, dtype=F32), ToInt8(F32)),
+        (Guess(are_int8=False), ToDtype(BF16)),
+        (Guess(are_int8=False, dtype=F32), ToDtype(F32)),
     ],
 )
-def test_what_they_become(tmp_path: Path, guess: Guess, becomes: Any, nbytes: int) -> None:
+def test_what_they_become(tmp_path: Path, guess: Guess, becomes: Any) -> None:
     checkpoint = write(tmp_path / "x", specs())
-    assert {request.becomes for request in guessed(checkpoint, guess)} == {becomes}
-    assert guess.nbytes(checkpoint.values()) == nbytes * sum(entry.numel for entry in checkpoint.values())
+    requests = guessed(checkpoint, guess)
+    assert {request.becomes for request in requests} == {becomes}
+    assert guess.nbytes(request.entry for request in requests) == sum(request.final_bytes for request in requests)
 
 
 def one_expert_less(found: dict[str, Spec]) -> None:
@@ -149,8 +150,37 @@ def other_place(request: TensorRequest) -> TensorRequest:
 )
 def test_one_that_is_wrong_makes_all_wrong(tmp_path: Path, change: Any) -> None:
     requests = guessed(write(tmp_path / "x", specs()), Guess(are_int8=True))
-    renamed = [request._replace(part=request.part and request.part._replace(name="x")) for request in requests]
-    other = TensorRequest(requests[0].entry, CPU, becomes=ToDtype(BF16))
+    renamed = [named_otherwise(request) for request in requests]
+    other = TensorRequest(replace(requests[0].entry, name="other"), CPU, becomes=ToDtype(BF16))
     assert are_right(requests, [other, *renamed])
     assert not are_right(requests, renamed[:-1])
     assert not are_right(requests, [*renamed[:5], change(renamed[5]), *renamed[6:]])
+
+
+def named_otherwise(request: TensorRequest) -> TensorRequest:
+    """As the model calls its parameters."""
+    assert request.part is not None
+    return request._replace(part=request.part._replace(name=f"model's {request.part.name}"))
+
+
+def test_parts_that_are_exchanged_between_parameters_are_wrong(tmp_path: Path) -> None:
+    requests = guessed(write(tmp_path / "x", specs()), Guess(are_int8=True))
+    wanted = [named_otherwise(request) for request in requests]
+    assert wanted[0].part and wanted[9].part  # noqa: PT018  # of the first layer, and of the second
+    names = wanted[0].part.name, wanted[9].part.name
+    wanted[0] = wanted[0]._replace(part=wanted[0].part._replace(name=names[1]))
+    wanted[9] = wanted[9]._replace(part=wanted[9].part._replace(name=names[0]))
+    assert not are_right(requests, wanted)
+
+
+def test_what_is_wanted_twice_is_wrong(tmp_path: Path) -> None:
+    requests = guessed(write(tmp_path / "x", specs()), Guess(are_int8=True))
+    assert are_right(requests, requests)
+    assert not are_right(requests, [*requests, requests[3]])
+    assert not are_right(requests, [requests[3]._replace(part=None), *requests])
+
+
+def test_two_parameters_in_one_are_wrong(tmp_path: Path) -> None:
+    requests = guessed(write(tmp_path / "x", specs()), Guess(are_int8=True))
+    one = [request._replace(part=request.part and request.part._replace(name="x")) for request in requests]
+    assert not are_right(requests, one)

@@ -15,6 +15,7 @@ from pyint8.errors import ReadError, TruncatedError
 from pyint8.streaming import head_start as head_start_module
 from pyint8.streaming.head_start import FirstTensors, _has_room
 from pyint8.streaming.requests import TensorRequest
+from pyint8.streaming.stream import TensorStream
 from pyint8.streaming.transport import Transport
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -43,7 +44,7 @@ def test_what_was_begun_early_is_taken_over(mixed: Checkpoint, nbytes: int, in_b
 @pytest.mark.usefixtures("every_size_is_worthwhile")
 def test_early_tensors_are_bands_of_no_more_than_the_scratch_has(mixed: Checkpoint) -> None:
     start = head_start([mixed["large"]])
-    with over([TensorRequest(mixed["large"], CPU, in_bands=True)], *start.take()) as stream:
+    with over([TensorRequest(mixed["large"], CPU, in_bands=True)], *start.take()[:2]) as stream:
         sizes = [band.nbytes for _, band in stream.bands("large")]
     assert max(sizes) <= MIB // 8
     assert sum(sizes) == mixed["large"].nbytes
@@ -52,7 +53,7 @@ def test_early_tensors_are_bands_of_no_more_than_the_scratch_has(mixed: Checkpoi
 @pytest.mark.usefixtures("every_size_is_worthwhile")
 def test_an_early_tensor_had_whole_is_the_memory_it_landed_in(mixed: Checkpoint) -> None:
     start = head_start([mixed["large"]])
-    with over([TensorRequest(mixed["large"], CPU, in_bands=True)], *start.take()) as stream:
+    with over([TensorRequest(mixed["large"], CPU, in_bands=True)], *start.take()[:2]) as stream:
         tensor = stream.whole("large")
     assert bytes_of(tensor) == stored(mixed["large"])
     assert tensor.untyped_storage().nbytes() == mixed["large"].nbytes
@@ -61,7 +62,7 @@ def test_an_early_tensor_had_whole_is_the_memory_it_landed_in(mixed: Checkpoint)
 @pytest.mark.usefixtures("every_size_is_worthwhile")
 def test_what_was_begun_early_and_is_not_wanted_is_dropped(mixed: Checkpoint) -> None:
     start = head_start(list(mixed.values()))
-    with over([TensorRequest(mixed["last"], CPU)], *start.take()) as stream:
+    with over([TensorRequest(mixed["last"], CPU)], *start.take()[:2]) as stream:
         assert bytes_of(stream.whole("last")) == stored(mixed["last"])
 
 
@@ -112,8 +113,20 @@ def test_a_file_cut_while_it_is_begun_early_names_the_tensor(tmp_path: Path) -> 
     os.truncate(checkpoint["y"].path, checkpoint["y"].offset + 10)
     entries = unstamped(checkpoint)
     start = head_start(list(entries.values()))
-    with over(requests(entries), *start.take()) as stream, pytest.raises(TruncatedError) as caught:
+    with over(requests(entries), *start.take()[:2]) as stream, pytest.raises(TruncatedError) as caught:
         list(map(stream.whole, checkpoint))
+    assert caught.value.tensor == "y"
+
+
+@pytest.mark.usefixtures("every_size_is_worthwhile")
+def test_so_does_what_nobody_wants(tmp_path: Path) -> None:
+    checkpoint = write(tmp_path / "x.safetensors", {"x": ("U8", (100,)), "y": ("U8", (100_000,))})
+    os.truncate(checkpoint["y"].path, checkpoint["y"].offset + 10)
+    entries = unstamped(checkpoint)
+    transport, early, _ = head_start(list(entries.values())).take()
+    with pytest.raises(TruncatedError) as caught:
+        TensorStream([TensorRequest(entries["x"], CPU)], transport, early=early)
+    transport.close()
     assert caught.value.tensor == "y"
 
 

@@ -137,7 +137,7 @@ def test_an_early_load_whose_caller_comes_at_once(
 def test_without_a_thread_the_caller_uses_the_room_when_it_takes_something(
     begun_load: Callable[[], BegunLoad], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Pump, "start", lambda _: None)
+    monkeypatch.setattr(Pump, "start", lambda *_: None)
     stream, transport, weights = begun_load()
     (pour_of_gpu,) = set(stream._pours.values())
     first, *others = weights
@@ -202,7 +202,7 @@ def test_what_was_half_written_down_is_not_written_down_again(
     begun_load: Callable[[], BegunLoad], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither by the thread, nor by a caller that goes on."""
-    monkeypatch.setattr(Pump, "start", lambda _: None)
+    monkeypatch.setattr(Pump, "start", lambda *_: None)
     stream, transport, weights = begun_load()
     (pour_of_gpu,) = set(stream._pours.values())
     written_down, asked = Pour._written_down, []

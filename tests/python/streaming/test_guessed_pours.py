@@ -1,0 +1,172 @@
+"""Guessed requests of several GPUs, begun by a head start, over the fake driver."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from fake_driver import FakeDriver, driver
+from pours import GPU, OPTIONS, checkpoint_of, pour, random_weight
+
+from pyint8 import StreamOptions, _core
+from pyint8.checkpoint import Checkpoint, Entry
+from pyint8.streaming import guessed_pours
+from pyint8.streaming.guesses import Guess, Guessed, guess_requests
+from pyint8.streaming.head_start import FirstTensors, HeadStart
+from pyint8.streaming.lane import Lane
+from pyint8.streaming.made import Made
+from pyint8.streaming.requests import TensorRequest
+from pyint8.streaming.stream import TensorStream
+
+__all__ = ["driver"]  # a fixture
+
+pytestmark = pytest.mark.skipif(not _core.has_kernels(), reason="a build without kernels")
+
+ONE, OTHER = torch.device("cpu"), torch.device("cpu", 0)  # what torch calls two GPUs of the fake's
+SHAPES = {"w1": (30, 70), "w3": (30, 70), "w2": (70, 30)}
+
+
+@pytest.fixture
+def experts(tmp_path: Path) -> Checkpoint:
+    names = [f"{layer}.experts.{number}.{name}" for layer in range(3) for number in range(9) for name in SHAPES]
+    weights = {
+        f"{name}.weight": random_weight(*SHAPES[name[-2:]], torch.bfloat16, seed) for seed, name in enumerate(names)
+    }
+    return checkpoint_of(tmp_path, weights)
+
+
+def requests_of(experts: Checkpoint, layer: int, device: torch.device, quantizer: int) -> list[TensorRequest]:
+    entries = [entry for name, entry in experts.items() if name.startswith(str(layer))]
+    return guess_requests(entries, device, Guess(are_int8=True, quantizer=quantizer)).requests
+
+
+def head_start(driver: FakeDriver, experts: Checkpoint) -> HeadStart:
+    """Of the first layer on one GPU, and the second on the other."""
+
+    def opener(engine: _core.Engine, device: torch.device, options: StreamOptions) -> Lane:
+        lane = driver.lane(engine, torch.device("cuda", int(device == OTHER)), options)
+        lane.device = device
+        return lane
+
+    start = HeadStart([ONE, OTHER], OPTIONS, gpus=2, opener=opener)
+    guess = Guess(are_int8=True, quantizer=driver.quantizer)
+    start.begin(
+        [
+            FirstTensors(device, guess=partial(guess_requests, list(experts.values())[27 * at :][:27], device, guess))
+            for at, device in enumerate([ONE, OTHER])
+        ]
+    )
+    return start
+
+
+def same(one: Made | None, other: Made | None) -> bool:
+    assert one is not None and other is not None  # noqa: PT018
+    assert one.scales is not None and other.scales is not None  # noqa: PT018
+    return torch.equal(one.tensor, other.tensor) and torch.equal(one.scales, other.scales)
+
+
+@pytest.mark.parametrize("first_asked", [2, 40, 2048])
+def test_each_gpu_makes_its_own(
+    driver: FakeDriver, experts: Checkpoint, first_asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guessed_pours, "_FIRST_ASKED", first_asked)
+    wanted = {
+        device: requests_of(experts, layer, device, driver.quantizer) for layer, device in enumerate([ONE, OTHER])
+    }
+    transport, early, begun = head_start(driver, experts).take([r for each in wanted.values() for r in each])
+    assert set(begun) == {ONE, OTHER}
+    assert early == {}
+    streams = {
+        device: TensorStream(each, transport, early={}, begun=begun[device], quantizer=driver.quantizer)
+        for device, each in wanted.items()
+    }
+    for device, each in wanted.items():
+        made = {request.entry.name: streams[device].made(request.entry.name) for request in each}
+        streams[device].finish()
+        driver.synchronize(int(device == OTHER))
+        alone = pour(driver, [request._replace(device=GPU) for request in each])
+        assert all(same(made[name], alone[name]) for name in alone)
+    transport.close()
+    for stream in streams.values():
+        stream.close()
+
+
+def test_a_guess_that_is_wrong_of_one_gpu_is_wrong(driver: FakeDriver, experts: Checkpoint) -> None:
+    right = requests_of(experts, 0, ONE, driver.quantizer)
+    transport, early, begun = head_start(driver, experts).take(right)
+    assert (early, dict(begun)) == ({}, {})
+    assert transport.stats()["bytes_read"] == 0
+    transport.close()
+
+
+def test_what_nobody_takes_is_given_back(driver: FakeDriver, experts: Checkpoint) -> None:
+    head_start(driver, experts).close()
+
+
+def test_the_caller_goes_on_once_there_is_enough_to_do(
+    driver: FakeDriver, experts: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guessed_pours, "_FIRST_ASKED", 20)
+    asked: list[tuple[int, bool]] = []
+    ask = guessed_pours.Pour.ask
+
+    begun = threading.Event()
+
+    def asking(self: guessed_pours.Pour, count: int) -> None:
+        asked.append((count, begun.is_set()))
+        ask(self, count)
+
+    start = head_start(driver, experts)
+    start._join()
+    monkeypatch.setattr(guessed_pours.Pour, "ask", asking)
+    start._guessed.ask(begun)
+    assert asked == [(10, False), (10, False), (20, True), (20, True), (27, True), (27, True)]
+    start.close()
+
+
+def test_the_caller_does_not_wait_where_nothing_is_guessed(
+    driver: FakeDriver, experts: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = threading.Event()
+    ask = HeadStart._ask_for
+
+    def asking(self: HeadStart, lane: Lane, entries: Sequence[Entry]) -> bool:
+        if entries:
+            released.wait(60)
+        return ask(self, lane, entries)
+
+    def opener(engine: _core.Engine, device: torch.device, options: StreamOptions) -> Lane:
+        return driver.lane(engine, GPU, options)
+
+    monkeypatch.setattr(HeadStart, "_ask_for", asking)
+    monkeypatch.setattr("pyint8.streaming.head_start._WORTHWHILE_BYTES", 1)
+    start = HeadStart([ONE], OPTIONS, opener=opener)
+    start._has_context = True
+    other = FirstTensors(ONE, list(experts.values()), 1 << 30)
+    start.begin([FirstTensors(ONE, guess=lambda: Guessed([], None), otherwise=lambda: other)])
+    released.set()
+    transport, early, begun = start.take()
+    assert (set(early), dict(begun)) == (set(experts), {})
+    transport.close()
+
+
+def test_ctrl_c_while_a_thread_starts(driver: FakeDriver, experts: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs, and nobody may leave before it ends."""
+    start = head_start(driver, experts)
+    start._join()
+    begin = threading.Thread.start
+
+    def interrupted(self: threading.Thread) -> None:
+        begin(self)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            start.begin([])
+    start.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "pyint8 head start"]

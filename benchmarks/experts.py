@@ -59,6 +59,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--part", action="append", choices=_PARTS, help="default: all")
     parser.add_argument("--layers", type=int, help="of the model; default: 48, or what the disk holds")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--spread", action="store_true", help="load onto all GPUs that are visible, instead of one")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/pyint8-benchmarks"), help="for the checkpoint")
     parser.add_argument("--json", type=Path, help="where to write the results")
@@ -237,13 +238,15 @@ def load(parsed: argparse.Namespace) -> dict[str, Any]:
     page_cache.prepare(shards(folder), "hot")
     bus = ceilings.host_to_gpu(pinned=True)
     results: dict[str, Any] = {"bytes": nbytes, "bus_seconds": nbytes / _GB / bus if bus else None}
-    ours = partial(pyint8.load, folder, DEVICE, dtype=torch.bfloat16, progress=False, return_report=True)
+    gpus = torch.cuda.device_count() if parsed.spread else int(ON_GPU)
+    results["gpus"], where = gpus, "balanced" if parsed.spread else DEVICE
+    ours = partial(pyint8.load, folder, where, dtype=torch.bfloat16, progress=False, return_report=True)
     for what, config in (("int8 experts", pyint8.Int8Config(experts=True)), ("16-bit experts", None)):
         seconds = []
         for _ in range(parsed.runs):
             model, report = ours(config=config)
             seconds.append(report.total_seconds)
-            final = torch.cuda.memory_allocated() if ON_GPU else None
+            final = {f"cuda:{gpu}": torch.cuda.memory_allocated(gpu) for gpu in range(gpus)}
             del model
             _tidy()
         results[what] = {

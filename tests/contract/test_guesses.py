@@ -93,11 +93,11 @@ def load(folder: Path, nothing_left: None, driver: FakeDriver, monkeypatch: pyte
         monkeypatch.setattr(user, "find_entry_point", lambda: driver.quantizer)
     options = StreamOptions(threads=2, slot_bytes=8192, device_scratch=1 << 20)
 
-    def loaded(folder: Path, *, experts: bool | None, **arguments: Any) -> Any:
+    def loaded(folder: Path, *, experts: bool | None, skip_modules: Any = None, **arguments: Any) -> Any:
         nonlocal only_gpu
         only_gpu = experts is not None  # int8 forms have a byte for the host with each weight
-        config = None if experts is None else pyint8.Int8Config(experts=experts, **arguments)
-        arguments = {"dtype": "auto", "progress": False, "options": options}
+        config = None if experts is None else pyint8.Int8Config(experts=experts, skip_modules=skip_modules)
+        arguments = {"dtype": "auto", "progress": False, "options": options, **arguments}
         model = pyint8.load(folder, {"": "cpu"}, config=config, **arguments)
         driver.synchronize(0)
         opened.clear()
@@ -280,6 +280,23 @@ def test_without_room_or_threads_it_is_as_before(
     assert state(load(folder, experts=True)) == expected
     assert len(begun) == 1
     assert (asked != []) == has_threads
+    assert LOST not in caplog.text
+
+
+@pytest.mark.parametrize("has_code", [True, False])
+def test_code_beside_the_weights_is_not_guessed(load: Load, copy_of: Any, has_code: bool, begun: list[int]) -> None:
+    """It may have its experts otherwise."""
+    folder = copy_of("mixtral", "bf16")
+    if has_code:
+        (folder / "modeling_own.py").write_text("")
+    load(folder, experts=True, trust_remote_code=True)
+    assert len(begun) == (0 if has_code else 1)
+
+
+def test_a_dtype_in_a_dict(load: Load, folder: Path, begun: list[int], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    load(folder, experts=False, dtype={"": torch.float16})
+    assert len(begun) == 1
     assert LOST not in caplog.text
 
 

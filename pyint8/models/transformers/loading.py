@@ -86,9 +86,10 @@ def load_pretrained(
 
 def _guess_of(config: Int8Config, dtype: Any, request: LoadRequest) -> Guess | None:
     """What experts will become; None where code may be used that is not transformers' own, and has them otherwise."""
-    has_code = not is_folder(request.base) or any(name.endswith(".py") for name in os.listdir(request.base))
-    if has_code and request.arguments.get("trust_remote_code"):
-        return None
+    if request.arguments.get("trust_remote_code"):
+        is_here = is_folder(request.base)
+        if not is_here or any(name.endswith(".py") for name in os.listdir(request.base)):
+            return None
     found = dtype.get("") if isinstance(dtype, Mapping) else dtype
     return Guess(config.experts, found if isinstance(found, torch.dtype) else None, find_entry_point())
 

@@ -59,7 +59,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--part", action="append", choices=_PARTS, help="default: all")
     parser.add_argument("--layers", type=int, help="of the model; default: 48, or what the disk holds")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--spread", action="store_true", help="load onto all GPUs that are visible, instead of one")
+    parser.add_argument(
+        "--spread", dest="where", action="store_const", const="balanced", default=DEVICE, help="load onto all GPUs"
+    )
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/pyint8-benchmarks"), help="for the checkpoint")
     parser.add_argument("--json", type=Path, help="where to write the results")
@@ -206,15 +208,11 @@ def forward(parsed: argparse.Namespace) -> dict[str, Any]:
             found["ratio"] = found["int8"] / best
             found["errors"] = errors(theirs, ours, inputs[0])
             results[name]["tokens"][tokens] = found
-            print(
-                f"{name}, {tokens} tokens: {best:.0f} us in 16 bit, {found['int8']:.0f} in int8, {found['ratio']:.2f}"
-            )
+            said = f"{best:.0f} us in 16 bit, {found['int8']:.0f} in int8, {found['ratio']:.2f}"
+            print(f"{name}, {tokens} tokens: {said}")
         del theirs, ours
         _tidy()
     return results
-
-
-# --- a model ----------------------------------------------------------------------------------------------------------
 
 
 def checkpoint(parsed: argparse.Namespace) -> Path:
@@ -238,9 +236,8 @@ def load(parsed: argparse.Namespace) -> dict[str, Any]:
     page_cache.prepare(shards(folder), "hot")
     bus = ceilings.host_to_gpu(pinned=True)
     results: dict[str, Any] = {"bytes": nbytes, "bus_seconds": nbytes / _GB / bus if bus else None}
-    gpus = torch.cuda.device_count() if parsed.spread else int(ON_GPU)
-    results["gpus"], where = gpus, "balanced" if parsed.spread else DEVICE
-    ours = partial(pyint8.load, folder, where, dtype=torch.bfloat16, progress=False, return_report=True)
+    results["gpus"] = gpus = torch.cuda.device_count() if parsed.where == "balanced" else int(ON_GPU)
+    ours = partial(pyint8.load, folder, parsed.where, dtype=torch.bfloat16, progress=False, return_report=True)
     for what, config in (("int8 experts", pyint8.Int8Config(experts=True)), ("16-bit experts", None)):
         seconds = []
         for _ in range(parsed.runs):

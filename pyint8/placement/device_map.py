@@ -95,8 +95,8 @@ def landing_device(device: Any) -> torch.device:
     """Where a tensor is loaded to: its device, the current GPU if that says none, or the CPU for what accelerate will
     offload to the disk."""
     found = torch.device("cpu" if device == "disk" else device)
-    if str(found) == "cuda" and torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
+    if str(found) == "cuda":
+        return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
     return found
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,10 +57,8 @@ class GuessedPours:
             return False
         self.by_device[lane.device] = pour
         lane.leave_scratch(_EIGHTHS)
-        try:
+        with self._noting_failure():
             pour.allocate()
-        except torch.OutOfMemoryError:  # the load itself may get by with less at a time
-            self._has_failed = True
         return True
 
     def ask(self, begun: threading.Event) -> None:
@@ -68,8 +67,19 @@ class GuessedPours:
         most = max((len(pour.requests) for pour in self.by_device.values()), default=0)
         for count in range(at_once, most + at_once, at_once):
             for pour in self.by_device.values():
-                pour.ask(min(count, len(pour.requests)))
+                if self._has_failed:
+                    return
+                with self._noting_failure():
+                    pour.ask(min(count, len(pour.requests)))
             begun.set()
+
+    @contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        """What cannot be done is left to the load itself, which may get by with less at a time."""
+        try:
+            yield
+        except (DeviceError, torch.OutOfMemoryError):
+            self._has_failed = True
 
     def are_right(self, wanted: Iterable[TensorRequest]) -> bool:
         """Whether all of it is what a plan asks for."""

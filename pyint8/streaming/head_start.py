@@ -125,7 +125,8 @@ class HeadStart:
         self.reserves = False
         self._has_context = torch.cuda.is_initialized()
         self._as_caller = as_caller(devices if self._has_context else ())
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
+        self._is_closed = False
         self._start(lambda: list(map(self._open, devices)))
 
     def begin(self, parts: Sequence[FirstTensors]) -> None:
@@ -141,13 +142,13 @@ class HeadStart:
 
     def _start(self, work: Callable[[], object], ended: threading.Event | None = None) -> bool:
         """Has a thread do `work`, behind what was begun before; `ended` is set at the end. False without a thread."""
-        before = self._thread
+        before = self._threads[-1] if self._threads else None
         thread = threading.Thread(target=self._run, args=(work, before, ended), name="pyint8 head start")
-        self._thread = thread  # first: Ctrl-C may come once it runs
+        self._threads.append(thread)  # first: Ctrl-C may come once it runs
         try:
             thread.start()
         except RuntimeError:  # no more threads: the load then asks for everything itself
-            self._thread = before
+            self._threads.pop()
             return False
         return True
 
@@ -182,6 +183,7 @@ class HeadStart:
 
     def close(self) -> None:
         """Discards everything, unless a load has taken it. Idempotent."""
+        self._is_closed = True
         self._join()
         self._error = None  # breaks a reference cycle
         if self._taken:
@@ -189,14 +191,15 @@ class HeadStart:
         self._discard()
 
     def _join(self) -> None:
-        if self._thread is not None and self._thread.ident is not None:  # Ctrl-C may have kept it from starting
-            self._thread.join()
+        for thread in self._threads:
+            if thread.ident is not None:  # Ctrl-C may have kept it from starting
+                thread.join()
 
     def _run(self, work: Callable[[], object], before: threading.Thread | None, ended: threading.Event | None) -> None:
         try:
             if before is not None:
                 before.join()
-            if self._error is None:
+            if self._error is None and not self._is_closed:
                 with self._as_caller():
                     work()
         except BaseException as error:  # for whoever takes it
@@ -218,11 +221,11 @@ class HeadStart:
             lane = self._transport.lane(part.device)
             if lane.device != part.device or not (part.entries or part.guess):
                 continue
-            has_room = _has_room(part)
+            has_room = _has_room(part, lane)
             if not has_room and part.otherwise is not None:
                 begun.set()
                 part = part.otherwise()
-                has_room = _has_room(part)
+                has_room = _has_room(part, lane)
             entries: list[Entry] = []
             if has_room:
                 self.reserves = part.reserved > 0
@@ -291,11 +294,12 @@ def _allocated(lane: Lane, entries: Sequence[Entry]) -> list[tuple[Entry, torch.
     return wanted
 
 
-def _has_room(part: FirstTensors) -> bool:
+def _has_room(part: FirstTensors, lane: Lane) -> bool:
     """Whether the device's memory is enough, and torch's allocator has, or was given, what is to be reserved."""
     if part.device.type != "cuda":
         return True
     held = torch.cuda.memory_reserved(part.device) - torch.cuda.memory_allocated(part.device)
-    if torch.cuda.mem_get_info(part.device)[0] + held < part.if_free:
+    scratch = lane.scratch_bytes if part.if_free and part.guess else 0  # is taken at once
+    if torch.cuda.mem_get_info(part.device)[0] + held < part.if_free + scratch:
         return False
     return reserve_memory(part.device, part.reserved)

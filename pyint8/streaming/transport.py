@@ -156,7 +156,12 @@ class Transport:
         half = torch.empty(transposed, dtype=torch.float16, device=lane.device)
         self.keep(scratch)
         self.keep(half)
-        return self.make_consumer(lane, scratch, half, quantizer)
+        try:
+            return self.make_consumer(lane, scratch, half, quantizer)
+        except BaseException:
+            self.let_go(scratch)
+            self.let_go(half)
+            raise
 
     def make_consumer(
         self, lane: Lane, scratch: torch.Tensor, half: torch.Tensor, quantizer: int, share: _core.Share | None = None

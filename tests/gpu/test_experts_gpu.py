@@ -9,6 +9,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+from guessing import LOST, begun
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from zoo import ZOO, CheckpointStore, randomise
@@ -19,6 +20,8 @@ from pyint8.quantizer.experts import linear as plain
 from pyint8.quantizer.experts.modules import Int8Experts, make_int8
 from pyint8.quantizer.experts.names import WEIGHTS
 from pyint8.streaming import first_tensors
+
+__all__ = ["begun"]  # a fixture
 
 kernels: Any = pytest.importorskip("pyint8.quantizer.experts.kernels", exc_type=ImportError)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -232,7 +235,12 @@ def tensors_of(model: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("experts", [True, False])
 @pytest.mark.parametrize("device_map", [0, "balanced"], ids=str)
 def test_experts_land_in_their_place(
-    deep: Path, experts: bool, device_map: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    deep: Path,
+    experts: bool,
+    device_map: Any,
+    begun: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Before there is a plan, or as it says: the same."""
     caplog.set_level(logging.INFO)
@@ -242,7 +250,8 @@ def test_experts_land_in_their_place(
         "progress": False,
     }
     found = tensors_of(pyint8.load(deep, device_map, **arguments))
-    assert "all is read again" not in caplog.text
+    assert len(begun) == (1 if device_map == 0 else torch.cuda.device_count())
+    assert LOST not in caplog.text
     monkeypatch.setattr(first_tensors, "guessable", lambda _: [])
     expected = tensors_of(pyint8.load(deep, device_map, **arguments))
     assert found.keys() == expected.keys()
@@ -250,12 +259,15 @@ def test_experts_land_in_their_place(
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_int8_forms_of_experts_in_16_bit(deep: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_int8_forms_of_experts_in_16_bit(
+    deep: Path, tmp_path: Path, begun: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
     """Their experts land in their place, too."""
     caplog.set_level(logging.INFO)
     usual = pyint8.load(deep, 0, dtype=torch.bfloat16, progress=False)
     pyint8.save(usual, tmp_path)
     found = tensors_of(pyint8.load(tmp_path, 0, progress=False))
-    assert "all is read again" not in caplog.text
+    assert len(begun) == 2  # of the first load, too
+    assert LOST not in caplog.text
     for name, tensor in tensors_of(usual).items():
         assert torch.equal(tensor, found[name]), name

@@ -131,6 +131,7 @@ class ParameterMaker:
             stream.close()
         for pour in self._begun.values():
             pour.close()
+        self._begun = {}
         self._recorder.add_spans_later(self._transport.spans())
         self._makers.clear()  # breaks a reference cycle
         self._streams.clear()

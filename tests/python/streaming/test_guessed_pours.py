@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -14,13 +17,17 @@ from pours import GPU, OPTIONS, checkpoint_of, pour, random_weight
 
 from pyint8 import StreamOptions, _core
 from pyint8.checkpoint import Checkpoint, Entry
+from pyint8.errors import DeviceError
 from pyint8.streaming import guessed_pours
+from pyint8.streaming import head_start as head_start_module
 from pyint8.streaming.guesses import Guess, Guessed, guess_requests
 from pyint8.streaming.head_start import FirstTensors, HeadStart
 from pyint8.streaming.lane import Lane
 from pyint8.streaming.made import Made
+from pyint8.streaming.pour import Pour
 from pyint8.streaming.requests import TensorRequest
 from pyint8.streaming.stream import TensorStream
+from pyint8.streaming.transport import Transport
 
 __all__ = ["driver"]  # a fixture
 
@@ -128,45 +135,107 @@ def test_the_caller_goes_on_once_there_is_enough_to_do(
     start.close()
 
 
+@pytest.mark.parametrize("has_room", [True, False])
 def test_the_caller_does_not_wait_where_nothing_is_guessed(
-    driver: FakeDriver, experts: Checkpoint, monkeypatch: pytest.MonkeyPatch
+    driver: FakeDriver, experts: Checkpoint, has_room: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     released = threading.Event()
-    ask = HeadStart._ask_for
+    ask, waited = HeadStart._ask_for, []
 
     def asking(self: HeadStart, lane: Lane, entries: Sequence[Entry]) -> bool:
         if entries:
-            released.wait(60)
+            waited.append(released.wait(60))
         return ask(self, lane, entries)
 
     def opener(engine: _core.Engine, device: torch.device, options: StreamOptions) -> Lane:
         return driver.lane(engine, GPU, options)
 
     monkeypatch.setattr(HeadStart, "_ask_for", asking)
-    monkeypatch.setattr("pyint8.streaming.head_start._WORTHWHILE_BYTES", 1)
+    monkeypatch.setattr(head_start_module, "_WORTHWHILE_BYTES", 1)
+    monkeypatch.setattr(head_start_module, "_has_room", lambda part, _: has_room or part.guess is None)
     start = HeadStart([ONE], OPTIONS, opener=opener)
     start._has_context = True
     other = FirstTensors(ONE, list(experts.values()), 1 << 30)
     start.begin([FirstTensors(ONE, guess=lambda: Guessed([], None), otherwise=lambda: other)])
     released.set()
     transport, early, begun = start.take()
+    assert all(waited)
     assert (set(early), dict(begun)) == (set(experts), {})
     transport.close()
 
 
-def test_ctrl_c_while_a_thread_starts(driver: FakeDriver, experts: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It runs, and nobody may leave before it ends."""
+@pytest.mark.parametrize("has_begun", [True, False])
+def test_ctrl_c_while_a_thread_starts(
+    driver: FakeDriver, experts: Checkpoint, has_begun: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody may leave before those that run have ended."""
+    released, is_at_work, done = threading.Event(), threading.Event(), []
     start = head_start(driver, experts)
-    start._join()
+
+    def work() -> None:
+        is_at_work.set()
+        done.append(released.wait(60))
+
+    start._start(work)
+    is_at_work.wait(60)
     begin = threading.Thread.start
 
     def interrupted(self: threading.Thread) -> None:
-        begin(self)
+        if has_begun:
+            begin(self)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            start.begin([])
+            start._start(lambda: done.append(False))
+    threading.Timer(0.2, released.set).start()
     start.close()
+    assert done == [True]  # what had not begun does not any more
     assert not [thread for thread in threading.enumerate() if thread.name == "pyint8 head start"]
+
+
+def test_scratch_is_left_to_guessed_requests(
+    driver: FakeDriver, experts: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = HeadStart([ONE], OPTIONS, opener=lambda engine, _, options: driver.lane(engine, GPU, options))
+    transport = start.take().transport
+    lane = transport.lane(ONE)
+    guessed = Guessed(requests_of(experts, 0, ONE, driver.quantizer), driver.quantizer)
+    pours = guessed_pours.GuessedPours(transport)
+
+    def refused(*_: object) -> _core.Consumer:
+        raise DeviceError("no kernels for this GPU")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Transport, "make_consumer", refused)
+        assert not pours.open(lane, guessed)
+    with monkeypatch.context() as patch:
+        patch.setattr(_core, "has_kernels", lambda: False)
+        assert not pours.open(lane, guessed)
+    assert lane.scratch_bytes == OPTIONS.device_scratch
+    assert not transport._in_use
+    assert pours.open(lane, guessed)
+    assert lane.scratch_bytes == OPTIONS.device_scratch // 4
+    assert sum(memory.nbytes for memory in transport._in_use.values()) >= OPTIONS.device_scratch // 4 * 3
+    transport.close()
+    pours.close()
+
+
+def test_a_pour_that_cannot_begin_is_given_back_at_once(
+    driver: FakeDriver, experts: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Pour]] = []
+
+    def failing(self: Pour, _: int) -> None:
+        made.append(weakref.ref(self))
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Pour, "_written_down", failing)
+    requests = [request._replace(device=GPU) for request in requests_of(experts, 0, ONE, driver.quantizer)]
+    gc.collect()
+    gc.disable()
+    with suppress(torch.OutOfMemoryError):
+        pour(driver, requests)
+    gc.enable()
+    assert [each() for each in made] == [None]

@@ -2,11 +2,12 @@
 
 python -m benchmarks.kept                                     # the 8B on a GPU
 python -m benchmarks.kept --checkpoint llama-8b --json out.json
+python -m benchmarks.kept --cold 4 --json out.json            # and cold loads of both forms, which takes a while
 python -m benchmarks.kept --smoke                             # a small model, on the CPU: that it runs
 
 Later loads of the 16-bit checkpoint, plain, with a timeline and with a cache to fill; `convert`; later loads of what it
-wrote; `reload` of the 16-bit checkpoint into a model. All hot, beside the bus. The cache is filled behind a load, by a
-thread whose time is given for itself.
+wrote; `reload` of the 16-bit checkpoint into a model. All hot but for cold loads, beside the bus. The cache is filled
+behind a load, by a thread whose time is given for itself.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--checkpoint", choices=NAMES, default="llama-8b" if ON_GPU else "llama-1b")
     parser.add_argument("--runs", type=int, default=5, help="of each; default 5")
     parser.add_argument("--fills", type=int, default=2, help="of the cache; default 2")
+    parser.add_argument("--cold", type=int, default=0, help="cold loads of both forms, by turns; default none")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/pyint8-benchmarks"), help="for the checkpoints")
     parser.add_argument("--json", type=Path, help="where to write the results")
     parser.add_argument("--smoke", action="store_true", help="that it runs")
@@ -99,6 +101,10 @@ def measure(parsed: argparse.Namespace) -> dict[str, Any]:
         seconds.setdefault("load with a cache to fill", []).append(timed(lambda: load(source, cache)))
         seconds.setdefault("the cache filled behind it", []).append(timed(fill_behind))
     forms = {"16 bit": source, "int8": target}
+    for number in range(parsed.cold):
+        for what in sorted(forms, reverse=bool(number % 2)):  # a disk gives more or less from one minute to the next
+            page_cache.prepare(shards(forms[what]), "cold")
+            seconds.setdefault(f"cold, {what}", []).append(timed(lambda what=what: load(forms[what])))
     nbytes = {what: sum(path.stat().st_size for path in shards(folder)) for what, folder in forms.items()}
     for folder in (target, cache):
         shutil.rmtree(folder, ignore_errors=True)

@@ -13,7 +13,9 @@ from streams import CPU, MIB, bytes_of, head_start, over, requests, stored, unst
 from pyint8.checkpoint import Checkpoint
 from pyint8.errors import ReadError, TruncatedError
 from pyint8.streaming import head_start as head_start_module
+from pyint8.streaming.guesses import Guessed
 from pyint8.streaming.head_start import FirstTensors, _has_room
+from pyint8.streaming.lane import Lane
 from pyint8.streaming.requests import TensorRequest
 from pyint8.streaming.stream import TensorStream
 from pyint8.streaming.transport import Transport
@@ -160,9 +162,11 @@ def test_a_head_start_ends_where_the_device_is_full(mixed: Checkpoint, monkeypat
         (120, 0, False, False, [60]),
     ],
 )
+@pytest.mark.parametrize("scratch", [0, 50])
 def test_a_head_start_needs_room(
-    free: int, held: int, gives: bool, has_room: bool, asked: list[int], monkeypatch: pytest.MonkeyPatch
+    free: int, held: int, gives: bool, has_room: bool, asked: list[int], scratch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And scratch beside it for what is guessed, which is taken before a map is planned."""
     allocated: list[int] = []
 
     def empty(size: int, **_: Any) -> None:
@@ -173,7 +177,10 @@ def test_a_head_start_needs_room(
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "memory_reserved", lambda _: 1000 + held)
         patch.setattr(torch.cuda, "memory_allocated", lambda _: 1000)
-        patch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 1 << 30))
+        patch.setattr(torch.cuda, "mem_get_info", lambda _: (free + scratch, 1 << 30))
         patch.setattr(torch, "empty", empty)
-        assert _has_room(FirstTensors(torch.device("cuda"), reserved=60, if_free=100)) is has_room
+        gpu = torch.device("cuda")
+        guess = (lambda: Guessed([], None)) if scratch else None
+        part = FirstTensors(gpu, reserved=60, if_free=100, guess=guess)
+        assert _has_room(part, Lane(gpu, 0, 0, scratch_bytes=50)) is has_room
     assert allocated == asked

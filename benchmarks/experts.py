@@ -73,9 +73,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parsed
 
 
-# --- one layer --------------------------------------------------------------------------------------------------------
-
-
 def layers(shape: Shape) -> tuple[Any, Any]:
     """transformers' own module of experts in bf16, with random weights, and the same in int8."""
     import bitsandbytes as bnb
@@ -208,8 +205,9 @@ def forward(parsed: argparse.Namespace) -> dict[str, Any]:
             found["ratio"] = found["int8"] / best
             found["errors"] = errors(theirs, ours, inputs[0])
             results[name]["tokens"][tokens] = found
-            said = f"{best:.0f} us in 16 bit, {found['int8']:.0f} in int8, {found['ratio']:.2f}"
-            print(f"{name}, {tokens} tokens: {said}")
+            print(
+                f"{name}, {tokens} tokens: {best:.0f} us in 16 bit, {found['int8']:.0f} in int8, {found['ratio']:.2f}"
+            )
         del theirs, ours
         _tidy()
     return results

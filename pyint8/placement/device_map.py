@@ -95,9 +95,12 @@ def landing_device(device: Any) -> torch.device:
     """Where a tensor is loaded to: its device, the current GPU if that says none, or the CPU for what accelerate will
     offload to the disk."""
     found = torch.device("cpu" if device == "disk" else device)
-    if str(found) == "cuda":
-        return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
-    return found
+    return current_gpu() if str(found) == "cuda" else found
+
+
+def current_gpu() -> torch.device:
+    """torch's current CUDA device, which is the first one where nothing has used a GPU; makes no context there."""
+    return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
 
 
 def check_entries(model: nn.Module, device_map: DeviceMap, *, are_all: bool) -> None:

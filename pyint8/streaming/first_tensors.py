@@ -13,7 +13,7 @@ import torch
 
 from pyint8.checkpoint import DTYPES, FLOATS
 from pyint8.host.processes import processes
-from pyint8.placement.device_map import is_planned
+from pyint8.placement.device_map import current_gpu, is_planned
 from pyint8.placement.even import USED, even_parts, even_share
 from pyint8.streaming.guesses import EXPERTS, Guess, guess_requests, guessable
 from pyint8.streaming.head_start import FirstTensors, HeadStart
@@ -235,7 +235,7 @@ def first_gpu(device_map: Any) -> tuple[torch.device, bool] | None:
     """A CUDA device that tensors certainly go to under this map, and whether all of them do; None if there is none."""
     if not torch.cuda.is_available():
         return None
-    current = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
+    current = current_gpu()
     if device_map is None:  # torch's default device if that is a GPU (source: transformers, as for the next rule)
         default = torch.get_default_device()
         return (default if default.type == "cuda" and default.index is not None else current), True

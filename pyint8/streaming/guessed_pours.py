@@ -56,7 +56,7 @@ class GuessedPours:
         except (DeviceError, torch.OutOfMemoryError):  # no kernels for this GPU; the load itself says it
             return False
         self.by_device[lane.device] = pour
-        lane.leave_scratch(_EIGHTHS)
+        lane.leave_scratch(scratch_bytes)
         with self._noting_failure():
             pour.allocate()
         return True

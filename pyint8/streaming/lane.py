@@ -50,12 +50,10 @@ class Lane:
         # The rest holds the band being quantized: its fp16 form and its codes.
         self.ring = ScratchRing(self.scratch_bytes * (_BANDS_IN_SCRATCH - 2) // _BANDS_IN_SCRATCH)
 
-    def leave_scratch(self, eighths: int = 4) -> int:
-        """Leaves a part of scratch, none of which is in use, to somebody else, who may take so many bytes."""
-        left = self.scratch_bytes // 8 * eighths
-        self.scratch_bytes -= left
+    def leave_scratch(self, nbytes: int) -> None:
+        """Leaves so much of scratch, none of which is in use, to somebody else."""
+        self.scratch_bytes -= nbytes
         self.__post_init__()
-        return left
 
     @property
     def band_bytes(self) -> int:

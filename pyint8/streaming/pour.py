@@ -70,7 +70,7 @@ class Pour:
         self._error: BaseException | None = None  # of requests that were begun to be written down
         self._transport = transport
         self._lane = lane
-        self.requests = self._requests = requests
+        self.requests = requests
         self._tickets = {request.entry.name: ticket for ticket, request in enumerate(requests)}
         self._recorder = recorder
         self._early = early
@@ -100,7 +100,7 @@ class Pour:
         """Takes memory for all larger tensors at once, where there is room: each time the interpreter's lock is let go,
         and a thread gets it back late (docs/performance.md, "The interpreter's lock")."""
         with self._lock:
-            for request in first_parts(self._requests):
+            for request in first_parts(self.requests):
                 if request.part is not None and request.part.name not in self._wholes:
                     self._allocate(request)
 
@@ -112,7 +112,7 @@ class Pour:
     def start(self) -> None:
         """Asks for all that there is room for. From now on what early tensors leave is used at once, and `close` must
         follow. Idempotent for who has none."""
-        self.ask(len(self._requests))
+        self.ask(len(self.requests))
         if self._early and not self._is_bounded:
             self._pump.start(self._go_on)
 
@@ -132,10 +132,10 @@ class Pour:
 
     def has_part(self, name: str) -> bool:
         """Whether the values of an entry are a part of a larger tensor."""
-        return self._requests[self._tickets[name]].part is not None
+        return self.requests[self._tickets[name]].part is not None
 
     def entry(self, name: str) -> Entry:
-        return self._requests[self._tickets[name]].entry
+        return self.requests[self._tickets[name]].entry
 
     def take(self, name: str) -> Made:
         """What comes of an entry, each once; its values are there once it was waited for, at the latest by `finish`."""
@@ -164,21 +164,21 @@ class Pour:
         """Makes room for other results: what came of an entry was taken and waited for, and is of no more use."""
         ticket = self._tickets[name]
         with self._guarded():
-            request, made = self._requests[ticket], self._taken.pop(ticket)
+            request, made = self.requests[ticket], self._taken.pop(ticket)
             for memory in (made.tensor, made.scales):
                 if memory is not None:
                     self._transport.let_go(memory)
             if request.part is not None:
                 self._wholes.pop(request.part.name, None)
             self._made_bytes -= request.final_bytes
-            self._fill(len(self._requests))
+            self._fill(len(self.requests))
 
     def finish(self) -> None:
         """Waits until that is so for all entries."""
         with self._guarded():
-            while self._ready < len(self._requests):
+            while self._ready < len(self.requests):
                 self._submit(max(self._submitted, self._ready + 1))
-                is_all = self._submitted == len(self._requests)
+                is_all = self._submitted == len(self.requests)
                 self._wait(min(self._ready + self._stride, self._submitted) - 1 if is_all else self._ready)
             self._check()
 
@@ -203,13 +203,13 @@ class Pour:
     def _note(self, ready: int) -> None:
         """Notes how many requests are served; asks for more, where there is room."""
         before, self._ready = self._ready, max(self._ready, ready)
-        landed = self._requests[before : self._ready]
+        landed = self.requests[before : self._ready]
         self._recorder.landed(sum(request.entry.nbytes for request in landed))
         for request in landed if self._early else ():
             if request.entry.name in self._early:
                 self._early_bytes -= request.entry.nbytes
                 del self._early[request.entry.name]  # its memory, before more is taken
-        self._fill(len(self._requests))
+        self._fill(len(self.requests))
 
     def close(self) -> None:
         """Gives destinations back that nobody took; the transport is closed already, which ended waits. Idempotent."""
@@ -225,8 +225,8 @@ class Pour:
         end = self._submitted
         nbytes = self._made_bytes
         begun: set[str] = set()
-        while end < min(until, len(self._requests)):
-            needed = self._allocated_bytes(self._requests[end], begun)
+        while end < min(until, len(self.requests)):
+            needed = self._allocated_bytes(self.requests[end], begun)
             nbytes += needed
             is_too_much = needed > 0 and nbytes + self._early_bytes > self._budget
             if is_too_much and (end > self._ready or self._holds_all):
@@ -262,7 +262,7 @@ class Pour:
 
     def _written_down(self, ticket: int) -> _core.RequestTuple:
         """A request as the extension takes it; allocates what it makes, unless that is part of what is there."""
-        request = self._requests[ticket]
+        request = self.requests[ticket]
         entry, becomes, part = request.entry, request.becomes, request.part
         place = None if part is None else self._wholes.get(part.name)
         if place is None:

@@ -88,7 +88,10 @@ def open_pours(
         groups = {lane: group for lane, group in whole.items() if group}
     for lane, group in groups.items():
         mine = {r.entry.name: early[r.entry.name] for r in group if _comes_early(r, lane, early)}
-        scratch_bytes = lane.leave_scratch() if lane in others else lane.scratch_bytes
+        scratch_bytes = lane.scratch_bytes
+        if lane in others:
+            scratch_bytes //= 2
+            lane.leave_scratch(scratch_bytes)
         try:
             pour = _asking(Pour(transport, lane, group, quantizer or 0, scratch_bytes, mine, recorder, most_bytes))
         except DeviceError as error:

@@ -75,7 +75,8 @@ class TensorStream:
                 continue
             self._chunks[name] = self._take_over(request, early) or cut(request, self._lane(request.device))
         transport.discard(early)
-        self._pending, self._cursor = gather_batches(self._chunks), 0
+        self._pending = gather_batches(self._chunks)
+        self._cursor = 0
         self._fill_window()
         try:
             for pour in dict.fromkeys(self._pours.values()):
@@ -135,13 +136,15 @@ class TensorStream:
     def wait(self, names: Iterable[str]) -> None:
         """Waits for the values of what was `made` of entries, so that they are ordered before the lanes' streams."""
         with self._naming_tensors():
-            for name in filter(self._pours.__contains__, names):
-                self._pours[name].wait(name)
+            for name in names:
+                if name in self._pours:
+                    self._pours[name].wait(name)
 
     def release(self, names: Iterable[str]) -> None:
         """Makes room for what is still to be made, where that is bounded: these were waited for, and are used up."""
-        for name in filter(self._pours.__contains__, names):
-            self._pours[name].release(name)
+        for name in names:
+            if name in self._pours:
+                self._pours[name].release(name)
 
     def later(self, name: str) -> torch.Tensor:
         """As `whole`, but the values may come later; after `finish` they are there."""

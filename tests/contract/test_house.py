@@ -21,6 +21,8 @@ MOST_LINES = 320
 MOST_PARAMETERS = 8
 MANY_PARAMETERS = {"pyint8/operations/load.py:load", "pyint8/operations/convert.py:convert"}
 """What users call, with keywords."""
+KERNELS = {"triton.jit", "gluon.jit"}
+"""A GPU's, which take no structures."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -81,7 +83,7 @@ def too_many_parameters(text: str, module: str) -> list[str]:
     found = {
         f"{module}:{name}": parameters(function)
         for name, function in functions(ast.parse(text))
-        if "triton.jit" not in map(ast.unparse, function.decorator_list)  # a GPU's kernel, which takes no structures
+        if KERNELS.isdisjoint(map(ast.unparse, function.decorator_list))
     }
     return [f"{name} {count}" for name, count in found.items() if count > MOST_PARAMETERS]
 
@@ -103,6 +105,7 @@ def test_calls_can_be_read() -> None:
         ("def f():\n if f:\n  def g(a, b, c, d, e, f, g, h, i): ...", ["m:f.g 9"]),
         ("@cache\ndef f(a, b, c, d, e, f, g, h, i): ...", ["m:f 9"]),
         ("@triton.jit\ndef f(a, b, c, d, e, f, g, h, i): ...", []),
+        ("@gluon.jit\ndef f(a, b, c, d, e, f, g, h, i): ...", []),
     ],
 )
 def test_many_parameters_are_found(source: str, found: list[str]) -> None:

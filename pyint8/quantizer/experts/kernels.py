@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from pyint8.quantizer.experts import hopper
+
 _STEPS = tl.constexpr(127.0)
 _SORT_BLOCK = 32
 _FEW_PAIRS = 16384  # sorted by counting, which takes the square of their number but one kernel
@@ -221,11 +223,15 @@ def linear(
         tokens: int32 [rows].
         gated: Of 2 * n outputs, the first n go through silu and are multiplied with the others.
         transposed: The sum is over `out`: x is [rows, out], the result [rows, in].
-        tiles: How to cut it; by default as the number of rows asks for.
+        tiles: How to cut it; by default as the number of rows asks for, or by the kernel of `hopper`.
 
     Returns:
         [rows, out], or half of that if gated; rows behind the last end are zero.
     """
+    if tiles is None and scales is not None and not transposed:
+        found = hopper.linear(x, codes, scales, ends, tokens=tokens, gated=gated)
+        if found is not None:
+            return found
     experts, out, inner = codes.shape
     strides = (codes.stride(0), codes.stride(1), codes.stride(2))
     if transposed:

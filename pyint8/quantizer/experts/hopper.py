@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 _HOPPER = (9, 0)
 _TRIED = ((3, 6), (3, 9))  # the first and the last minor version of Triton for which the kernel compiles as it should
-_LEAST_ROWS = 192  # of an expert on average; with fewer it is no faster. See docs/performance.md, "Experts in int8".
+_LEAST_ROWS = 120  # of an expert on average; with fewer it is no faster. See docs/performance.md, "Experts in int8".
 
 _has_failed = False
 

@@ -28,7 +28,7 @@ _STRIP = gl.constexpr(64)  # columns of the product, of one group of warps
 _INNER = gl.constexpr(64)  # of the sum, in one step
 _GROUP = gl.constexpr(8)  # tiles of rows that go through the columns together: they share the weights in the cache
 _STEPS = gl.constexpr(127.0)
-_STAGES = 4  # steps that are on their way at once
+_STAGES = 5  # steps that are on their way at once
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name before Triton 3.8
 
 # Two codes to two numbers in bf16: 0x43vv is 128 + v of seven bits, and 128 or 256 is taken off by the eighth.

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 # transformers leaves room for the largest part beside a GPU's share.
 # Source: transformers' get_balanced_memory and infer_auto_device_map.
 _ROOM = 1.25
-USED = 0.9
-"""The part of what a GPU may hold that is used for int8 models (transformers' Bnb8BitHfQuantizer.adjust_max_memory)."""
+# The part of what a GPU may hold that is used for int8 models (transformers' Bnb8BitHfQuantizer.adjust_max_memory).
+_USED = 0.9
 
 
-def even_share(sizes: Sequence[int], gpus: int) -> int:
-    """How much of each GPU's free memory transformers would use at most, where it is so much; sizes as below."""
-    return int(sum(sizes) / gpus + _ROOM * max(sizes, default=0))
+def even_needs(sizes: Sequence[int], gpus: int) -> list[int]:
+    """How much memory each GPU must have free for the map to be as if there were any amount; sizes as below."""
+    share = _even_share(sizes, gpus)
+    # The last one may use all that it has.
+    return [max(share, int(sum(sizes[held.start : held.stop]) / _USED)) for held in even_parts(sizes, gpus)]
 
 
 def even_parts(sizes: Sequence[int], gpus: int) -> list[range]:
@@ -29,7 +31,7 @@ def even_parts(sizes: Sequence[int], gpus: int) -> list[range]:
     Returns:
         For each GPU a range of indices, which may be empty.
     """
-    limit = USED * even_share(sizes, gpus)
+    limit = _USED * _even_share(sizes, gpus)
     largest_after = [0] * len(sizes)
     for index in reversed(range(len(sizes) - 1)):
         largest_after[index] = max(sizes[index + 1], largest_after[index + 1])
@@ -43,3 +45,8 @@ def even_parts(sizes: Sequence[int], gpus: int) -> list[range]:
         used += size
     borders += [len(sizes)] * (gpus + 1 - len(borders))
     return list(itertools.starmap(range, itertools.pairwise(borders)))
+
+
+def _even_share(sizes: Sequence[int], gpus: int) -> int:
+    """How much of each GPU's free memory transformers would use at most, where it is so much."""
+    return int(sum(sizes) / gpus + _ROOM * max(sizes, default=0))

@@ -14,7 +14,7 @@ import torch
 from pyint8.checkpoint import DTYPES, FLOATS
 from pyint8.host.processes import processes
 from pyint8.placement.device_map import current_gpu, is_planned
-from pyint8.placement.even import USED, even_parts, even_share
+from pyint8.placement.even import even_needs, even_parts
 from pyint8.streaming.guesses import EXPERTS, Guess, guess_requests, guessable
 from pyint8.streaming.head_start import FirstTensors, HeadStart
 from pyint8.streaming.natural_order import natural_key
@@ -69,7 +69,7 @@ def first_tensors(
         checkpoint: What is to be loaded.
         device_map: Where to.
         is_bounded: Whether GPUs may use only a part of their memory.
-        guess: What experts become, if they shall land in their place.
+        guess: What weights become; experts then land in their place.
     """
     found = first_gpu(device_map)
     if found is None:
@@ -77,25 +77,32 @@ def first_tensors(
     gpu, takes_all = found
     if not takes_all and not _spreads_evenly(device_map, is_bounded=is_bounded):
         return []
-    gpus = torch.cuda.device_count()
-    if takes_all or gpus == 1:
-        return [_of_one(checkpoint, gpu, guess, is_planned=not takes_all)]
-    return _spread(checkpoint, gpus, guess)
-
-
-def _of_one(checkpoint: Checkpoint, gpu: torch.device, guess: Guess | None, *, is_planned: bool) -> FirstTensors:
-    """What one GPU begins with that gets all."""
     entries = list(checkpoint.values())
-    most = checkpoint.most_bytes_loaded
+    if takes_all:
+        return [_of_one(entries, gpu, guess, lambda _: 0)]
+    sizes = list(map(_least_bytes, entries))
+    is_16_bit = guess is not None and guess.is_16_bit
+    most = max(checkpoint.nbytes, 2 * sum(sizes)) if is_16_bit else checkpoint.most_bytes_loaded
+    gpus = torch.cuda.device_count()
+    if gpus == 1:
+        return [_of_one(entries, gpu, guess, partial(_planned_if_free, most))]
+    return _spread(entries, gpus, guess, _planned_if_free(most, _most_early(sizes, sum(sizes))) // gpus)
 
-    def if_free(early: int) -> int:
-        return int((most + early) / _PLANNED_PART) if is_planned else 0
 
+def _planned_if_free(most: int, early: int) -> int:
+    """What must be free for a planned map to be the same, if a model takes `most` and so many bytes are early."""
+    return int((most + early) / _PLANNED_PART)
+
+
+def _of_one(
+    entries: Sequence[Entry], gpu: torch.device, guess: Guess | None, if_free: Callable[[int], int]
+) -> FirstTensors:
+    """What one GPU begins with that gets all."""
     experts = guessable(entries) if guess else []
     # To sort thousands of experts takes a while.
     others = _in_order(entry for entry in entries if not experts or EXPERTS not in entry.name)
     part = _part(_Held(gpu, entries, others, experts), guess, 1.0, if_free)
-    otherwise = partial(_of_one, checkpoint, gpu, None, is_planned=is_planned)
+    otherwise = partial(_of_one, entries, gpu, None, if_free)
     return replace(part, otherwise=otherwise if part.guess else None)
 
 
@@ -163,35 +170,33 @@ def _most_early(sizes: Sequence[int], least: int) -> int:
     return max(0, min(int(least * _EARLY_PART), least - max(sizes, default=0)))
 
 
-def _spread(checkpoint: Checkpoint, gpus: int, guess: Guess | None) -> list[FirstTensors]:
-    """What each of several GPUs begins with under an even map, whose borders are guessed.
+def _spread(entries: Iterable[Entry], gpus: int, guess: Guess | None, least: int) -> list[FirstTensors]:
+    """What each of several GPUs begins with under an even map, whose borders are guessed, if `least` is free on each.
 
     Away from the borders, where there is enough between them: what another GPU gets would be read again.
     """
-    entries = _in_order(checkpoint.values())
+    entries = _in_order(entries)
     named = sorted(((_layer(entry.name), entry) for entry in entries), key=lambda pair: _place(*pair))
     layers = [list(layer) for _, layer in itertools.groupby(named, key=lambda pair: pair[0] or pair[1].name)]
     with_experts = guess is not None and guess.are_int8
     model_bytes = [sum(_model_bytes(*pair, with_experts=with_experts) for pair in layer) for layer in layers]
-    share = even_share(model_bytes, gpus)
+    as_stored = [sum(entry.nbytes for _, entry in layer) for layer in layers]
+    # The map must be the same with what is early, even if nothing becomes int8.
+    needs = list(map(max, even_needs(model_bytes, gpus), even_needs(as_stored, gpus)))
     experts = {entry.name for entry in guessable(entries)} if guess else set()
-    sizes = list(map(_least_bytes, entries))
-    for_all = int((checkpoint.most_bytes_loaded + _most_early(sizes, sum(sizes))) / _PLANNED_PART)
     parts = []
     for gpu, held in enumerate(even_parts(model_bytes, gpus)):
         margin = 1 if len(held) > _FEW_LAYERS else 0
         begin = held.start + (margin if gpu > 0 else 0)
         end = held.stop - (margin if held.stop < len(layers) else 0)
         begun = _entries(layers[begin:end])
-        # The map must be the same with what is early. The last GPU may use all of its memory.
-        needed = max(share, int(sum(model_bytes[held.start : held.stop]) / USED))
         mine = _Held(
             torch.device("cuda", gpu),
             _entries(layers[held.start : held.stop]),
             begun,
             [entry for entry in begun if entry.name in experts],
         )
-        if_free = partial(_even_if_free, for_all // gpus, needed)
+        if_free = partial(_even_if_free, least, needs[gpu])
         parts.append(_part(mine, guess, _SPREAD_PART, if_free))
     return parts
 

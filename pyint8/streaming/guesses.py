@@ -25,17 +25,20 @@ _FAMILIES = (("gate_proj.weight", "up_proj.weight", "down_proj.weight"), ("w1.we
 
 
 class Guess(NamedTuple):
-    """What becomes of experts.
+    """What becomes of weights.
 
     Attributes:
-        are_int8: Codes and scales; else values.
+        are_int8: Experts become codes and scales; else values.
         dtype: Of the model; None for what they are stored in.
         quantizer: The address of bitsandbytes' `cint8_vector_quant`, if there is one.
+        is_16_bit: Whether it is known that no part of the model is loaded in more than 16 bit, but for what its class
+            keeps in fp32.
     """
 
     are_int8: bool
     dtype: torch.dtype | None = None
     quantizer: int | None = None
+    is_16_bit: bool = False
 
     def nbytes(self, entries: Iterable[Entry]) -> int:
         """What a model takes for weights of experts."""

@@ -73,11 +73,12 @@ def save_header(tensors: Iterable[tuple[str, torch.Size]], path: Path) -> None:
         file.truncate(len(content) + end)
 
 
-def even_map(model: Any, memory: dict[int, int]) -> dict[str, int]:
-    quantizer = Bnb8BitHfQuantizer(tf.BitsAndBytesConfig(load_in_8bit=True), pre_quantized=False)
+def even_map(model: Any, memory: dict[int, int], skip: list[str] | None = None) -> dict[str, int]:
+    config = tf.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    quantizer = Bnb8BitHfQuantizer(config, pre_quantized=False)
     quantizer.validate_environment = lambda *_, **__: None  # there is no GPU
     if not any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
-        quantizer.preprocess_model(model=model, device_map="balanced", dtype=torch.bfloat16, checkpoint_files=None)
+        quantizer.preprocess_model(model=model, device_map="balanced", dtype=model.dtype, checkpoint_files=None)
     found: dict[str, int] = _get_device_map(model, "balanced", dict(memory), quantizer)
     return found
 
@@ -96,7 +97,8 @@ def test_each_gpu_begins_with_what_it_gets(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    parts = first_tensors.first_tensors(checkpoint, "balanced", is_bounded=False)
+    guess = Guess(are_int8=False, dtype=torch.bfloat16, is_16_bit=True)
+    parts = first_tensors.first_tensors(checkpoint, "balanced", is_bounded=False, guess=guess)
     assert [part.device.index for part in parts] == list(range(gpus))
     # As little memory as is enough for a head start, less what has landed, gives the same map.
     assert even_map(model, {part.device.index: part.if_free - part.nbytes for part in parts}) == device_map
@@ -110,6 +112,68 @@ def test_each_gpu_begins_with_what_it_gets(
     early = sum(checkpoint[name].nbytes for names in asked.values() for name in names)
     # int8 is half, and what is early has room where int8 will be; an embedding may take most of it.
     assert 0.07 < early / checkpoint.nbytes < 0.5
+
+
+UNEVEN = {
+    "wo in 32 bit": tf.T5Config(d_model=1024, d_kv=128, num_heads=128, d_ff=65536, num_layers=24),
+    "wo in 32 bit, gated": tf.T5Config(
+        d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
+    ),
+    "nothing in int8": tf.LlamaConfig(**LLAMA_8B),
+    "nothing in int8, few layers": tf.LlamaConfig(**(LLAMA_70B | {"num_hidden_layers": 8})),
+}
+
+
+@pytest.mark.parametrize("gpus", [2, 3, 4, 8])
+@pytest.mark.parametrize("name", UNEVEN)
+def test_a_model_larger_than_guessed_gets_the_same_map(
+    name: str, gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = UNEVEN[name]
+    auto = tf.AutoModelForSeq2SeqLM if config.is_encoder_decoder else tf.AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto.from_config(config, dtype=torch.float16)
+    save_header(((name, each.shape) for name, each in model.named_parameters()), tmp_path / "model.safetensors")
+    for module_name, module in model.named_modules():
+        if module_name.endswith("wo"):
+            module.float()  # as from_pretrained does
+    skip = ["wo", "lm_head"] if config.is_encoder_decoder else ["model", "lm_head"]
+    device_map = even_map(model, dict.fromkeys(range(gpus), 10**12), skip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    guess = Guess(are_int8=False, dtype=torch.float16, is_16_bit=True)
+    checkpoint = open_checkpoint(tmp_path / "model.safetensors")
+    parts = first_tensors.first_tensors(checkpoint, "balanced", is_bounded=False, guess=guess)
+    assert even_map(model, {part.device.index: part.if_free - part.nbytes for part in parts}, skip) == device_map
+
+
+@pytest.mark.parametrize(
+    ("config", "gpus", "begins"),
+    [
+        (tf.Qwen3MoeConfig(**QWEN3_MOE), 2, True),
+        (tf.Qwen3MoeConfig(**QWEN3_MOE), 4, True),
+        (CONFIGS["llama 70B"], 4, True),
+        (CONFIGS["llama 70B"], 2, False),
+    ],
+    ids=lambda value: getattr(value, "model_type", value),
+)
+@pytest.mark.parametrize("are_int8", [True, False])
+def test_gpus_of_80_gb_begin(
+    config: Any, gpus: int, begins: bool, are_int8: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.device("meta"):
+        model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    save_header(list(one_by_one(model)), tmp_path / "model.safetensors")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    guess = Guess(are_int8, torch.bfloat16, quantizer=1, is_16_bit=True)
+    checkpoint = open_checkpoint(tmp_path / "model.safetensors")
+    parts = first_tensors.first_tensors(checkpoint, "auto", is_bounded=False, guess=guess)
+    assert {part.if_free < 79 * 10**9 for part in parts} == {begins}
+    for part in first_tensors.first_tensors(
+        checkpoint, "auto", is_bounded=False, guess=guess._replace(is_16_bit=False)
+    ):
+        assert part.if_free >= int(2 * checkpoint.nbytes / 0.8) // gpus  # 16 bit may be loaded as 32
 
 
 def asked_for(part: FirstTensors) -> list[str]:
@@ -138,7 +202,7 @@ def test_experts_land_where_they_go(gpus: int, are_int8: bool, tmp_path: Path, m
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    guess = Guess(are_int8, torch.bfloat16, quantizer=1)
+    guess = Guess(are_int8, torch.bfloat16, quantizer=1, is_16_bit=True)
     parts = first_tensors.first_tensors(checkpoint, "balanced", is_bounded=False, guess=guess)
     early: dict[int, int] = {}
     count = 0

@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 
+from pyint8.checkpoint import Checkpoint
 from pyint8.checkpoint.find import CODE_ARGUMENTS, HUB_ARGUMENTS, cached_file, named_by_adapter
 from pyint8.config import METHOD, Int8Config
 from pyint8.errors import CheckpointError, CheckpointNotFoundError, ModelNotSupportedError, OptionError, ReadError
@@ -29,6 +29,7 @@ from pyint8.models.transformers.failures import (
     named_problems,
     untrusted,
 )
+from pyint8.models.transformers.likely_dtypes import likely_dtypes
 from pyint8.models.transformers.planned import PlannedLoad
 from pyint8.models.transformers.session import LoadSession, PlanningSession
 from pyint8.quantizer import Int8Quantizer, find_entry_point
@@ -73,7 +74,8 @@ def load_pretrained(
     int8 = Int8Quantizer(request.config or Int8Config())
     int8.validate_environment(**{name: request.arguments.get(name, False) for name in ("from_tf", "from_flax")})
     dtype = int8.update_dtype(request.dtype)
-    preparation.start_head_start(request.device_map, request.budget, _guess_of(int8.config, dtype, request))
+    guess = _guess_of(int8.config, dtype, request, preparation.checkpoint)
+    preparation.start_head_start(request.device_map, request.budget, guess)
     memory = request.budget.per_device
     placement = {
         "device_map": request.device_map,
@@ -84,14 +86,15 @@ def load_pretrained(
     return _from_pretrained(model_class, LoadSession(request, preparation, recorder), placement)
 
 
-def _guess_of(config: Int8Config, dtype: Any, request: LoadRequest) -> Guess | None:
-    """What experts will become; None where code may be used that is not transformers' own, and has them otherwise."""
+def _guess_of(config: Int8Config, dtype: Any, request: LoadRequest, checkpoint: Checkpoint | None) -> Guess | None:
+    """What weights will become; None where code may be used that is not transformers' own, and has them otherwise."""
     if request.arguments.get("trust_remote_code"):
         is_here = is_folder(request.base)
         if not is_here or any(name.endswith(".py") for name in os.listdir(request.base)):
             return None
-    found = dtype.get("") if isinstance(dtype, Mapping) else dtype
-    return Guess(config.experts, found if isinstance(found, torch.dtype) else None, find_entry_point())
+    dtypes = likely_dtypes(dtype, checkpoint or {}, request)
+    is_16_bit = bool(dtypes) and all(each.itemsize == 2 for each in dtypes)
+    return Guess(config.experts, dtypes[0] if dtypes else None, find_entry_point(), is_16_bit)
 
 
 def plan_pretrained(

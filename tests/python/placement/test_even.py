@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pyint8.placement.even import even_parts
+from pyint8.placement.even import even_needs, even_parts
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,9 @@ def test_parts(sizes: list[int], gpus: int, counts: list[int]) -> None:
     parts = even_parts(sizes, gpus)
     assert [len(part) for part in parts] == counts
     assert [index for part in parts for index in part] == list(range(len(sizes)))
+
+
+def test_needs() -> None:
+    # 80 / 4 + 12.5 each; the last one holds three of the parts, in 0.9 of what it has.
+    assert even_needs([10] * 8, 4) == [32, 32, 32, 33]
+    assert even_needs([], 2) == [0, 0]

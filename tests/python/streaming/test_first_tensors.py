@@ -35,13 +35,16 @@ def told(part: FirstTensors) -> dict[str, Any]:
 def begun(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Calls `begin` on a machine of so many GPUs; returns what the head start was given, or None."""
 
-    def begin(device_map: Any, gpus: int = 1, max_memory: Any = None) -> dict[str, Any] | None:
+    def begin(
+        device_map: Any, gpus: int = 1, max_memory: Any = None, guess: Guess | None = None
+    ) -> dict[str, Any] | None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
 
         def head_start(devices: Sequence[torch.device], _: Any, *, gpus: int, ranks: None) -> Any:
-            parts = list(first_tensors.first_tensors(checkpoint, device_map, is_bounded=max_memory is not None))
+            is_bounded = max_memory is not None
+            parts = first_tensors.first_tensors(checkpoint, device_map, is_bounded=is_bounded, guess=guess)
             assert [part.device for part in parts] in (devices, [])
             made = [told(part) | {"gpus": gpus} for part in parts or map(FirstTensors, devices)]
             return made[0] if len(made) == 1 else made
@@ -108,6 +111,40 @@ def test_an_even_map_begins_everywhere_with_what_is_likely_there(begun: Any) -> 
         assert begun(uneven, gpus=4) == {"device": "cuda:0", **NOTHING, "gpus": 4}
 
 
+@pytest.mark.parametrize(
+    ("guess", "if_free"), [(Guess(True, torch.bfloat16, is_16_bit=True), 9600), (Guess(True, torch.bfloat16), 11875)]
+)
+def test_an_even_map_needs_room_for_what_is_known_of_the_model(begun: Any, guess: Guess, if_free: int) -> None:
+    # In 16 bit: 8000 / 2 and 1.25 * 4000 for the largest layer if nothing is int8, beside the first tensors' 600. That
+    # is more than half of (8000 + 3000) / 0.8. Else 16000 may become of the 8000, which takes (16000 + 3000) / 0.8.
+    assert [part["if_free"] for part in begun("balanced", gpus=2, guess=guess)] == [if_free] * 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most"),
+    [
+        (torch.bfloat16, 8000),
+        (torch.float32, 16_000),  # as stored: a part may be kept so
+        (torch.float8_e4m3fn, 8000),  # as 16 bit
+        (torch.int8, 8000),
+    ],
+    ids=str,
+)
+def test_a_planned_map_counts_weights_in_16_bit(
+    dtype: torch.dtype, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    save_file({name: torch.zeros(100, 10).to(dtype) for name in TENSORS}, tmp_path / "x.safetensors")
+    found = open_checkpoint(tmp_path / "x.safetensors")
+    guess = Guess(are_int8=True, is_16_bit=True)
+    for device_map, if_free in (("auto", int((most + 3000) / 0.8)), (0, 0)):
+        (part,) = first_tensors.first_tensors(found, device_map, is_bounded=False, guess=guess)
+        assert (part.nbytes, part.if_free) == (3000, if_free)
+    (part,) = first_tensors.first_tensors(found, "auto", is_bounded=False, guess=guess._replace(is_16_bit=False))
+    assert part.if_free == int((2 * found.nbytes + 3000) / 0.8)
+
+
 @pytest.mark.parametrize("device_map", [{"a": 0, "h": "cpu"}, {"a": 0, "h": "disk"}, {"a": 0, "h": 1}], ids=str)
 def test_a_map_of_several_devices_gets_none(begun: Any, device_map: Any) -> None:
     assert begun(device_map, gpus=2) == {"device": "cuda:0", **NOTHING, "gpus": 2}
@@ -141,4 +178,8 @@ def test_experts_are_left_to_the_guess(tmp_path: Path, monkeypatch: pytest.Monke
     assert (len(other.entries), other.nbytes, other.reserved, other.guess) == (16, 15_000, 16_000, None)
     (planned,) = first_tensors.first_tensors(found, "auto", is_bounded=False, guess=guess)
     assert planned.if_free == int((2 * 32_000 + 3000 + 8400) / 0.8)
+    (planned,) = first_tensors.first_tensors(found, "auto", is_bounded=False, guess=guess._replace(is_16_bit=True))
+    assert planned.otherwise is not None
+    assert planned.if_free == int((32_000 + 3000 + 8400) / 0.8)
+    assert planned.otherwise().if_free == int((32_000 + 15_000) / 0.8)
     assert first_tensors.first_tensors(found, "auto", is_bounded=True, guess=guess) == []

@@ -250,12 +250,6 @@ class HeadStart:
     def _ask_for(self, lane: Lane, entries: Sequence[Entry]) -> bool:
         """Asks for those that there is memory for, on all ranks; returns whether those are all."""
         wanted = _allocated(lane, entries)
-        del wanted[self._transport.fewest(len(wanted)) :]
-        self._ask(lane, wanted)
-        return len(wanted) == len(entries)
-
-    def _ask(self, lane: Lane, wanted: Sequence[tuple[Entry, torch.UntypedStorage]]) -> None:
-        """Requests all at once."""
         reads = [
             ReadRequest(
                 entry.path,
@@ -267,9 +261,10 @@ class HeadStart:
             )
             for entry, storage in wanted
         ]
-        first = self._transport.submit(lane, reads) if reads else 0
-        for ticket, (entry, storage) in enumerate(wanted, first):
+        tickets = self._transport.submit_early(lane, reads)
+        for ticket, (entry, storage) in zip(tickets, wanted, strict=False):
             self._early[entry.name] = EarlyTensor(entry, lane, storage, ticket)
+        return len(tickets) == len(entries)
 
 
 def _worthwhile(entries: Sequence[Entry], nbytes: int) -> list[Entry]:

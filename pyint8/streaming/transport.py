@@ -180,9 +180,14 @@ class Transport:
         self._consumers.append(consumer)
         return consumer
 
-    def fewest(self, count: int) -> int:
-        """How many of the `count` tensors that fit a head start may ask for: all ranks ask for as many."""
-        return count
+    def submit_early(self, lane: Lane, reads: list[ReadRequest]) -> Sequence[int]:
+        """As `submit`, of what a head start has memory for: the first of it, as much as all ranks have memory for.
+
+        Returns:
+            Their tickets.
+        """
+        first = self.submit(lane, reads) if reads else 0
+        return range(first, first + len(reads))
 
     def agree(self, requests: Sequence[TensorRequest], early: Collection[str], quantizer: int | None) -> None:
         """Called with the arguments of a stream before it begins: all ranks must be about to do the same."""

@@ -27,7 +27,7 @@ class Agenda:
 
     Attributes:
         source: Has what is gathered behind all pieces; None if there is none, or it is over.
-        batch_bytes: Of pieces that are gathered at once, but for the last of them.
+        batch_bytes: Of a source's bands that are gathered at once, but for the last of them.
         agreed: Sizes of the next pieces that all ranks will gather, in batches.
         urgent: A meeting that is held as soon as all ranks have come to it, whatever is to be gathered before.
         has_dropped: Whether the pieces in it will not come.
@@ -79,22 +79,28 @@ class Agenda:
         sizes = next(iter(in_batches(sizes, _MOST_BYTES)), [])
         return sizes if sizes or agreed or isinstance(self.head, Piece) else None
 
-    def _sizes_ahead(self, skipped: int, most: int) -> list[int]:
-        """Of what is gathered before the next meeting, but for the first `skipped`; `most` at most."""
-        own: list[int] = []
+    def _own_sizes(self) -> Iterator[int]:
+        """Of the pieces to be gathered before the next meeting."""
         for item in self._items:
             if isinstance(item, Meeting):
-                return own[skipped : skipped + most]
+                return
             if item.part:
-                own.append(item.nbytes)
+                yield item.nbytes
+
+    def _sizes_ahead(self, skipped: int, most: int) -> list[int]:
+        """Of what is gathered before the next meeting, but for the first `skipped`; `most` at most."""
+        own = list(self._own_sizes())
         found = own[skipped : skipped + most]
-        if self.source is not None and len(found) < most:
+        is_last = not any(isinstance(item, Meeting) for item in self._items)
+        if self.source is not None and is_last and len(found) < most:
             found += self.source.sizes_ahead(max(0, skipped - len(own)), most - len(found))
         return found
 
     def agree(self, sizes: Sequence[int], batch_bytes: int) -> None:
-        """All ranks will gather pieces of these sizes next."""
-        self.agreed.extend(in_batches(sizes, batch_bytes))
+        """All ranks will gather pieces of these sizes next: what has memory of its own at once, bands as they have room."""
+        own = max(0, sum(1 for _ in self._own_sizes()) - sum(map(len, self.agreed)))
+        self.agreed.extend(in_batches(sizes[:own], _MOST_BYTES))
+        self.agreed.extend(in_batches(sizes[own:], batch_bytes))
 
     def take(self, left: deque[int]) -> Iterator[Piece]:
         """The next pieces, until none is left of those to be gathered, and what is between; a source has the others."""

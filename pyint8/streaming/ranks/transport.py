@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from pyint8.streaming.requests import TensorRequest
 
 
+# Tensors of a head start: they take longer to read than ranks need to agree.
+_BEFORE_AGREED = 16
+
+
 class SharedTransport(Transport):
     """Moves ranges of files to the memory of all ranks.
 
@@ -45,6 +49,7 @@ class SharedTransport(Transport):
     ) -> None:
         super().__init__(options, opener)
         self._borrows = False
+        self._forgone: list[Piece] = []  # that not all ranks have memory for, but this one has begun to read
         self._switches = ExitStack()
         self._switches.enter_context(quick_switches())  # for the conductor's thread, beside one that builds the model
         self._conductor = conductor
@@ -55,12 +60,20 @@ class SharedTransport(Transport):
     def submit(self, lane: Lane, reads: list[ReadRequest], *, first: bool = False) -> int:
         if first or self._consumers or lane.device != self._conductor.group.device:
             return super().submit(lane, reads, first=first)
+        pieces = self._ask(lane, reads)
+        self._conductor.put(*pieces)
+        return pieces[0].promised.start
+
+    def _ask(self, lane: Lane, reads: list[ReadRequest]) -> list[Piece]:
+        """Pieces that are to be gathered, of which this rank's parts are asked for."""
+        if not reads:
+            return []
         group = self._conductor.group
         chunks = list(together(reads))
         mine = [own_reads(chunk, group.rank, group.size) for chunk in chunks]
         flat = [read for of_chunk in mine for read in of_chunk]
         ticket = super().submit(lane, flat) if flat else 0
-        first_promised = promised = self.engine.promise(lane.index, len(reads))
+        promised = self.engine.promise(lane.index, len(reads))
         pieces = []
         for chunk, of_chunk in zip(chunks, mine, strict=True):
             memory = _memory_of(chunk, lane.device)
@@ -68,8 +81,7 @@ class SharedTransport(Transport):
             whole = range(promised, promised + len(chunk))
             pieces.append(Piece(memory, part_of(memory.numel(), group.size), tickets, whole))
             ticket, promised = tickets.stop, whole.stop
-        self._conductor.put(*pieces)
-        return first_promised
+        return pieces
 
     def add_checksum(self, entry: Entry, expected: int, file: int) -> int:
         """As any transport's, but that `drain` compares: no rank reads all bytes of a tensor."""
@@ -85,8 +97,14 @@ class SharedTransport(Transport):
         self._conductor.attach(self.engine, shared)
         return shared
 
-    def fewest(self, count: int) -> int:
-        return int(min(self._meet("its head start", count)))
+    def submit_early(self, lane: Lane, reads: list[ReadRequest]) -> Sequence[int]:
+        """As any transport's. Its first parts are asked for before all ranks have agreed how much they have memory for."""
+        first = self._ask(lane, reads[:_BEFORE_AGREED])
+        count = int(min(self._meet("its head start", len(reads))))
+        pieces = first + self._ask(lane, reads[len(first) : count])
+        pieces, self._forgone = pieces[:count], pieces[count:]
+        self._conductor.put(*pieces)
+        return [ticket for piece in pieces for ticket in piece.promised]
 
     def agree(self, requests: Sequence[TensorRequest], early: Collection[str], quantizer: int | None) -> None:
         gpus = dict.fromkeys(request.device for request in requests if request.device.type == "cuda")
@@ -114,6 +132,7 @@ class SharedTransport(Transport):
             self._conductor.attach(None)
             self._switches.close()
         super().close()
+        self._forgone.clear()
 
 
 def _memory_of(reads: Sequence[ReadRequest], device: torch.device) -> torch.Tensor:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from pyint8.host.settings import SharedSetting
 
 # See docs/performance.md, "Ranks".
-_SECONDS = 1e-4
+_SECONDS = 2e-5
 
 _interval = SharedSetting(
     sys.getswitchinterval, lambda before: sys.setswitchinterval(min(before, _SECONDS)), sys.setswitchinterval
@@ -16,7 +16,7 @@ _interval = SharedSetting(
 
 
 def quick_switches() -> AbstractContextManager[None]:
-    """In this block a thread that wants to run does so after a tenth of a millisecond, not after Python's usual five.
+    """In this block a thread that wants to run does so after 20 microseconds, not after Python's usual five.
 
     For a thread that has little to do but often, beside one that computes. It holds for the process: other threads
     switch more often, too.

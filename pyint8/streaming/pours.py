@@ -21,7 +21,7 @@ from pyint8.streaming.requests import (
     is_plain,
     kernels_cast,
 )
-from pyint8.streaming.scratch import band_bytes
+from pyint8.streaming.scratch import shared_band_bytes
 
 if TYPE_CHECKING:
     from pyint8.report import Recorder
@@ -92,8 +92,9 @@ def open_pours(
         if lane in others:
             scratch_bytes //= 2
             lane.leave_scratch(scratch_bytes)
+        in_turn = transport.in_turn(group, mine)
         try:
-            pour = _asking(Pour(transport, lane, group, quantizer or 0, scratch_bytes, mine, recorder, most_bytes))
+            pour = _asking(Pour(transport, lane, in_turn, quantizer or 0, scratch_bytes, mine, recorder, most_bytes))
         except DeviceError as error:
             logger.warning("weights on %s are quantized by Python operators, more slowly: %s", lane.device, str(error))
             continue
@@ -119,7 +120,7 @@ def can_pour(request: TensorRequest, lane: Lane, quantizer: int | None) -> bool:
     if not lane.on_gpu or not is_plain(entry):
         return False
     if isinstance(request.becomes, ToInt8):
-        most = band_bytes(lane.scratch_bytes // 2)
+        most = shared_band_bytes(lane.scratch_bytes // 2)
         return quantizer is not None and _can_quantize(entry.dtype, entry.torch_shape, request.becomes, most)
     return isinstance(request.becomes, ToDtype) and kernels_cast(entry.torch_dtype, request.becomes.dtype)
 

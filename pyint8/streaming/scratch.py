@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 # Of every region's start and size: as torch's allocator aligns, and enough for a GPU's widest loads.
 ALIGNMENT = 256
-# Of the scratch of a GPU's consumer (csrc/core/quantize/consumer.cpp): a band fits in each, and the last holds the fp16
-# form of one.
-PARTS = 8
+# Of the scratch of a GPU's consumer whose bands all ranks gather, which are the smaller ones
+# (csrc/core/quantize/consumer.cpp): a band fits in each, and the last holds the fp16 form of one.
+SHARED_PARTS = 12
 
 
-def band_bytes(scratch_bytes: int) -> int:
-    """What a part of a consumer's scratch holds."""
-    return scratch_bytes // PARTS // ALIGNMENT * ALIGNMENT
+def shared_band_bytes(scratch_bytes: int) -> int:
+    """What a part of such a consumer's scratch holds."""
+    return scratch_bytes // SHARED_PARTS // ALIGNMENT * ALIGNMENT
 
 
 @dataclass(slots=True)

@@ -189,6 +189,10 @@ class Transport:
         first = self.submit(lane, reads) if reads else 0
         return range(first, first + len(reads))
 
+    def in_turn(self, requests: Sequence[TensorRequest], _early: Collection[str]) -> Sequence[TensorRequest]:
+        """The order in which a GPU's consumer serves requests, which are given in that in which they will be taken."""
+        return requests
+
     def agree(self, requests: Sequence[TensorRequest], early: Collection[str], quantizer: int | None) -> None:
         """Called with the arguments of a stream before it begins: all ranks must be about to do the same."""
 

@@ -101,10 +101,10 @@ def test_of_a_server_each_rank_asks_for_its_part(ranks: RankProcesses, tmp_path:
 def test_each_rank_reads_its_part_and_needs_no_more_memory(ranks: RankProcesses, tmp_path: Path) -> None:
     module = cases.big_net()
     save_file(module.state_dict(), tmp_path / "model.safetensors")
-    total = sum(tensor.nbytes for tensor in module.state_dict().values())
+    sizes = [tensor.nbytes for tensor in module.state_dict().values()]
     for read, together, alone in values(ranks.run(cases.share_and_memory, tmp_path)):
-        assert total / ranks.size <= read <= total / ranks.size * 1.01
-        assert together < alone + total // 16
+        assert sum(sizes) / ranks.size <= read <= sum(sizes) / ranks.size * 1.01
+        assert together < alone + 3 * max(sizes)  # gloo copies a piece as it gathers it
 
 
 def test_groups_of_some_ranks_and_of_one(three: RankProcesses, llama: Path) -> None:

@@ -39,6 +39,8 @@ class LocalGroup:
         settle: Called before memory is read by the host: waits for the device.
     """
 
+    batch_bytes = 100_000
+
     def __init__(self, wire: Wire, rank: int, settle: Callable[[], None] = lambda: None) -> None:
         self._wire = wire
         self._settle = settle

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import signal
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -61,7 +64,9 @@ def big_net() -> nn.Module:
 
 
 def peak_of(work: Callable[[], Any]) -> int:
-    """By how many bytes memory grew at most."""
+    """By how many bytes memory grew at most, from what is in use: free memory of the heap is given back before."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = _status("VmRSS")
     work()
@@ -86,8 +91,11 @@ def share_and_memory(_: int, folder: Path) -> tuple[float, int, int]:
 
     for group in (dist.group.WORLD, None):  # what is done once
         one(process_group=group)
-    together = min(peak_of(one) for _ in range(3))  # the heap's own habits come and go
-    return read[0], together, min(peak_of(lambda: one(process_group=None)) for _ in range(3))
+    together, alone = (  # the heap's own habits come and go
+        statistics.median(peak_of(partial(one, process_group=group)) for _ in range(5))
+        for group in (dist.group.WORLD, None)
+    )
+    return read[0], int(together), int(alone)
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------

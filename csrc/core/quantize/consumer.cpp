@@ -10,7 +10,9 @@
 namespace pyint8 {
 namespace {
 
-constexpr std::size_t kParts = 8;  // of scratch
+// Of scratch. Where bands are gathered, smaller ones: of more of them, half can be gathered at once.
+constexpr std::size_t kParts = 8;
+constexpr std::size_t kSharedParts = 12;
 constexpr std::size_t kHalfBytes = 2;
 // How long the thread may take to see that it was closed.
 constexpr std::chrono::milliseconds kInterval{50};
@@ -19,9 +21,14 @@ constexpr std::chrono::milliseconds kInterval{50};
   throw Error(ErrorCode::kInvalidArgument, why);
 }
 
+std::size_t parts_of(const ConsumerOptions& options) {
+  return options.share.ranks > 1 ? kSharedParts : kParts;
+}
+
 std::size_t band_bytes(const ConsumerOptions& options) {
   validate(options.share);
-  const std::size_t bytes = options.scratch_bytes / kParts / kScratchAlignment * kScratchAlignment;
+  const std::size_t bytes =
+      options.scratch_bytes / parts_of(options) / kScratchAlignment * kScratchAlignment;
   if (bytes == 0) {
     refuse("scratch of " + std::to_string(options.scratch_bytes) + " bytes cannot be cut into bands");
   }
@@ -33,8 +40,8 @@ std::size_t band_bytes(const ConsumerOptions& options) {
 // Bands to be gathered, as far as any of them that are gathered at once have room in scratch together.
 //
 // Once all before the first of them is served, it is the oldest there. A band that has no room then finds
-// less than its size free at either end of what is taken: so five of the seven parts are, at least. What is
-// gathered at once may be 2 3/4 of these (pyint8/streaming/ranks/consumer.py); two are for all else from the
+// less than its size free at either end of what is taken: so nine of the eleven parts are, at least. What is
+// gathered at once may be 6 1/2 of these (pyint8/streaming/ranks/consumer.py); two are for all else from the
 // first to the last, which is what is read whole, and what is lost to alignment. Where the list ends follows
 // from the requests and from where it begins, so all ranks' lists are beginnings of the same.
 class Consumer::Listing {
@@ -69,11 +76,11 @@ Consumer::Consumer(Engine& engine, std::uint32_t lane, const ConsumerOptions& op
       lane_(lane),
       options_(options),
       band_bytes_(band_bytes(options)),
-      half_(options.scratch + (kParts - 1) * band_bytes_),
+      half_(options.scratch + (parts_of(options) - 1) * band_bytes_),
       device_(engine.device(lane)),
       stream_(device_.make_stream()),
       reached_(device_.make_event()),
-      scratch_((kParts - 1) * band_bytes_) {
+      scratch_((parts_of(options) - 1) * band_bytes_) {
   device_.prepare_kernels();
   try {
     thread_ = std::thread([this] { serve(); });

@@ -96,10 +96,10 @@ class Agenda:
             found += self.source.sizes_ahead(max(0, skipped - len(own)), most - len(found))
         return found
 
-    def agree(self, sizes: Sequence[int], batch_bytes: int) -> None:
-        """All ranks will gather pieces of these sizes next: what has memory of its own at once, bands as they have room."""
+    def agree(self, sizes: Sequence[int], own_bytes: int, batch_bytes: int) -> None:
+        """All ranks will gather pieces of these sizes next, so much at once of pieces and of a source's bands."""
         own = max(0, sum(1 for _ in self._own_sizes()) - sum(map(len, self.agreed)))
-        self.agreed.extend(in_batches(sizes[:own], _MOST_BYTES))
+        self.agreed.extend(in_batches(sizes[:own], own_bytes))
         self.agreed.extend(in_batches(sizes[own:], batch_bytes))
 
     def take(self, left: deque[int]) -> Iterator[Piece]:

@@ -217,7 +217,7 @@ class Conductor:
         is_torn = _AT_A_MEETING in codes and any(code > 0 for code in codes)
         if is_torn or any(of_rank[4 : 4 + count] != mine[:count] for of_rank in said):
             return self._diverge("they are about to gather different things")
-        self._agenda.agree(mine[:count], min(of_rank[2] for of_rank in said))
+        self._agenda.agree(mine[:count], self.group.batch_bytes, min(of_rank[2] for of_rank in said))
         return True
 
     def _next_to_say(self) -> _Words:

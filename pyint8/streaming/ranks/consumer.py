@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pyint8.errors import CancelledError
-from pyint8.streaming.scratch import PARTS, band_bytes
+from pyint8.streaming.scratch import SHARED_PARTS, shared_band_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # That may be on their way, with what one of them takes beyond its share. The consumer lists no more than has room, if a
 # batch takes no more than this leaves to it (csrc/core/quantize/consumer.cpp).
-_BATCHES = 4
+_BATCHES = 2
 
 
 class SharedConsumer:
@@ -31,7 +31,7 @@ class SharedConsumer:
         self._consumer = consumer
         self._conductor = conductor
         self.scratch = scratch
-        self.batch_bytes = (PARTS - 1) * band_bytes(scratch.numel()) // _BATCHES
+        self.batch_bytes = (SHARED_PARTS - 1) * shared_band_bytes(scratch.numel()) // _BATCHES
 
     # --- as a consumer -----------------------------------------------------------------------------------------------
 

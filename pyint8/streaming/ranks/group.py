@@ -18,6 +18,7 @@ from pyint8.host.processes import processes
 from pyint8.placement.device_map import is_planned
 from pyint8.streaming.first_tensors import first_gpu
 
+_BATCH_BYTES = 512 << 20
 # Collectives whose tensors the backend's threads may still have: gloo has two of them.
 _NOTED = 4
 _LETTING_GO_SECONDS = 0.5
@@ -91,6 +92,11 @@ class Group:
         self.rank = dist.get_rank(process_group)
         self.device: torch.device | None = None
         self.stream = 0
+
+    @property
+    def batch_bytes(self) -> int:
+        """Of what has memory of its own, how much is gathered at once. On the CPU gloo copies all that is."""
+        return 0 if self.device is None or self.device.type == "cpu" else _BATCH_BYTES
 
     def leave(self) -> None:
         """Lets go of the process group, once its threads have let go of the last tensors that they were given.

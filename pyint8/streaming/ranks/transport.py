@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from pyint8.streaming.requests import TensorRequest
 
 
+# So many bytes are read while one that is early is served: what the bus moves in the time that Python takes for it.
+_BESIDE_EARLY = 0.4
 # Tensors of a head start: they take longer to read than ranks need to agree.
 _BEFORE_AGREED = 16
 
@@ -98,13 +101,16 @@ class SharedTransport(Transport):
         return shared
 
     def submit_early(self, lane: Lane, reads: list[ReadRequest]) -> Sequence[int]:
-        """As any transport's. Its first parts are asked for before all ranks have agreed how much they have memory for."""
+        """As any transport's. The first parts are asked for before ranks agree how many all have memory for."""
         first = self._ask(lane, reads[:_BEFORE_AGREED])
         count = int(min(self._meet("its head start", len(reads))))
         pieces = first + self._ask(lane, reads[len(first) : count])
         pieces, self._forgone = pieces[:count], pieces[count:]
         self._conductor.put(*pieces)
         return [ticket for piece in pieces for ticket in piece.promised]
+
+    def in_turn(self, requests: Sequence[TensorRequest], early: Collection[str]) -> Sequence[TensorRequest]:
+        return between_early(requests, early)
 
     def agree(self, requests: Sequence[TensorRequest], early: Collection[str], quantizer: int | None) -> None:
         gpus = dict.fromkeys(request.device for request in requests if request.device.type == "cuda")
@@ -133,6 +139,22 @@ class SharedTransport(Transport):
             self._switches.close()
         super().close()
         self._forgone.clear()
+
+
+def between_early(requests: Sequence[TensorRequest], early: Collection[str]) -> list[TensorRequest]:
+    """With some of what is to be read between what is early, which has landed by now: the bus would stand still until
+    all of it is served. What is early stays in order, and so do others."""
+    others = deque(request for request in requests if request.entry.name not in early)
+    found: list[TensorRequest] = []
+    due = 0.0
+    for request in requests:
+        if request.entry.name in early:
+            found.append(request)
+            due += request.entry.nbytes * _BESIDE_EARLY
+        while others and due > 0:
+            found.append(others.popleft())
+            due -= found[-1].entry.nbytes
+    return [*found, *others]
 
 
 def _memory_of(reads: Sequence[ReadRequest], device: torch.device) -> torch.Tensor:

@@ -11,7 +11,8 @@ namespace {
 
 constexpr std::size_t kLeastShared = 64;
 constexpr std::size_t kMostAgreed = 32;        // as the conductor's
-constexpr std::size_t kScratch = 16 * kLeast;  // bands of 4 KiB
+constexpr std::size_t kParts = 12;             // of scratch
+constexpr std::size_t kScratch = kParts << 12;  // bands of 4 KiB
 
 // The same tensors on every rank, in files and memory of its own.
 class Rank {
@@ -113,9 +114,9 @@ std::vector<Wish> mixed_wishes(Random& random, std::size_t band) {
   return wishes;
 }
 
-// As the conductor cuts what was agreed on: a batch ends once it has a quarter of what may be in scratch.
+// As the conductor cuts what was agreed on: a batch ends once it has half of what may be in scratch.
 std::vector<std::size_t> batches_of(const std::vector<std::size_t>& sizes, std::size_t scratch) {
-  const std::size_t most = 7 * (scratch / 8 / kScratchAlignment * kScratchAlignment) / 4;
+  const std::size_t most = (kParts - 1) * (scratch / kParts / kScratchAlignment * kScratchAlignment) / 2;
   std::vector<std::size_t> counts;
   std::size_t nbytes = most;
   for (const std::size_t size : sizes) {
@@ -140,7 +141,7 @@ TEST_CASE("what ranks gather becomes on each what one alone would make of it") {
   for (const std::uint32_t count : {2U, 3U, 5U}) {
     CAPTURE(count);
     const Accounts accounts;
-    std::vector<Wish> wishes = random_wishes(random, 60, kScratch / 8);
+    std::vector<Wish> wishes = random_wishes(random, 60, kScratch / kParts);
     wishes.push_back({Kind::kTransposed, ElementType::kFloat, ElementType::kHalf, 300, 41});
     wishes.push_back({Kind::kAsStored, {}, {}, 1, 20'001});
     for (Wish& wish : wishes) wish.landed = false;
@@ -216,8 +217,8 @@ TEST_CASE("whatever lies between bands that are gathered together, they come, on
     CAPTURE(seed);
     const Accounts accounts;
     Random random(seed);
-    const std::size_t scratch = kLeast * pick(random, 1, 8);
-    const std::vector<Wish> wishes = mixed_wishes(random, scratch / 8);
+    const std::size_t scratch = kParts * kScratchAlignment * pick(random, 1, 8);
+    const std::vector<Wish> wishes = mixed_wishes(random, scratch / kParts);
     Ranks ranks(2, wishes, seed, scratch);
     ranks[0].submit(pick(random, 0, wishes.size()));  // this one is behind
     ranks[1].submit(wishes.size());

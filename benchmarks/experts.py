@@ -250,9 +250,11 @@ def load(parsed: argparse.Namespace) -> dict[str, Any]:
             "gpu_final": final,
             "gpu_peak": report.device_peak_bytes,
             "host_peak": report.host_peak_bytes,
+            "read_times": report.engine["bytes_read"] / nbytes,
             "report": report.to_dict(),
         }
-        print(f"load, {what}: first {seconds[0]:.2f} s, later {results[what]['later']:.2f} s")
+        shown = " ".join(f"{each:.2f}" for each in seconds)
+        print(f"load, {what}: {shown} s; all bytes read {results[what]['read_times']:.2f} times", flush=True)
     print(f"the bus alone: {results['bus_seconds']} s for {nbytes / _GB:.1f} GB")
     return results
 

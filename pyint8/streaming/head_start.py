@@ -170,7 +170,9 @@ class HeadStart:
         if not self._guessed.are_right(wanted):
             logger.info("what was begun of experts is not what the model needs: all is read again")
             self._discard()
+            in_vain = self._transport.stats()
             self._transport = self._open_another()
+            self._transport.before = in_vain
         self._taken = True
         early, self._early = self._early, {}
         pours, self._guessed.by_device = self._guessed.by_device, {}

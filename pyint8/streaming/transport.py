@@ -59,6 +59,7 @@ class Transport:
 
     Attributes:
         engine: The extension's.
+        before: Statistics of an engine that began the same load, in vain.
     """
 
     def __init__(self, options: StreamOptions, opener: LaneOpener = open_lane, gpus: int = 1) -> None:
@@ -72,6 +73,7 @@ class Transport:
         self._borrows = gpus == 1 and bool(options.borrow_gpus)
         self._detours: list[Detours] = []
         self._is_closed = False
+        self.before: dict[str, float] = {}
         threads = options.worker_threads(gpus + len(options.borrow_gpus) if self._borrows else gpus)
         if self._borrows:
             check_staging(options, threads)
@@ -222,8 +224,8 @@ class Transport:
         self.engine.require_unchanged()
 
     def stats(self) -> dict[str, float]:
-        """The engine's statistics so far (see `LoadReport.engine`)."""
-        return self.engine.stats()
+        """The engine's statistics so far (see `LoadReport.engine`), with what was done `before`."""
+        return {name: value + self.before.get(name, 0) for name, value in self.engine.stats().items()}
 
     def spans(self) -> Callable[[], list[Span]]:
         """What workers, buses and GPUs did when, to be called for once this is closed: there are thousands of them."""

@@ -27,8 +27,7 @@ std::size_t parts_of(const ConsumerOptions& options) {
 
 std::size_t band_bytes(const ConsumerOptions& options) {
   validate(options.share);
-  const std::size_t bytes =
-      options.scratch_bytes / parts_of(options) / kScratchAlignment * kScratchAlignment;
+  const std::size_t bytes = options.scratch_bytes / parts_of(options) / kScratchAlignment * kScratchAlignment;
   if (bytes == 0) {
     refuse("scratch of " + std::to_string(options.scratch_bytes) + " bytes cannot be cut into bands");
   }

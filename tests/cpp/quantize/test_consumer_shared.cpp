@@ -10,8 +10,8 @@ namespace pyint8::testing {
 namespace {
 
 constexpr std::size_t kLeastShared = 64;
-constexpr std::size_t kMostAgreed = 32;        // as the conductor's
-constexpr std::size_t kParts = 12;             // of scratch
+constexpr std::size_t kMostAgreed = 32;         // as the conductor's
+constexpr std::size_t kParts = 12;              // of scratch
 constexpr std::size_t kScratch = kParts << 12;  // bands of 4 KiB
 
 // The same tensors on every rank, in files and memory of its own.

@@ -28,7 +28,7 @@ def test_it_is_short_within_a_block_and_as_before_after_it() -> None:
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    assert found == [pytest.approx(1e-4)]
+    assert found == [pytest.approx(2e-5)]
     assert sys.getswitchinterval() == pytest.approx(0.005)
 
 
@@ -37,7 +37,7 @@ def test_blocks_that_overlap_leave_it_as_it_was() -> None:
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
-    assert sys.getswitchinterval() == pytest.approx(1e-4)
+    assert sys.getswitchinterval() == pytest.approx(2e-5)
     second.__exit__(None, None, None)
     assert sys.getswitchinterval() == pytest.approx(0.005)
 

@@ -69,6 +69,19 @@ def test_no_tokens() -> None:
     assert plain.experts_forward(*routing, *weights).shape == (0, SHAPES[0][1])
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("tokens", [40, 2500])
+def test_a_gpu_that_is_not_the_current_one(tokens: int) -> None:
+    """As where a map spreads layers over several."""
+    weights, routing = random_experts(*SHAPES[0]), routed(tokens, 2, SHAPES[0][0], SHAPES[0][1], torch.bfloat16)
+    expected = plain.experts_forward(*routing, *weights)
+    assert torch.cuda.current_device() == 0
+    found = plain.experts_forward(*(each.to("cuda:1") for each in (*routing, *weights)))
+    assert found.device.index == 1
+    assert_near(found.cpu(), expected.cpu(), torch.bfloat16)
+    assert torch.cuda.current_device() == 0
+
+
 @pytest.mark.parametrize("pairs", [1, 31, 4096, 20000])
 def test_pairs_are_sorted(pairs: int) -> None:
     ids = torch.randint(0, 12, (pairs,), device="cuda")

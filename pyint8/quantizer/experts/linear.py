@@ -6,7 +6,7 @@ with Triton a kernel computes it without waiting for the device; elsewhere it go
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -141,26 +141,31 @@ def weighted_sum(
 
 
 @experts_linear.register_kernel("cuda")
-def _(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    kernels = _kernels()
-    if kernels is None:
-        return _one_by_one(x, codes, scales, ends)
-    return kernels.linear(x.contiguous(), codes, scales, ends)  # type: ignore[no-any-return]
+def _(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    return _on_gpu("linear", _one_by_one, x, *others)
 
 
 @experts_linear_backward.register_kernel("cuda")
-def _(grad: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    kernels = _kernels()
-    if kernels is None:
-        return _one_by_one_backward(grad, codes, scales, ends)
-    return kernels.linear_backward(grad.contiguous(), codes, scales, ends)  # type: ignore[no-any-return]
+def _(grad: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    return _on_gpu("linear_backward", _one_by_one_backward, grad, *others)
 
 
 @experts_forward.register_kernel("cuda")
 def _(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    return _on_gpu("forward", _forward_one_by_one, x, *others)
+
+
+def _on_gpu(name: str, otherwise: Callable[..., torch.Tensor], x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    """What `kernels` has of this name, or what is done without Triton.
+
+    Triton launches on the current device, which is another one than that of `x` for layers on a second GPU.
+    """
     kernels = _kernels()
-    compute = _forward_one_by_one if kernels is None else kernels.forward
-    return compute(x.contiguous(), *others)
+    if kernels is None:
+        return otherwise(x, *others)
+    with torch.cuda.device(x.device):
+        y: torch.Tensor = getattr(kernels, name)(x.contiguous(), *others)
+    return y
 
 
 def _groups(ends: torch.Tensor) -> Iterator[tuple[int, int, int]]:

@@ -7,15 +7,19 @@ import importlib
 import pickle
 import pkgutil
 from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers.models
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
 
+from pyint8.quantizer.experts import linear
 from pyint8.quantizer.experts.forward import is_usual
 from pyint8.quantizer.experts.linear import experts_linear
 from pyint8.quantizer.experts.modules import Int8Experts, make_int8, why_not_experts
@@ -44,6 +48,30 @@ def test_each_row_meets_its_expert(rows: int, dtype: torch.dtype) -> None:
     expected = torch.einsum("ri,roi->ro", x.float(), weights[ids])
     assert y.dtype == dtype
     assert torch.allclose(y.float(), expected, rtol=8e-3 if dtype == torch.bfloat16 else 1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("operator", [experts_linear, linear.experts_linear_backward, linear.experts_forward], ids=str)
+def test_triton_launches_where_the_rows_are(operator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    current, launched = [torch.device("cuda", 0)], []
+
+    @contextmanager
+    def device(other: torch.device) -> Iterator[None]:
+        current.append(other)
+        yield
+        current.pop()
+
+    def launch(x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        launched.append((x.device, current[-1]))
+        return x
+
+    kernels = SimpleNamespace(linear=launch, linear_backward=launch, forward=launch)
+    monkeypatch.setattr(linear, "_kernels", lambda: kernels)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    with FakeTensorMode():  # there may be no GPU
+        rows = torch.empty(4, 8, device="cuda:1")
+    operator._backend_fns["cuda"](rows, rows, rows, rows)
+    assert launched == [(rows.device, rows.device)]
+    assert len(current) == 1
 
 
 def test_rows_of_no_expert_are_zero() -> None:

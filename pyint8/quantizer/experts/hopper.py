@@ -46,7 +46,7 @@ def linear(
         raise
     except Exception as error:  # of a compiler above all; a GPU's own is raised again by the kernel that comes instead
         _has_failed = True
-        logger.warning("Hopper's kernel for int8 experts with many rows failed; a slower one takes over: %r", error)
+        _warn(error)
         return None
     return y
 
@@ -57,6 +57,7 @@ def is_usable(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, rows: 
     columns, tile = (out // 2, 64) if gated else (out, 128)
     return (
         rows > _LEAST_ROWS * experts
+        and codes.numel() > 0
         and (x.dtype, codes.dtype, scales.dtype) == (torch.bfloat16, torch.int8, torch.float32)
         and inner % 64 == 0
         and columns % tile == 0
@@ -67,12 +68,23 @@ def is_usable(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, rows: 
     )
 
 
+def is_tried() -> bool:
+    """Whether Triton is one that the kernel was tried with."""
+    try:
+        return _TRIED[0] <= Version(import_module("triton").__version__).release[:2] <= _TRIED[1]
+    except Exception:  # there is none, or one without a version of the usual form
+        return False
+
+
 @cache
 def _kernel() -> ModuleType | None:
-    """That in Gluon, if Triton is one that it was tried with."""
+    """That in Gluon, if it can be had."""
     try:
-        version = Version(import_module("triton").__version__).release[:2]
-        is_tried = _TRIED[0] <= version <= _TRIED[1]
-        return import_module("pyint8.quantizer.experts.hopper_kernel") if is_tried else None
-    except Exception:  # whatever an experimental module is without
+        return import_module("pyint8.quantizer.experts.hopper_kernel") if is_tried() else None
+    except Exception as error:  # whatever an experimental module is without
+        _warn(error)
         return None
+
+
+def _warn(error: Exception) -> None:
+    logger.warning("Hopper's kernel for int8 experts with many rows failed; a slower one takes over: %r", error)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pyint8.quantizer.experts import hopper
 
@@ -53,6 +54,9 @@ def test_products_that_it_takes(out: int, inner: int, gated: bool) -> None:
         {"out": 40},
         {"out": 192},
         {"out": 2**31 // EXPERTS},
+        {"experts": 0},
+        {"out": 0},
+        {"inner": 0},  # it would wait for the first of no steps
     ],
     ids=str,
 )
@@ -119,10 +123,29 @@ def test_other_versions(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found(monkeypatch, SimpleNamespace(__version__=version), SimpleNamespace()) is None
 
 
-def test_it_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_triton_it_is_not_missed(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     assert found(monkeypatch, None, SimpleNamespace()) is None
     assert found(monkeypatch, SimpleNamespace(), SimpleNamespace()) is None
+    assert not caplog.records
+
+
+def test_a_triton_that_lacks_something_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     assert found(monkeypatch, SimpleNamespace(__version__="3.6.0"), None) is None
+    assert hopper.is_tried()
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == (hopper.__name__, "WARNING")
+    assert KERNEL in record.getMessage()
+
+
+def test_other_gpus_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, device.index))
+    for index in (0, 1):
+        with FakeTensorMode():
+            x = torch.empty(ROWS, 64, dtype=torch.bfloat16, device=f"cuda:{index}")
+        monkeypatch.setattr(x, "data_ptr", lambda: 0, raising=False)
+        assert usable(x, *product()[1:]) == (index == 0)
 
 
 # --- when it is asked for ---------------------------------------------------------------------------------------------

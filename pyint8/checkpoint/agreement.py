@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from pyint8.errors import CheckpointError
@@ -31,10 +31,12 @@ class Index:
     Attributes:
         path: The index.
         files: For each tensor, the path of the file that it is said to be in.
+        metadata: What it says beside that.
     """
 
     path: str
     files: Mapping[str, str]
+    metadata: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,12 @@ def names_a_file(name: str) -> bool:
 
 
 def weight_map_of(path: str, raw: bytes) -> dict[str, str]:
-    """The file names by tensor that an index holds.
+    """The file names by tensor that an index holds; raises as `content_of`."""
+    return content_of(path, raw)[0]
+
+
+def content_of(path: str, raw: bytes) -> tuple[dict[str, str], dict[str, object]]:
+    """The file names by tensor that an index holds, and its metadata.
 
     Raises:
         CheckpointError: It is damaged, or leaves its folder.
@@ -85,7 +92,8 @@ def weight_map_of(path: str, raw: bytes) -> dict[str, str]:
             "the index is not a JSON object with a non-empty object `weight_map`; download it again", path=path
         )
     holds_safetensors = ".safetensors.index." in os.path.basename(path)
-    if isinstance(index, dict) and not isinstance(index.get("metadata", {}), dict):
+    metadata = index.get("metadata", {}) if isinstance(index, dict) else {}
+    if not isinstance(metadata, dict):
         raise CheckpointError("the `metadata` of the index is no JSON object; download it again", path=path)
     checked: set[str] = set()
     for name, shard in weight_map.items():
@@ -106,7 +114,7 @@ def weight_map_of(path: str, raw: bytes) -> dict[str, str]:
                 tensor=name,
             )
         checked.add(shard)
-    return weight_map
+    return weight_map, metadata
 
 
 def choose(files: Sequence[Holder], indexes: Sequence[Index]) -> tuple[dict[str, Entry], list[Disagreement]]:

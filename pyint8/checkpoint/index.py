@@ -14,7 +14,7 @@ from pyint8.host.files import open_file
 
 from ._reading import os_errors
 from .advice import advice_for_file, advice_for_folder
-from .agreement import Index, choose, weight_map_of
+from .agreement import Index, choose, content_of
 from .checksums import with_checksums
 from .entry import SCALES, Entry
 from .pickled import EXTENSIONS, PickledFile, is_pickled, read_pickled
@@ -42,6 +42,7 @@ class Checkpoint(Mapping[str, Entry]):
         files: The paths of the files, in order.
         stamps: By path, the state that each of them had when its header was read.
         metadata: The `__metadata__` of the files together; for a key with two values, the earlier file's.
+        index_metadata: The `metadata` of the indexes, likewise.
         nbytes: The bytes of all tensors together.
     """
 
@@ -53,6 +54,9 @@ class Checkpoint(Mapping[str, Entry]):
         self.metadata: dict[str, str] = {}
         for file in files:
             self.metadata = {**file.metadata, **self.metadata}
+        self.index_metadata: dict[str, object] = {}
+        for index in indexes:
+            self.index_metadata = {**index.metadata, **self.index_metadata}
         self.nbytes = sum(entry.nbytes for entry in entries.values())
         self._nonempty = {file.path: [entry for entry in file.entries.values() if entry.nbytes] for file in files}
 
@@ -181,9 +185,9 @@ def checkpoint_of_files(files: Sequence[str]) -> Checkpoint:
 def _indexes_of(folder: str, paths: Mapping[str, str]) -> Iterator[Index]:
     """The indexes in a folder that name exactly its files `paths`, which are by name."""
     for path, raw in _indexes_that_mention(folder, paths):
-        weight_map = weight_map_of(path, raw)
+        weight_map, metadata = content_of(path, raw)
         if set(weight_map.values()) == paths.keys():
-            yield _index(path, weight_map, paths)
+            yield _index(path, weight_map, paths, metadata)
 
 
 def _with_variant(name: str, variant: str | None) -> str:
@@ -229,12 +233,12 @@ def _read_bytes(path: str) -> bytes:
 
 
 def _open_sharded(folder: str, index: str, problems: list[Pyint8Error] | None) -> Checkpoint:
-    weight_map = weight_map_of(index, _read_bytes(index))
+    weight_map, metadata = content_of(index, _read_bytes(index))
     paths = {shard: os.path.join(folder, shard) for shard in sorted(set(weight_map.values()))}
     read = {shard: _read_if_sound(path, index, weight_map, problems) for shard, path in paths.items()}
     shards = [file for file in read.values() if file is not None]
     known = {name: shard for name, shard in weight_map.items() if read[shard] is not None}
-    return Checkpoint(with_checksums(shards), [_index(index, known, paths)])
+    return Checkpoint(with_checksums(shards), [_index(index, known, paths, metadata)])
 
 
 def _read_if_sound(
@@ -249,8 +253,8 @@ def _read_if_sound(
         return None
 
 
-def _index(path: str, weight_map: Mapping[str, str], paths: Mapping[str, str]) -> Index:
-    return Index(path, {name: paths[shard] for name, shard in weight_map.items()})
+def _index(path: str, weight_map: Mapping[str, str], paths: Mapping[str, str], metadata: Mapping[str, object]) -> Index:
+    return Index(path, {name: paths[shard] for name, shard in weight_map.items()}, metadata)
 
 
 def _read_shard(path: str, index: str, weight_map: Mapping[str, str]) -> CheckpointFile:

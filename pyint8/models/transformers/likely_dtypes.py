@@ -12,31 +12,32 @@ from pyint8.checkpoint.find import configuration
 from pyint8.errors import Pyint8Error
 
 if TYPE_CHECKING:
-    from pyint8.checkpoint import Entry
+    from pyint8.checkpoint import Checkpoint
     from pyint8.models.request import LoadRequest
 
 
-def likely_dtypes(dtype: Any, entries: Mapping[str, Entry], request: LoadRequest) -> list[torch.dtype]:
+def likely_dtypes(dtype: Any, checkpoint: Checkpoint | None, request: LoadRequest) -> list[torch.dtype]:
     """The model's dtype, as transformers finds it, and then those that parts of it may have; empty if it is not known.
 
-    For "auto" it is the configuration's, or else that of the checkpoint's floating tensors, if they have one alone
-    (source: transformers' _get_dtype). A class may be for a part of the model: it then reads that part's.
+    For "auto" it is the configuration's, or else that of the index of shards, or else that of the checkpoint's floating
+    tensors, if they have one alone (source: transformers' _get_dtype). A class may be for a part of the model: it then
+    reads that part's.
 
     Args:
         dtype: What was asked for: a torch.dtype, a dict of such, or "auto".
-        entries: The checkpoint's.
+        checkpoint: What is to be loaded; None if it is not here yet.
         request: Of the load.
     """
     if isinstance(dtype, Mapping):
         named = [dtype.get("", torch.get_default_dtype()), *dtype.values()]
     else:
-        named = _configured(entries, request) if dtype == "auto" else [dtype]
+        named = _configured(checkpoint, request) if dtype == "auto" else [dtype]
     dtypes = [getattr(torch, each, None) if isinstance(each, str) else each for each in named]
     is_known = bool(dtypes) and isinstance(dtypes[0], torch.dtype)
     return [each for each in dtypes if isinstance(each, torch.dtype)] if is_known else []
 
 
-def _configured(entries: Mapping[str, Entry], request: LoadRequest) -> list[Any]:
+def _configured(checkpoint: Checkpoint | None, request: LoadRequest) -> list[Any]:
     """What the configuration says, and then what its parts do; empty without one that can be read."""
     try:
         found = configuration(request.base, request.arguments)
@@ -47,9 +48,16 @@ def _configured(entries: Mapping[str, Entry], request: LoadRequest) -> list[Any]
         parts += [value for value in part.values() if isinstance(value, dict)]
     named = [_named_in(part) for part in parts]
     if named[:1] == [None]:
-        stored = {entry.dtype for entry in entries.values() if entry.is_floating}
-        named[0] = DTYPES[stored.pop()][1] if len(stored) == 1 else None
+        named[0] = None if checkpoint is None else _of_weights(checkpoint)
     return named
+
+
+def _of_weights(checkpoint: Checkpoint) -> Any:
+    """What an index says of the dtype, or else the one that all floating tensors have; None if that is not one."""
+    if "dtype" in checkpoint.index_metadata:
+        return checkpoint.index_metadata["dtype"]
+    stored = {entry.dtype for entry in checkpoint.values() if entry.is_floating}
+    return DTYPES[stored.pop()][1] if len(stored) == 1 else None
 
 
 def _named_in(part: Mapping[str, Any]) -> Any:

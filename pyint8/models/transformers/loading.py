@@ -92,7 +92,7 @@ def _guess_of(config: Int8Config, dtype: Any, request: LoadRequest, checkpoint: 
         is_here = is_folder(request.base)
         if not is_here or any(name.endswith(".py") for name in os.listdir(request.base)):
             return None
-    dtypes = likely_dtypes(dtype, checkpoint or {}, request)
+    dtypes = likely_dtypes(dtype, checkpoint, request)
     is_16_bit = bool(dtypes) and all(each.itemsize == 2 for each in dtypes)
     return Guess(config.experts, dtypes[0] if dtypes else None, find_entry_point(), is_16_bit)
 

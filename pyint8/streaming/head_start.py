@@ -15,9 +15,10 @@ import torch
 
 from pyint8.checkpoint import EntryInMemory
 from pyint8.streaming.caller import as_caller
+from pyint8.streaming.early import EarlyTensor, reads_into
 from pyint8.streaming.guessed_pours import GuessedPours
 from pyint8.streaming.lane import Lane, LaneOpener, open_lane, reserve_memory
-from pyint8.streaming.transport import ReadRequest, Transport
+from pyint8.streaming.transport import Transport
 
 if TYPE_CHECKING:
     from pyint8.checkpoint import Entry
@@ -33,25 +34,6 @@ logger = logging.getLogger(__name__)
 _WORTHWHILE_BYTES = 1 << 20
 # So many tensors are asked for before memory is taken for all others.
 _FIRST_ASKED = 64
-
-
-@dataclass(frozen=True)
-class EarlyTensor:
-    """A tensor that was requested before its parameter was known."""
-
-    entry: Entry
-    lane: Lane
-    storage: torch.UntypedStorage
-    ticket: int
-
-    def is_for(self, entry: Entry, lane: Lane) -> bool:
-        """Whether this is what an entry is wanted as, where it is wanted."""
-        return self.lane is lane and (self.entry is entry or self.entry == entry)
-
-    @property
-    def memory(self) -> torch.Tensor:
-        """The storage as uint8."""
-        return torch.empty(0, dtype=torch.uint8, device=self.lane.device).set_(self.storage)
 
 
 @dataclass(frozen=True)
@@ -252,18 +234,7 @@ class HeadStart:
     def _ask_for(self, lane: Lane, entries: Sequence[Entry]) -> bool:
         """Asks for those that there is memory for, on all ranks; returns whether those are all."""
         wanted = _allocated(lane, entries)
-        reads = [
-            ReadRequest(
-                entry.path,
-                entry.offset,
-                entry.nbytes,
-                storage,
-                stamp=entry.stamp,
-                checksum=self._transport.checksum_of(entry),
-            )
-            for entry, storage in wanted
-        ]
-        tickets = self._transport.submit_early(lane, reads)
+        tickets = self._transport.submit_early(lane, reads_into(self._transport, wanted))
         for ticket, (entry, storage) in zip(tickets, wanted, strict=False):
             self._early[entry.name] = EarlyTensor(entry, lane, storage, ticket)
         return len(tickets) == len(entries)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pyint8.streaming.early import EarlyTensors
 from pyint8.streaming.made import Made, Place, first_parts
 from pyint8.streaming.pump import Pump
 from pyint8.streaming.requests import KERNEL_NAMES, TensorRequest, ToDtype, ToInt8
@@ -21,8 +22,8 @@ from pyint8.streaming.requests import KERNEL_NAMES, TensorRequest, ToDtype, ToIn
 if TYPE_CHECKING:
     from pyint8.checkpoint import Entry
     from pyint8.report import Recorder
+    from pyint8.streaming.early import EarlyTensor
     from pyint8.streaming.extension import _core
-    from pyint8.streaming.head_start import EarlyTensor
     from pyint8.streaming.lane import Lane
     from pyint8.streaming.transport import Transport
 
@@ -73,8 +74,6 @@ class Pour:
         self.requests = requests
         self._tickets = {request.entry.name: ticket for ticket, request in enumerate(requests)}
         self._recorder = recorder
-        self._early = early
-        self._early_bytes = sum(tensor.entry.nbytes for tensor in early.values())
         self._read_first = 1 + max((self._tickets[name] for name in early), default=-1)
         self._made: dict[int, Made] = {}
         self._wholes: dict[str, Place] = {}  # of which entries are parts, by name
@@ -83,6 +82,7 @@ class Pour:
         self._taken: dict[int, Made] = {}  # and not released, if it is bounded
         firsts = first_parts(requests)
         self._budget = sum(request.allocated_bytes for request in firsts) if most_bytes is None else most_bytes
+        self._early = EarlyTensors(transport, lane, early, transport.whole_ones(requests, early, self._budget))
         self._submitted = self._ready = 0
         self._stride = 1 + len(requests) // _STEPS
         marks = sum(request.marks for request in firsts)
@@ -206,9 +206,7 @@ class Pour:
         landed = self.requests[before : self._ready]
         self._recorder.landed(sum(request.entry.nbytes for request in landed))
         for request in landed if self._early else ():
-            if request.entry.name in self._early:
-                self._early_bytes -= request.entry.nbytes
-                del self._early[request.entry.name]  # its memory, before more is taken
+            self._early.let_go(request.entry.name)  # its memory, before more is taken
         self._fill(len(self.requests))
 
     def close(self) -> None:
@@ -223,12 +221,12 @@ class Pour:
     def _fill(self, until: int) -> None:
         """Submits requests up to number `until`, as far as memory allows."""
         end = self._submitted
-        nbytes = self._made_bytes
+        nbytes = self._made_bytes + self._early.nbytes
         begun: set[str] = set()
         while end < min(until, len(self.requests)):
-            needed = self._allocated_bytes(self.requests[end], begun)
+            needed = self._allocated_bytes(self.requests[end], begun) + self._early.bytes_for(self.requests[end])
             nbytes += needed
-            is_too_much = needed > 0 and nbytes + self._early_bytes > self._budget
+            is_too_much = needed > 0 and nbytes > self._budget
             if is_too_much and (end > self._ready or self._holds_all):
                 break
             end += 1
@@ -254,6 +252,7 @@ class Pour:
             while until > self._submitted:
                 some = range(self._submitted, min(until, self._submitted + _MOST_AT_ONCE))
                 try:
+                    self._early.ask(self.requests[some.start : some.stop])
                     self._consumer.submit(list(map(self._written_down, some)), self._lane.stream, first=first)
                 except BaseException as error:
                     self._error = error

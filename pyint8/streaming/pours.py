@@ -25,7 +25,7 @@ from pyint8.streaming.scratch import shared_band_bytes
 
 if TYPE_CHECKING:
     from pyint8.report import Recorder
-    from pyint8.streaming.head_start import EarlyTensor
+    from pyint8.streaming.early import EarlyTensor
     from pyint8.streaming.lane import Lane
     from pyint8.streaming.transport import Transport
 

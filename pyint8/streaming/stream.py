@@ -21,7 +21,7 @@ from pyint8.streaming.transpose import Transposer
 
 if TYPE_CHECKING:
     from pyint8.checkpoint import Entry
-    from pyint8.streaming.head_start import EarlyTensor
+    from pyint8.streaming.early import EarlyTensor
     from pyint8.streaming.pour import Pour
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from pyint8.checkpoint import Entry, FileStamp
     from pyint8.config import StreamOptions
-    from pyint8.streaming.head_start import EarlyTensor
+    from pyint8.streaming.early import EarlyTensor
     from pyint8.streaming.ranks.consumer import SharedConsumer
     from pyint8.streaming.requests import TensorRequest
 
@@ -182,8 +182,13 @@ class Transport:
         self._consumers.append(consumer)
         return consumer
 
-    def submit_early(self, lane: Lane, reads: list[ReadRequest]) -> Sequence[int]:
-        """As `submit`, of what a head start has memory for: the first of it, as much as all ranks have memory for.
+    def submit_early(self, lane: Lane, reads: list[ReadRequest], *, is_agreed: bool = False) -> Sequence[int]:
+        """As `submit`, of what there is memory for: as many of the first as all ranks have memory for.
+
+        Args:
+            lane: Where the memory lies.
+            reads: Ranges of files.
+            is_agreed: That is all of them, alike on all ranks.
 
         Returns:
             Their tickets.
@@ -194,6 +199,11 @@ class Transport:
     def in_turn(self, requests: Sequence[TensorRequest], _early: Collection[str]) -> Sequence[TensorRequest]:
         """The order in which a GPU's consumer serves requests, which are given in that in which they will be taken."""
         return requests
+
+    def whole_ones(self, _requests: Sequence[TensorRequest], _early: Collection[str], _budget: int) -> Collection[str]:
+        """The names of requests, in the order in which they are served, that land as they are stored, in memory of
+        their own, within a budget of bytes for all that is made, and for what it is made of."""
+        return ()
 
     def agree(self, requests: Sequence[TensorRequest], early: Collection[str], quantizer: int | None) -> None:
         """Called with the arguments of a stream before it begins: all ranks must be about to do the same."""

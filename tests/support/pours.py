@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from pyint8 import StreamOptions
 from pyint8.checkpoint import Checkpoint, Entry, open_checkpoint
-from pyint8.streaming.head_start import EarlyTensor
+from pyint8.streaming.early import EarlyTensor
 from pyint8.streaming.lane import Lane
 from pyint8.streaming.made import Made
 from pyint8.streaming.reading import open_stream

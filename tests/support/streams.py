@@ -14,7 +14,8 @@ import torch
 
 from pyint8 import StreamOptions
 from pyint8.checkpoint import DTYPES, Checkpoint, Entry, open_checkpoint
-from pyint8.streaming.head_start import EarlyTensor, FirstTensors, HeadStart
+from pyint8.streaming.early import EarlyTensor
+from pyint8.streaming.head_start import FirstTensors, HeadStart
 from pyint8.streaming.pour import Pour
 from pyint8.streaming.requests import TensorRequest
 from pyint8.streaming.stream import TensorStream

@@ -18,7 +18,7 @@ from pyint8.host.processes import processes
 from pyint8.placement.device_map import is_planned
 from pyint8.streaming.first_tensors import first_gpu
 
-_BATCH_BYTES = 512 << 20
+_BATCH_BYTES = 256 << 20
 # Collectives whose tensors the backend's threads may still have: gloo has two of them.
 _NOTED = 4
 _LETTING_GO_SECONDS = 0.5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from pyint8.streaming.ranks.consumer import SharedConsumer
 from pyint8.streaming.ranks.fingerprint import differences, fingerprint
 from pyint8.streaming.ranks.meetings import Meeting
 from pyint8.streaming.ranks.pieces import Piece, own_reads, part_of, share_of, together
+from pyint8.streaming.ranks.turns import between_early, whole_ones
 from pyint8.streaming.transport import ReadRequest, Transport
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from pyint8.streaming.requests import TensorRequest
 
 
-# So many bytes are read while one that is early is served: what the bus moves in the time that Python takes for it.
-_BESIDE_EARLY = 0.4
 # Tensors of a head start: they take longer to read than ranks need to agree.
 _BEFORE_AGREED = 16
 
@@ -100,10 +98,10 @@ class SharedTransport(Transport):
         self._conductor.attach(self.engine, shared)
         return shared
 
-    def submit_early(self, lane: Lane, reads: list[ReadRequest]) -> Sequence[int]:
+    def submit_early(self, lane: Lane, reads: list[ReadRequest], *, is_agreed: bool = False) -> Sequence[int]:
         """As any transport's. The first parts are asked for before ranks agree how many all have memory for."""
         first = self._ask(lane, reads[:_BEFORE_AGREED])
-        count = int(min(self._meet("its head start", len(reads))))
+        count = len(reads) if is_agreed else int(min(self._meet("its head start", len(reads))))
         pieces = first + self._ask(lane, reads[len(first) : count])
         pieces, self._forgone = pieces[:count], pieces[count:]
         self._conductor.put(*pieces)
@@ -111,6 +109,9 @@ class SharedTransport(Transport):
 
     def in_turn(self, requests: Sequence[TensorRequest], early: Collection[str]) -> Sequence[TensorRequest]:
         return between_early(requests, early)
+
+    def whole_ones(self, requests: Sequence[TensorRequest], early: Collection[str], budget: int) -> Collection[str]:
+        return whole_ones(requests, early, budget, self._conductor.group.size)
 
     def agree(self, requests: Sequence[TensorRequest], early: Collection[str], quantizer: int | None) -> None:
         gpus = dict.fromkeys(request.device for request in requests if request.device.type == "cuda")
@@ -139,22 +140,6 @@ class SharedTransport(Transport):
             self._switches.close()
         super().close()
         self._forgone.clear()
-
-
-def between_early(requests: Sequence[TensorRequest], early: Collection[str]) -> list[TensorRequest]:
-    """With some of what is to be read between what is early, which has landed by now: the bus would stand still until
-    all of it is served. What is early stays in order, and so do others."""
-    others = deque(request for request in requests if request.entry.name not in early)
-    found: list[TensorRequest] = []
-    due = 0.0
-    for request in requests:
-        if request.entry.name in early:
-            found.append(request)
-            due += request.entry.nbytes * _BESIDE_EARLY
-        while others and due > 0:
-            found.append(others.popleft())
-            due -= found[-1].entry.nbytes
-    return [*found, *others]
 
 
 def _memory_of(reads: Sequence[ReadRequest], device: torch.device) -> torch.Tensor:

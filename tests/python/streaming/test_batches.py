@@ -16,7 +16,8 @@ from pyint8 import StreamOptions
 from pyint8.checkpoint import Checkpoint, Entry
 from pyint8.errors import TruncatedError
 from pyint8.report import Recorder
-from pyint8.streaming.head_start import EarlyTensor, HeadStart
+from pyint8.streaming.early import EarlyTensor
+from pyint8.streaming.head_start import HeadStart
 from pyint8.streaming.reading import open_stream
 from pyint8.streaming.requests import TensorRequest
 from pyint8.streaming.transport import ReadRequest

@@ -19,7 +19,7 @@ from pours import GPU, OPTIONS, begun_early, checkpoint_of, quantized, random_we
 
 from pyint8 import _core
 from pyint8.errors import CancelledError
-from pyint8.streaming.head_start import EarlyTensor
+from pyint8.streaming.early import EarlyTensor
 from pyint8.streaming.made import Made
 from pyint8.streaming.pour import Pour
 from pyint8.streaming.pump import Pump

@@ -32,7 +32,7 @@ from pyint8.streaming.transport import Transport
 __all__ = ["driver"]  # a fixture
 
 GPU = torch.device("cuda", 0)
-# Bands of 128 KiB.
+# Bands of 85 KiB.
 OPTIONS = StreamOptions(threads=2, slot_bytes=8192, device_scratch=1 << 20, host_scratch=1 << 20)
 
 needs_kernels = pytest.mark.skipif(not _core.has_kernels(), reason="a build without kernels")

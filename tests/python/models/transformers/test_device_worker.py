@@ -23,7 +23,8 @@ from pyint8.models.transformers import parameters
 from pyint8.models.transformers.compat import SkipParameters
 from pyint8.models.transformers.device_worker import DeviceWorker
 from pyint8.models.transformers.parameters import ParameterMaker
-from pyint8.streaming.head_start import Begun, EarlyTensor
+from pyint8.streaming.early import EarlyTensor
+from pyint8.streaming.head_start import Begun
 from pyint8.streaming.preparation import Preparation
 from pyint8.streaming.stream import TensorStream
 from pyint8.streaming.transport import ReadRequest, Transport

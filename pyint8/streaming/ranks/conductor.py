@@ -212,12 +212,12 @@ class Conductor:
         return self._agree(mine.sizes, said)
 
     def _agree(self, mine: Sequence[int], said: list[list[int]]) -> bool:
-        codes = [of_rank[0] for of_rank in said]
+        codes, batch_bytes = [of_rank[0] for of_rank in said], min(of_rank[2] for of_rank in said)
         count = max(0, min(codes))
         is_torn = _AT_A_MEETING in codes and any(code > 0 for code in codes)
         if is_torn or any(of_rank[4 : 4 + count] != mine[:count] for of_rank in said):
             return self._diverge("they are about to gather different things")
-        self._agenda.agree(mine[:count], self.group.batch_bytes, min(of_rank[2] for of_rank in said))
+        self.notify(lambda: self._agenda.agree(mine[:count], self.group.batch_bytes, batch_bytes))
         return True
 
     def _next_to_say(self) -> _Words:

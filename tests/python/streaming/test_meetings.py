@@ -52,6 +52,27 @@ def test_some_meetings_need_not_wait_for_pieces_before_them(monkeypatch: pytest.
     assert on_ranks(2, load) == [[0, 1]] * 2
 
 
+class SlowPiece(pieces.Piece):
+    """Takes its time to say how large it is."""
+
+    @property
+    def nbytes(self) -> int:
+        time.sleep(0.001)
+        return super().nbytes
+
+
+def test_pieces_are_put_while_ranks_agree_on_others() -> None:
+    def load(ranks: Ranks, _: int) -> bool:
+        conductor = ranks._conductor
+        for _ in range(20):
+            conductor.put(SlowPiece(torch.zeros(64, dtype=torch.uint8), 32, range(0), range(1)))
+            time.sleep(0.001)
+        conductor.wait_for(conductor.is_done)
+        return True
+
+    assert on_ranks(2, load) == [True, True]
+
+
 @pytest.mark.parametrize("meets", [True, False])
 def test_a_rank_that_is_refused_a_thread_tells_the_others(meets: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     start, refused = threading.Thread.start, []

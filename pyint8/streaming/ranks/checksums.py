@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import reduce
 from operator import xor
 from typing import TYPE_CHECKING
@@ -32,6 +32,10 @@ class SharedChecksums:
         """The engine's number for reads of an entry's bytes, and of the engine's file, that all ranks make."""
         self._added.append((entry, self._engine.add_shared_checksum(file, entry.offset, entry.nbytes)))
         return self._added[-1][1]
+
+    def forget(self, numbers: Collection[int]) -> None:
+        """Those of what not all ranks will read."""
+        self._added = [added for added in self._added if added[1] not in numbers]
 
     def of_parts(self) -> list[tuple[int, int]]:
         """(CRC-32C, bytes) of what this rank alone read of each, for `compare`."""

@@ -100,10 +100,14 @@ class SharedTransport(Transport):
 
     def submit_early(self, lane: Lane, reads: list[ReadRequest], *, is_agreed: bool = False) -> Sequence[int]:
         """As any transport's. The first parts are asked for before ranks agree how many all have memory for."""
-        first = self._ask(lane, reads[:_BEFORE_AGREED])
-        count = len(reads) if is_agreed else int(min(self._meet("its head start", len(reads))))
-        pieces = first + self._ask(lane, reads[len(first) : count])
-        pieces, self._forgone = pieces[:count], pieces[count:]
+        if is_agreed:
+            pieces = self._ask(lane, reads)
+        else:
+            self._forgone = first = self._ask(lane, reads[:_BEFORE_AGREED])  # until they have agreed, or if they cannot
+            count = int(min(self._meet("its head start", len(reads))))
+            self._checksums.forget({read.checksum for read in reads[count:]})
+            pieces = (first + self._ask(lane, reads[len(first) : count]))[:count]
+            self._forgone = first[count:]
         self._conductor.put(*pieces)
         return [ticket for piece in pieces for ticket in piece.promised]
 

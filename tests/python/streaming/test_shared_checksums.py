@@ -12,10 +12,12 @@ from checksums import add_checksums, damage
 from fake_driver import FakeDriver, driver
 from local_ranks import on_ranks
 from safetensors.torch import save_file
+from streams import over
 
 from pyint8 import StreamOptions, _core
 from pyint8.checkpoint import open_checkpoint
 from pyint8.errors import ChecksumError, RankError
+from pyint8.streaming.head_start import FirstTensors, HeadStart
 from pyint8.streaming.ranks import pieces
 from pyint8.streaming.ranks.ranks import Ranks
 from pyint8.streaming.reading import open_stream
@@ -102,6 +104,27 @@ def test_what_only_one_rank_has_read(driver: FakeDriver, folder: Path, tmp_path:
         assert tuple(map(type, found)) == kinds, found
         damage(entries[name], at)
     assert found == sound
+
+
+def test_a_head_start_that_fits_on_one_rank_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What not all have memory for is summed up once, as it is read later."""
+    monkeypatch.setattr("pyint8.streaming.head_start._WORTHWHILE_BYTES", 1)
+
+    def load(ranks: Ranks, rank: int) -> list[str]:
+        entries = open_checkpoint(folder / "model.safetensors")
+        start = HeadStart([CPU], OPTIONS, ranks=ranks)
+        start.begin([FirstTensors(CPU, [entries[name] for name in SHAPES], (rank + 1) * WEIGHT_BYTES)])
+        transport, early, _ = start.take()
+        begun = list(early)
+        with over([TensorRequest(entries[name], CPU) for name in SHAPES], transport, early) as stream:
+            for name in SHAPES:
+                stream.whole(name)
+            stream.finish()
+        return begun
+
+    assert on_ranks(2, load) == [["first"]] * 2
+    damage(open_checkpoint(folder)["second"], 99)
+    assert [type(error) for error in on_ranks(2, load)] == [ChecksumError] * 2
 
 
 def test_ranks_without_them(driver: FakeDriver, folder: Path) -> None:

@@ -84,6 +84,8 @@ class EarlyTensors:
         wanted = [(entry, torch.UntypedStorage(entry.nbytes, device=self._lane.device)) for entry in entries]
         if not wanted:
             return
+        for _, storage in wanted:
+            self._transport.keep(storage)
         tickets = self._transport.submit_early(self._lane, reads_into(self._transport, wanted), is_agreed=True)
         for ticket, (entry, storage) in zip(tickets, wanted, strict=True):
             self._tensors[entry.name] = EarlyTensor(entry, self._lane, storage, ticket)
@@ -93,6 +95,7 @@ class EarlyTensors:
         """Its result is made, if it is one of these."""
         if (tensor := self._tensors.pop(name, None)) is not None:
             self.nbytes -= tensor.entry.nbytes
+            self._transport.let_go(tensor.storage)
 
     def clear(self) -> None:
         self._tensors.clear()

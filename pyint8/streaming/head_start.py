@@ -169,10 +169,9 @@ class HeadStart:
         """Discards everything, unless a load has taken it. Idempotent."""
         self._is_closed = True
         self._join()
-        self._error = None  # breaks a reference cycle
-        if self._taken:
-            return
-        self._discard()
+        if not self._taken:
+            self._discard()
+        self._error = None  # breaks a reference cycle; what it was of may have been written to until now
 
     def _join(self) -> None:
         for thread in self._threads:

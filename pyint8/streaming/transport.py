@@ -68,7 +68,7 @@ class Transport:
         self._lanes: dict[torch.device, Lane] = {}
         self._opened: list[Lane] = []
         self._consumers: list[_core.Consumer] = []
-        self._in_use: dict[int, torch.Tensor] = {}  # memory that consumers were given, until they are closed
+        self._in_use: dict[int, torch.Tensor | torch.UntypedStorage] = {}  # by consumers, until they are closed
         self._files: dict[tuple[str, FileStamp | None], int] = {}
         self._borrows = gpus == 1 and bool(options.borrow_gpus)
         self._detours: list[Detours] = []
@@ -211,11 +211,11 @@ class Transport:
     def drain(self) -> None:
         """Called once all was taken that is wanted: what other ranks still need of this one is waited for."""
 
-    def keep(self, memory: torch.Tensor) -> None:
-        """Keeps memory that a consumer writes to until that is closed, whatever becomes of who asked for it."""
+    def keep(self, memory: torch.Tensor | torch.UntypedStorage) -> None:
+        """Keeps memory that is written to until all is closed, whatever becomes of who asked for it."""
         self._in_use[id(memory)] = memory
 
-    def let_go(self, memory: torch.Tensor) -> None:
+    def let_go(self, memory: torch.Tensor | torch.UntypedStorage) -> None:
         """Ends `keep`: the consumer's work on it was waited for."""
         self._in_use.pop(id(memory), None)
 

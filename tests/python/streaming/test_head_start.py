@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ import torch
 from streams import CPU, MIB, bytes_of, head_start, over, requests, stored, unstamped, write
 
 from pyint8.checkpoint import Checkpoint
-from pyint8.errors import ReadError, TruncatedError
+from pyint8.errors import RankError, ReadError, TruncatedError
 from pyint8.streaming import head_start as head_start_module
 from pyint8.streaming.guesses import Guessed
 from pyint8.streaming.head_start import FirstTensors, _has_room
 from pyint8.streaming.lane import Lane
 from pyint8.streaming.requests import TensorRequest
 from pyint8.streaming.stream import TensorStream
-from pyint8.streaming.transport import Transport
+from pyint8.streaming.transport import ReadRequest, Transport
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -107,6 +108,29 @@ def test_a_head_start_that_fails_fails_when_it_is_taken(tmp_path: Path) -> None:
     start = head_start(list(checkpoint.values()))
     with pytest.raises(ReadError, match="cannot open the file"):
         start.take()
+
+
+@pytest.mark.usefixtures("every_size_is_worthwhile")
+def test_memory_that_is_read_into_outlives_an_error(mixed: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a head start that nobody takes: until the engine is closed."""
+    memory: list[weakref.ref[Any]] = []
+    lives: list[bool] = []
+    close = Transport.close
+
+    def failing(self: Transport, lane: Lane, reads: list[ReadRequest]) -> None:
+        self.submit(lane, reads)
+        memory.extend(weakref.ref(read.memory) for read in reads)
+        raise RankError("one failed meanwhile")
+
+    def closing(self: Transport) -> None:
+        lives.extend(each() is not None for each in memory)
+        close(self)
+
+    monkeypatch.setattr(Transport, "submit_early", failing)
+    monkeypatch.setattr(Transport, "close", closing)
+    head_start(list(mixed.values())).close()
+    assert lives == [True] * len(memory)
+    assert memory
 
 
 @pytest.mark.usefixtures("every_size_is_worthwhile")

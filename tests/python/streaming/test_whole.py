@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from pyint8.streaming.ranks import pieces, turns
 from pyint8.streaming.ranks.ranks import Ranks
 from pyint8.streaming.reading import open_stream
 from pyint8.streaming.requests import Part, TensorRequest, ToDtype, ToInt8
+from pyint8.streaming.transport import Transport
 
 __all__ = ["driver"]  # a fixture
 
@@ -158,6 +160,19 @@ def test_behind_a_head_start(
         assert [name for name in alone if made[name] != alone[name]] == []
         assert all_bytes / 2 <= delivered < all_bytes / 2 * 1.01 + 4096
     assert len(asked) > 10
+
+
+def test_memory_that_is_read_into_outlives_who_asked(requests: list[TensorRequest]) -> None:
+    """Until all is closed: an error may come before what was asked for."""
+    transport = Transport(OPTIONS)
+    asked = EarlyTensors(transport, transport.open_lane(CPU), {}, {request.entry.name for request in requests})
+    asked.ask(requests)
+    memory = [weakref.ref(tensor.storage) for tensor in asked._tensors.values()]
+    asked.let_go(requests[0].entry.name)
+    asked.clear()
+    assert [each() is not None for each in memory] == [False] + [True] * (len(requests) - 1)
+    transport.close()
+    assert not any(each() is not None for each in memory)
 
 
 def test_a_file_that_ends_on_one_rank(

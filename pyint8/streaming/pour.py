@@ -50,7 +50,7 @@ class Pour:
             for all results.
 
     Attributes:
-        requests: As given.
+        requests: In the order in which they are served.
 
     Raises:
         DeviceError: The driver refuses, or has no kernels for the GPU.
@@ -71,7 +71,9 @@ class Pour:
         self._error: BaseException | None = None  # of requests that were begun to be written down
         self._transport = transport
         self._lane = lane
-        self.requests = requests
+        firsts = first_parts(requests)
+        self._budget = sum(request.allocated_bytes for request in firsts) if most_bytes is None else most_bytes
+        self.requests = requests = transport.in_turn(requests, early, self._budget)
         self._tickets = {request.entry.name: ticket for ticket, request in enumerate(requests)}
         self._recorder = recorder
         self._read_first = 1 + max((self._tickets[name] for name in early), default=-1)
@@ -80,8 +82,6 @@ class Pour:
         self._made_bytes = 0
         self._is_bounded = most_bytes is not None
         self._taken: dict[int, Made] = {}  # and not released, if it is bounded
-        firsts = first_parts(requests)
-        self._budget = sum(request.allocated_bytes for request in firsts) if most_bytes is None else most_bytes
         self._early = EarlyTensors(transport, lane, early, transport.whole_ones(requests, early, self._budget))
         self._submitted = self._ready = 0
         self._stride = 1 + len(requests) // _STEPS

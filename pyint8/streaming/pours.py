@@ -92,9 +92,8 @@ def open_pours(
         if lane in others:
             scratch_bytes //= 2
             lane.leave_scratch(scratch_bytes)
-        in_turn = transport.in_turn(group, mine)
         try:
-            pour = _asking(Pour(transport, lane, in_turn, quantizer or 0, scratch_bytes, mine, recorder, most_bytes))
+            pour = _asking(Pour(transport, lane, group, quantizer or 0, scratch_bytes, mine, recorder, most_bytes))
         except DeviceError as error:
             logger.warning("weights on %s are quantized by Python operators, more slowly: %s", lane.device, str(error))
             continue

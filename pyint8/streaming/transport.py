@@ -196,8 +196,11 @@ class Transport:
         first = self.submit(lane, reads) if reads else 0
         return range(first, first + len(reads))
 
-    def in_turn(self, requests: Sequence[TensorRequest], _early: Collection[str]) -> Sequence[TensorRequest]:
-        """The order in which a GPU's consumer serves requests, which are given in that in which they will be taken."""
+    def in_turn(
+        self, requests: Sequence[TensorRequest], _early: Collection[str], _budget: int
+    ) -> Sequence[TensorRequest]:
+        """The order in which a GPU's consumer serves requests, which are given in that in which they will be taken,
+        within a budget as for `whole_ones`."""
         return requests
 
     def whole_ones(self, _requests: Sequence[TensorRequest], _early: Collection[str], _budget: int) -> Collection[str]:

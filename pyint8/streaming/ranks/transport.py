@@ -111,8 +111,10 @@ class SharedTransport(Transport):
         self._conductor.put(*pieces)
         return [ticket for piece in pieces for ticket in piece.promised]
 
-    def in_turn(self, requests: Sequence[TensorRequest], early: Collection[str]) -> Sequence[TensorRequest]:
-        return between_early(requests, early)
+    def in_turn(
+        self, requests: Sequence[TensorRequest], early: Collection[str], budget: int
+    ) -> Sequence[TensorRequest]:
+        return between_early(requests, early, budget)
 
     def whole_ones(self, requests: Sequence[TensorRequest], early: Collection[str], budget: int) -> Collection[str]:
         return whole_ones(requests, early, budget, self._conductor.group.size)

@@ -23,20 +23,49 @@ _BESIDE_EARLY = 0.4
 _WHOLE_BYTES = 768 << 20
 
 
-def between_early(requests: Sequence[TensorRequest], early: Collection[str]) -> list[TensorRequest]:
+def between_early(requests: Sequence[TensorRequest], early: Collection[str], budget: int) -> list[TensorRequest]:
     """With some of what is to be read between what is early, which has landed by now: the bus would stand still until
-    all of it is served. What is early stays in order, and so do others."""
+    all of it is served. What is early stays in order, and so do others.
+
+    None is served where it has no room beside what is early still, as stored too, or takes that of what comes next.
+    """
     others = deque(request for request in requests if request.entry.name not in early)
+    mine = [request for request in requests if request.entry.name in early]
+    wholes: set[str] = set()
+    left = budget - sum(request.entry.nbytes for request in mine)
     found: list[TensorRequest] = []
     due = 0.0
-    for request in requests:
-        if request.entry.name in early:
-            found.append(request)
-            due += request.entry.nbytes * _BESIDE_EARLY
+    for request, needed in zip(mine, _needed_behind(mine), strict=True):
+        found.append(request)
+        left += request.entry.nbytes - _allocated(request, wholes)
+        due += request.entry.nbytes * _BESIDE_EARLY
         while others and due > 0:
+            other = others[0]
+            if other.allocated_bytes + max(other.entry.nbytes, needed) > left:
+                break
+            left -= _allocated(other, wholes)
+            due -= other.entry.nbytes
             found.append(others.popleft())
-            due -= found[-1].entry.nbytes
     return [*found, *others]
+
+
+def _needed_behind(early: Sequence[TensorRequest]) -> list[int]:
+    """For each the room that those behind it need, beside all of them: each leaves its own once it is served."""
+    wholes: set[str] = set()
+    taken = [_allocated(request, wholes) for request in early]
+    needed = [0]
+    for request, nbytes in zip(reversed(early), reversed(taken), strict=True):
+        needed.append(nbytes + max(0, needed[-1] - request.entry.nbytes))
+    return needed[-2::-1]
+
+
+def _allocated(request: TensorRequest, wholes: set[str]) -> int:
+    """What it takes memory for, if not for a part of one of `wholes`, which it then is among."""
+    if request.part is not None:
+        if request.part.name in wholes:
+            return 0
+        wholes.add(request.part.name)
+    return request.allocated_bytes
 
 
 def whole_ones(requests: Sequence[TensorRequest], early: Collection[str], budget: int, ranks: int) -> set[str]:
@@ -53,10 +82,7 @@ def whole_ones(requests: Sequence[TensorRequest], early: Collection[str], budget
     found: set[str] = set()
     wholes: set[str] = set()  # of which requests are parts
     for request in requests:
-        if request.part is None or request.part.name not in wholes:
-            budget -= request.allocated_bytes
-        if request.part is not None:
-            wholes.add(request.part.name)
+        budget -= _allocated(request, wholes)
         if request.entry.name in early or part_of(request.entry.nbytes, ranks) == 0:
             continue
         if budget < _WHOLE_BYTES or request.entry.nbytes > _WHOLE_BYTES or not isinstance(request.becomes, ToInt8):

@@ -23,8 +23,8 @@ def requests(tmp_path: Path) -> list[TensorRequest]:
     return [TensorRequest(entries[name], torch.device("cpu")) for name in NAMES]
 
 
-def order(requests: list[TensorRequest], early: list[str]) -> list[str]:
-    return [request.entry.name for request in between_early(requests, early)]
+def order(requests: list[TensorRequest], early: list[str], budget: int = 10**6) -> list[str]:
+    return [request.entry.name for request in between_early(requests, early, budget)]
 
 
 def test_between_what_is_early_others_are_read(requests: list[TensorRequest]) -> None:
@@ -46,6 +46,24 @@ def test_others_that_are_taken_first_come_first(requests: list[TensorRequest]) -
 def test_without_anything_early_nothing_changes(requests: list[TensorRequest]) -> None:
     assert order(requests, []) == NAMES
     assert order(requests, NAMES) == NAMES
+
+
+def test_others_are_read_once_they_have_room(requests: list[TensorRequest]) -> None:
+    """As stored, too. 20 early ones take 20,000 bytes, and each leaves half of its 1,000 once it is served."""
+    requests = [request._replace(becomes=ToDtype(torch.int8)) for request in requests[:30]]
+    assert order(requests, NAMES[:20], 21_000)[:4] == ["0", "20", "1", "2"]
+    assert order(requests, NAMES[:20], 20_999)[:4] == ["0", "1", "20", "2"]
+    assert order(requests, NAMES[:20], 20_499)[:4] == ["0", "1", "2", "20"]
+    assert order(requests, NAMES[:20], 0) == NAMES[:30]
+
+
+def test_others_leave_room_for_what_is_early(requests: list[TensorRequest]) -> None:
+    """As for a tensor of parts, all of whose memory is taken for the first of them."""
+    for number in range(10):
+        part = Part("large", (10, 500), number * 500)
+        requests[number + 1] = requests[number + 1]._replace(becomes=ToDtype(torch.int8), part=part)
+    assert order(requests, NAMES[:20], 20_000 + 5000 + 1000)[:3] == ["0", "20", "1"]
+    assert order(requests, NAMES[:20], 20_000 + 5000 + 999)[:3] == ["0", "1", "2"]
 
 
 # --- what lands whole -------------------------------------------------------------------------------------------------

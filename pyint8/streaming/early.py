@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,13 +36,19 @@ class EarlyTensor:
         return torch.empty(0, dtype=torch.uint8, device=self.lane.device).set_(self.storage)
 
 
-def reads_into(transport: Transport, wanted: Iterable[tuple[Entry, torch.UntypedStorage]]) -> list[ReadRequest]:
-    """Of whole entries, each into its storage."""
-    return [
+def ask_early(
+    transport: Transport, lane: Lane, wanted: Sequence[tuple[Entry, torch.UntypedStorage]], *, is_agreed: bool = False
+) -> list[EarlyTensor]:
+    """Asks for whole entries, each into its storage: for the first of them, as `Transport.submit_early` says."""
+    reads = [
         ReadRequest(
             entry.path, entry.offset, entry.nbytes, storage, stamp=entry.stamp, checksum=transport.checksum_of(entry)
         )
         for entry, storage in wanted
+    ]
+    tickets = transport.submit_early(lane, reads, is_agreed=is_agreed)
+    return [
+        EarlyTensor(entry, lane, storage, ticket) for ticket, (entry, storage) in zip(tickets, wanted, strict=False)
     ]
 
 
@@ -86,10 +92,9 @@ class EarlyTensors:
             return
         for _, storage in wanted:
             self._transport.keep(storage)
-        tickets = self._transport.submit_early(self._lane, reads_into(self._transport, wanted), is_agreed=True)
-        for ticket, (entry, storage) in zip(tickets, wanted, strict=True):
-            self._tensors[entry.name] = EarlyTensor(entry, self._lane, storage, ticket)
-            self.nbytes += entry.nbytes
+        for tensor in ask_early(self._transport, self._lane, wanted, is_agreed=True):
+            self._tensors[tensor.entry.name] = tensor
+            self.nbytes += tensor.entry.nbytes
 
     def let_go(self, name: str) -> None:
         """Its result is made, if it is one of these."""

@@ -15,7 +15,7 @@ import torch
 
 from pyint8.checkpoint import EntryInMemory
 from pyint8.streaming.caller import as_caller
-from pyint8.streaming.early import EarlyTensor, reads_into
+from pyint8.streaming.early import EarlyTensor, ask_early
 from pyint8.streaming.guessed_pours import GuessedPours
 from pyint8.streaming.lane import Lane, LaneOpener, open_lane, reserve_memory
 from pyint8.streaming.transport import Transport
@@ -233,10 +233,9 @@ class HeadStart:
     def _ask_for(self, lane: Lane, entries: Sequence[Entry]) -> bool:
         """Asks for those that there is memory for, on all ranks; returns whether those are all."""
         wanted = _allocated(lane, entries)
-        tickets = self._transport.submit_early(lane, reads_into(self._transport, wanted))
-        for ticket, (entry, storage) in zip(tickets, wanted, strict=False):
-            self._early[entry.name] = EarlyTensor(entry, lane, storage, ticket)
-        return len(tickets) == len(entries)
+        asked = ask_early(self._transport, lane, wanted)
+        self._early.update((tensor.entry.name, tensor) for tensor in asked)
+        return len(asked) == len(entries)
 
 
 def _worthwhile(entries: Sequence[Entry], nbytes: int) -> list[Entry]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,16 @@ class Place:
     values: int
     scales: int
     marks: int
+
+
+def memory_for(request: TensorRequest, begun: set[str], there: Container[str] = ()) -> int:
+    """The bytes that memory is taken for when a request is asked for: none for a part of what is `there`, or of a whole
+    in `begun`, which its own is among from now on."""
+    if request.part is not None:
+        if request.part.name in there or request.part.name in begun:
+            return 0
+        begun.add(request.part.name)
+    return request.allocated_bytes
 
 
 def first_parts(requests: Sequence[TensorRequest]) -> list[TensorRequest]:

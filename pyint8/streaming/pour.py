@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pyint8.streaming.early import EarlyTensors
-from pyint8.streaming.made import Made, Place, first_parts
+from pyint8.streaming.made import Made, Place, first_parts, memory_for
 from pyint8.streaming.pump import Pump
 from pyint8.streaming.requests import KERNEL_NAMES, TensorRequest, ToDtype, ToInt8
 
@@ -224,7 +224,8 @@ class Pour:
         nbytes = self._made_bytes + self._early.nbytes
         begun: set[str] = set()
         while end < min(until, len(self.requests)):
-            needed = self._allocated_bytes(self.requests[end], begun) + self._early.bytes_for(self.requests[end])
+            request = self.requests[end]
+            needed = memory_for(request, begun, self._wholes) + self._early.bytes_for(request)
             nbytes += needed
             is_too_much = needed > 0 and nbytes > self._budget
             if is_too_much and (end > self._ready or self._holds_all):
@@ -236,14 +237,6 @@ class Pour:
     def _holds_all(self) -> bool:
         """Whether what is made takes all that there is, as one large tensor may: another waits until it is released."""
         return self._is_bounded and self._made_bytes > self._budget
-
-    def _allocated_bytes(self, request: TensorRequest, begun: set[str]) -> int:
-        """What a request takes memory for, if not for a part of a tensor that is there, or named in `begun`."""
-        if request.part is not None:
-            if request.part.name in self._wholes or request.part.name in begun:
-                return 0
-            begun.add(request.part.name)
-        return request.allocated_bytes
 
     def _submit(self, end: int) -> None:
         """Requests are served in order: what is not early, but is before something that is, is read first."""

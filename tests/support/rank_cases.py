@@ -92,7 +92,7 @@ def share_and_memory(_: int, folder: Path) -> tuple[float, int, int]:
     for group in (dist.group.WORLD, None):  # what is done once
         one(process_group=group)
     together, alone = (  # the heap's own habits come and go
-        statistics.median(peak_of(partial(one, process_group=group)) for _ in range(5))
+        statistics.median(peak_of(partial(one, process_group=group)) for _ in range(9))
         for group in (dist.group.WORLD, None)
     )
     return read[0], int(together), int(alone)

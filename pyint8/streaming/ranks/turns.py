@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
+from pyint8.streaming.made import memory_for
 from pyint8.streaming.ranks.pieces import part_of
 from pyint8.streaming.requests import ToInt8
 
@@ -37,13 +38,13 @@ def between_early(requests: Sequence[TensorRequest], early: Collection[str], bud
     due = 0.0
     for request, needed in zip(mine, _needed_behind(mine), strict=True):
         found.append(request)
-        left += request.entry.nbytes - _allocated(request, wholes)
+        left += request.entry.nbytes - memory_for(request, wholes)
         due += request.entry.nbytes * _BESIDE_EARLY
         while others and due > 0:
             other = others[0]
             if other.allocated_bytes + max(other.entry.nbytes, needed) > left:
                 break
-            left -= _allocated(other, wholes)
+            left -= memory_for(other, wholes)
             due -= other.entry.nbytes
             found.append(others.popleft())
     return [*found, *others]
@@ -52,20 +53,11 @@ def between_early(requests: Sequence[TensorRequest], early: Collection[str], bud
 def _needed_behind(early: Sequence[TensorRequest]) -> list[int]:
     """For each the room that those behind it need, beside all of them: each leaves its own once it is served."""
     wholes: set[str] = set()
-    taken = [_allocated(request, wholes) for request in early]
+    taken = [memory_for(request, wholes) for request in early]
     needed = [0]
     for request, nbytes in zip(reversed(early), reversed(taken), strict=True):
         needed.append(nbytes + max(0, needed[-1] - request.entry.nbytes))
     return needed[-2::-1]
-
-
-def _allocated(request: TensorRequest, wholes: set[str]) -> int:
-    """What it takes memory for, if not for a part of one of `wholes`, which it then is among."""
-    if request.part is not None:
-        if request.part.name in wholes:
-            return 0
-        wholes.add(request.part.name)
-    return request.allocated_bytes
 
 
 def whole_ones(requests: Sequence[TensorRequest], early: Collection[str], budget: int, ranks: int) -> set[str]:
@@ -82,7 +74,7 @@ def whole_ones(requests: Sequence[TensorRequest], early: Collection[str], budget
     found: set[str] = set()
     wholes: set[str] = set()  # of which requests are parts
     for request in requests:
-        budget -= _allocated(request, wholes)
+        budget -= memory_for(request, wholes)
         if request.entry.name in early or part_of(request.entry.nbytes, ranks) == 0:
             continue
         if budget < _WHOLE_BYTES or request.entry.nbytes > _WHOLE_BYTES or not isinstance(request.becomes, ToInt8):

@@ -117,7 +117,8 @@ def test_memory_that_is_read_into_outlives_an_error(mixed: Checkpoint, monkeypat
     lives: list[bool] = []
     close = Transport.close
 
-    def failing(self: Transport, lane: Lane, reads: list[ReadRequest]) -> None:
+    def failing(self: Transport, lane: Lane, reads: list[ReadRequest], *, is_agreed: bool) -> None:
+        assert not is_agreed
         self.submit(lane, reads)
         memory.extend(weakref.ref(read.memory) for read in reads)
         raise RankError("one failed meanwhile")

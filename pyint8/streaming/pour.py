@@ -41,7 +41,7 @@ class Pour:
     Args:
         transport: What moves the bytes; it closes the consumer.
         lane: The GPU's.
-        requests: Each of which `can_pour`, in the order they will be asked for; names are unique.
+        requests: Each of which `can_pour`, in the order they will be asked for, and served; names are unique.
         quantizer: The address of bitsandbytes' `cint8_vector_quant`.
         scratch_bytes: Memory of the GPU for what passes through.
         early: What is on its way to `lane` already, by name.
@@ -50,7 +50,7 @@ class Pour:
             for all results.
 
     Attributes:
-        requests: In the order in which they are served.
+        requests: As given.
 
     Raises:
         DeviceError: The driver refuses, or has no kernels for the GPU.
@@ -73,7 +73,7 @@ class Pour:
         self._lane = lane
         firsts = first_parts(requests)
         self._budget = sum(request.allocated_bytes for request in firsts) if most_bytes is None else most_bytes
-        self.requests = requests = transport.in_turn(requests, early, self._budget)
+        self.requests = requests
         self._tickets = {request.entry.name: ticket for ticket, request in enumerate(requests)}
         self._recorder = recorder
         self._read_first = 1 + max((self._tickets[name] for name in early), default=-1)

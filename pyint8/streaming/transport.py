@@ -196,13 +196,6 @@ class Transport:
         first = self.submit(lane, reads) if reads else 0
         return range(first, first + len(reads))
 
-    def in_turn(
-        self, requests: Sequence[TensorRequest], _early: Collection[str], _budget: int
-    ) -> Sequence[TensorRequest]:
-        """The order in which a GPU's consumer serves requests, which are given in that in which they will be taken,
-        within a budget as for `whole_ones`."""
-        return requests
-
     def whole_ones(self, _requests: Sequence[TensorRequest], _early: Collection[str], _budget: int) -> Collection[str]:
         """The names of requests, in the order in which they are served, that land as they are stored, in memory of
         their own, within a budget of bytes for all that is made, and for what it is made of."""

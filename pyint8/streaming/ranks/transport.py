@@ -18,7 +18,7 @@ from pyint8.streaming.ranks.consumer import SharedConsumer
 from pyint8.streaming.ranks.fingerprint import differences, fingerprint
 from pyint8.streaming.ranks.meetings import Meeting
 from pyint8.streaming.ranks.pieces import Piece, own_reads, part_of, share_of, together
-from pyint8.streaming.ranks.turns import between_early, whole_ones
+from pyint8.streaming.ranks.wholes import whole_ones
 from pyint8.streaming.transport import ReadRequest, Transport
 
 if TYPE_CHECKING:
@@ -110,11 +110,6 @@ class SharedTransport(Transport):
             self._forgone = first[count:]
         self._conductor.put(*pieces)
         return [ticket for piece in pieces for ticket in piece.promised]
-
-    def in_turn(
-        self, requests: Sequence[TensorRequest], early: Collection[str], budget: int
-    ) -> Sequence[TensorRequest]:
-        return between_early(requests, early, budget)
 
     def whole_ones(self, requests: Sequence[TensorRequest], early: Collection[str], budget: int) -> Collection[str]:
         return whole_ones(requests, early, budget, self._conductor.group.size)

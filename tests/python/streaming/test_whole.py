@@ -23,7 +23,7 @@ from pyint8.streaming.head_start import FirstTensors, HeadStart
 from pyint8.streaming.lane import Lane
 from pyint8.streaming.made import Made
 from pyint8.streaming.pour import Pour
-from pyint8.streaming.ranks import pieces, turns
+from pyint8.streaming.ranks import pieces, wholes
 from pyint8.streaming.ranks.ranks import Ranks
 from pyint8.streaming.reading import open_stream
 from pyint8.streaming.requests import Part, TensorRequest, ToDtype, ToInt8
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.skipif(not _core.has_kernels(), reason="a build without
 @pytest.fixture(autouse=True)
 def small_ones_land_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "_LEAST_BYTES", 4096)
-    monkeypatch.setattr(turns, "_WHOLE_BYTES", ROOM)
+    monkeypatch.setattr(wholes, "_WHOLE_BYTES", ROOM)
 
 
 @pytest.fixture

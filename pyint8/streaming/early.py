@@ -80,6 +80,11 @@ class EarlyTensors:
     def get(self, name: str) -> EarlyTensor | None:
         return self._tensors.get(name)
 
+    def bytes_of(self, name: str) -> int:
+        """How much memory one of these takes; 0 if it is none of them."""
+        tensor = self._tensors.get(name)
+        return 0 if tensor is None else tensor.entry.nbytes
+
     def bytes_for(self, request: TensorRequest) -> int:
         """How much memory is taken when a request is asked for."""
         return request.entry.nbytes if request.entry.name in self._whole else 0

@@ -6,9 +6,11 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
+from pyint8.streaming.requests import ToDtype, ToInt8
+
+if TYPE_CHECKING:
     from pyint8.streaming.requests import TensorRequest
 
 
@@ -40,6 +42,18 @@ class Place:
     values: int
     scales: int
     marks: int
+
+
+def empty_results(request: TensorRequest, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Memory for what a request makes, or makes a part of: int8 codes and fp32 scales, or values."""
+    part, becomes = request.part, request.becomes
+    shape = request.entry.torch_shape if part is None else part.shape
+    if isinstance(becomes, ToInt8):
+        shape = tuple(reversed(shape)) if becomes.transposed and part is None else shape
+        values = torch.empty(shape, dtype=torch.int8, device=device)
+        return values, torch.empty(shape[:-1], dtype=torch.float32, device=device)
+    assert isinstance(becomes, ToDtype)
+    return torch.empty(shape, dtype=becomes.dtype, device=device), None
 
 
 def memory_for(request: TensorRequest, begun: set[str], there: Container[str] = ()) -> int:

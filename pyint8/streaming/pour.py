@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pyint8.streaming.early import EarlyTensors
-from pyint8.streaming.made import Made, Place, first_parts, memory_for
+from pyint8.streaming.made import Made, Place, empty_results, first_parts, memory_for
 from pyint8.streaming.pump import Pump
 from pyint8.streaming.requests import KERNEL_NAMES, TensorRequest, ToDtype, ToInt8
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 _FIRST_REQUESTS = 64
 # Of the others some are served while more are written down.
 _MOST_AT_ONCE = 512
+# More is asked for once so much of what landed early is served, or half of what was asked for.
+_ROOM_BYTES = 512 << 20
 # Into so many parts the wait for the end is divided: as often a bar moves, however many requests there are.
 _STEPS = 256
 
@@ -117,18 +119,24 @@ class Pour:
             self._pump.start(self._go_on)
 
     def _go_on(self) -> bool:
-        """Asks for more once half of what was asked for is served; False where no room will come of it.
-
-        Not once each is: pieces of room that one whole tensor leaves do not hold another.
-        """
+        """Asks for more once there is some room; False where none will come."""
         with self._lock:
             if not self._early or self._ready == self._submitted:
                 return False
-            ticket = (self._ready + self._submitted - 1) // 2
+            ticket = self._making_room()
         ready = self._consumer.wait(ticket, self._lane.stream)
         with self._lock:
             self._note(ready)
         return True
+
+    def _making_room(self) -> int:
+        """The request that leaves some room once it is served: what one tensor leaves may not hold another."""
+        half, nbytes = (self._ready + self._submitted - 1) // 2, 0
+        for ticket in range(self._ready, half):
+            nbytes += self._early.bytes_of(self.requests[ticket].entry.name)
+            if nbytes >= _ROOM_BYTES:
+                return ticket
+        return half
 
     def has_part(self, name: str) -> bool:
         """Whether the values of an entry are a part of a larger tensor."""
@@ -140,7 +148,11 @@ class Pour:
     def take(self, name: str) -> Made:
         """What comes of an entry, each once; its values are there once it was waited for, at the latest by `finish`."""
         ticket = self._tickets[name]
-        with self._guarded():
+        lock = self._guarded()
+        # The thread has it while it asks for more, which takes milliseconds.
+        if self._pump.runs and (made := self._made.pop(ticket, None)) is not None:
+            return made
+        with lock:
             while ticket >= self._submitted:
                 if self._ready < self._submitted:
                     self._wait(self._ready)
@@ -285,17 +297,8 @@ class Pour:
 
     def _allocate(self, request: TensorRequest) -> Place:
         """Memory for what a request makes, or makes a part of."""
-        part, device = request.part, self._lane.device
         self._made_bytes += request.allocated_bytes
-        shape, becomes = request.entry.torch_shape if part is None else part.shape, request.becomes
-        scales = None
-        if isinstance(becomes, ToInt8):
-            shape = tuple(reversed(shape)) if becomes.transposed and part is None else shape
-            values = torch.empty(shape, dtype=torch.int8, device=device)
-            scales = torch.empty(shape[:-1], dtype=torch.float32, device=device)
-        else:
-            assert isinstance(becomes, ToDtype)
-            values = torch.empty(shape, dtype=becomes.dtype, device=device)
+        values, scales = empty_results(request, self._lane.device)
         count = request.marks
         marks = self._marks[self._marks_used : self._marks_used + count] if count else None
         self._marks_used += count
@@ -304,7 +307,7 @@ class Pour:
             if memory is not None:
                 self._transport.keep(memory)
         addresses = (0 if memory is None else memory.data_ptr() for memory in (values, scales, marks))
-        place = Place(made, shape[-1] if shape else 1, *addresses)
-        if part is not None:
-            self._wholes[part.name] = place
+        place = Place(made, values.shape[-1] if values.ndim else 1, *addresses)
+        if request.part is not None:
+            self._wholes[request.part.name] = place
         return place

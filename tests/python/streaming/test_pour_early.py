@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -154,20 +154,58 @@ def test_without_a_thread_the_caller_uses_the_room_when_it_takes_something(
     check(made, weights)
 
 
-def test_a_forked_child_is_told_though_the_thread_had_the_lock(
+@pytest.fixture
+def busy_load(
     begun_load: Callable[[], BegunLoad], monkeypatch: pytest.MonkeyPatch
-) -> None:
+) -> Callable[[], tuple[BegunLoad, threading.Event]]:
+    """Begins a load whose thread has the lock until the event is set."""
     has_lock, go_on, note = threading.Event(), threading.Event(), Pour._note
 
     def slowly(self: Pour, ready: int) -> None:
         if threading.current_thread() in pump_threads():
             has_lock.set()
-            go_on.wait(60)
+            assert go_on.wait(60)
         note(self, ready)
 
+    def begin() -> tuple[BegunLoad, threading.Event]:
+        load = begun_load()
+        assert has_lock.wait(60)
+        return load, go_on
+
     monkeypatch.setattr(Pour, "_note", slowly)
+    return begin
+
+
+def test_what_was_asked_for_is_taken_though_the_thread_has_the_lock(
+    busy_load: Callable[[], tuple[BegunLoad, threading.Event]],
+) -> None:
+    (stream, transport, weights), go_on = busy_load()
+    first, *others = weights
+    made = {first: stream.made(first)}
+    go_on.set()
+    made |= taken(stream, transport, dict.fromkeys(others))[0]
+    check(made, weights)
+
+
+@pytest.mark.parametrize(("room", "ticket"), [(1, 0), (3, 2), (100, 3)])
+def test_more_is_asked_for_once_there_is_room(
+    begun_load: Callable[[], BegunLoad], monkeypatch: pytest.MonkeyPatch, room: int, ticket: int
+) -> None:
+    """Of so many early tensors; or of half of what was asked for, which is the eight of them."""
+    monkeypatch.setattr(Pump, "start", lambda *_: None)
     stream, transport, weights = begun_load()
-    assert has_lock.wait(60)
+    (pour_of_gpu,) = set(stream._pours.values())
+    monkeypatch.setattr("pyint8.streaming.pour._ROOM_BYTES", room * weights["00"].nbytes)
+    with monkeypatch.context() as all_early_ones:
+        all_early_ones.setattr(pour_of_gpu, "_submitted", EARLY)
+        assert pour_of_gpu._making_room() == ticket
+    check(*taken(stream, transport, weights))
+
+
+def test_a_forked_child_is_told_though_the_thread_had_the_lock(
+    busy_load: Callable[[], tuple[BegunLoad, threading.Event]],
+) -> None:
+    (stream, transport, weights), go_on = busy_load()
     child = os.fork()
     if child == 0:
         try:
@@ -233,8 +271,8 @@ def wait_until(happens: Callable[[], bool]) -> None:
 
 
 def taken(
-    stream: TensorStream, transport: Transport, weights: dict[str, torch.Tensor]
-) -> tuple[dict[str, Made | None], dict[str, torch.Tensor]]:
+    stream: TensorStream, transport: Transport, weights: Mapping[str, torch.Tensor | None]
+) -> tuple[dict[str, Made | None], Mapping[str, Any]]:
     made = {name: stream.made(name) for name in weights}
     stream.finish()
     transport.close()
@@ -243,7 +281,7 @@ def taken(
     return made, weights
 
 
-def check(made: dict[str, Made | None], weights: dict[str, torch.Tensor]) -> None:
+def check(made: dict[str, Made | None], weights: Mapping[str, torch.Tensor]) -> None:
     for name, weight in weights.items():
         found = made[name]
         assert found is not None

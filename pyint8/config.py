@@ -224,6 +224,14 @@ class StreamOptions:
         wanted = _THREADS_FOR_A_GPU + _THREADS_FOR_ANOTHER * max(0, gpus - 1)
         return min(wanted, most, max(min(4, cpus), cpus - 2))
 
+    def for_ranks(self) -> StreamOptions:
+        """The same with the defaults for ranks that load together (docs/performance.md, "Ranks").
+
+        A rank's workers share its CPUs with threads that build the model, ask for more, gather, and make int8 of it.
+        """
+        cpus = max(1, usable_cpus() // processes().on_host)
+        return replace(self, threads=self.threads or min(self.worker_threads(), max(min(4, cpus), cpus * 5 // 8)))
+
     def slot_size(self, threads: int) -> int:
         """`slot_bytes`, or its default for so many workers."""
         if self.slot_bytes is not None:

@@ -104,6 +104,13 @@ def test_threads_default_to_all_usable_cpus_but_two(monkeypatch: pytest.MonkeyPa
     assert StreamOptions().worker_threads(gpus=100) == 32
 
 
+def test_workers_of_a_rank_leave_cpus_to_what_ranks_do_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert StreamOptions(threads=700).for_ranks().threads == 700
+    for usable, workers in ((1, 1), (2, 2), (4, 4), (8, 5), (16, 10), (22, 13), (200, 14)):
+        monkeypatch.setattr("pyint8.config.usable_cpus", lambda usable=usable: usable)
+        assert StreamOptions().for_ranks().threads == workers
+
+
 @pytest.mark.parametrize(
     ("variable", "text", "name", "value"),
     [

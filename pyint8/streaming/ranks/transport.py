@@ -48,7 +48,7 @@ class SharedTransport(Transport):
     def __init__(
         self, conductor: Conductor, number: int, options: StreamOptions, opener: LaneOpener = open_lane
     ) -> None:
-        super().__init__(options, opener)
+        super().__init__(options.for_ranks(), opener)
         self._borrows = False
         self._forgone: list[Piece] = []  # that not all ranks have memory for, but this one has begun to read
         self._switches = ExitStack()

@@ -133,9 +133,9 @@ class Engine:
             CancelledError: The engine was closed.
         """
 
-    def is_on_its_way(self, ticket: int, milliseconds: int) -> bool:
-        """Blocks for so long at most until a read is on its way; nothing is ordered after it. False if it is not yet.
-        Raises as `wait`."""
+    def wait_all(self, tickets: list[int], stream: int, milliseconds: int) -> bool:
+        """As `wait`, for several, that blocks for so long at most: False, with nothing ordered, if not all are on their
+        way by then. Ctrl-C does not interrupt it."""
 
     def promise(self, lane: int, count: int) -> int:
         """Makes tickets for bytes that someone else brings to a lane's memory: other ranks' parts of a tensor. They are

@@ -90,10 +90,10 @@ void wait(Engine& engine, Ticket ticket, StreamHandle stream) {
   look_until_found([&](std::chrono::milliseconds time) { return engine.wait(ticket, stream, time); });
 }
 
-bool is_on_its_way(Engine& engine, Ticket ticket, std::uint32_t milliseconds) {
-  if (engine.is_on_its_way(ticket, std::chrono::milliseconds(0))) return true;
+bool wait_all(Engine& engine, const std::vector<Ticket>& tickets, StreamHandle stream,
+              std::uint32_t milliseconds) {
   const py::gil_scoped_release released;
-  return engine.is_on_its_way(ticket, std::chrono::milliseconds(milliseconds));
+  return engine.wait_all(tickets, stream, std::chrono::milliseconds(milliseconds));
 }
 
 // By the names of the safetensors format.
@@ -344,7 +344,7 @@ PYBIND11_MODULE(_core, module) {
       .def("submit", &submit, "lane"_a, "reads"_a, "stream"_a, py::kw_only(), "first"_a,
            "checksums"_a = std::vector<std::uint32_t>())
       .def("wait", &wait, "ticket"_a, "stream"_a)
-      .def("is_on_its_way", &is_on_its_way, "ticket"_a, "milliseconds"_a)
+      .def("wait_all", &wait_all, "tickets"_a, "stream"_a, "milliseconds"_a)
       .def("promise", &Engine::promise, "lane"_a, "count"_a)
       .def("keep_promise", &Engine::keep_promise, "first"_a, "count"_a, "stream"_a)
       .def("transpose_to_half", &transpose, "lane"_a, "source"_a, "dtype"_a, "through_bfloat16"_a, "rows"_a,

@@ -463,12 +463,9 @@ std::optional<std::vector<Shared>> Consumer::await_parts(std::size_t count, Stre
       own.insert(own.end(), to_gather_[i].own.begin(), to_gather_[i].own.end());
     }
   }
-  for (const Ticket ticket : own) {
-    const auto left =
-        std::chrono::duration_cast<std::chrono::milliseconds>(until - std::chrono::steady_clock::now());
-    if (!engine_.is_on_its_way(ticket, std::max(left, std::chrono::milliseconds(0)))) return std::nullopt;
-  }
-  for (const Ticket ticket : own) engine_.wait(ticket, stream, kInterval);
+  const auto left =
+      std::chrono::duration_cast<std::chrono::milliseconds>(until - std::chrono::steady_clock::now());
+  if (!engine_.wait_all(own, stream, std::max(left, std::chrono::milliseconds(0)))) return std::nullopt;
   return bands;
 }
 

@@ -418,6 +418,18 @@ bool Engine::is_on_its_way(Ticket ticket, std::chrono::milliseconds timeout) {
   return await_issue(ticket, timeout, lock) != nullptr;
 }
 
+bool Engine::wait_all(std::span<const Ticket> tickets, StreamHandle stream,
+                      std::chrono::milliseconds timeout) {
+  const auto until = std::chrono::steady_clock::now() + timeout;
+  for (const Ticket ticket : tickets) {
+    const auto left =
+        std::chrono::duration_cast<std::chrono::milliseconds>(until - std::chrono::steady_clock::now());
+    if (!is_on_its_way(ticket, std::max(left, std::chrono::milliseconds(0)))) return false;
+  }
+  for (const Ticket ticket : tickets) wait(ticket, stream, timeout);
+  return true;
+}
+
 Ticket Engine::promise(std::uint32_t lane, std::size_t count) {
   device(lane);  // throws where there is none
   const std::lock_guard lock(mutex_);

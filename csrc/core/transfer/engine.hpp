@@ -99,6 +99,9 @@ class Engine {
   // ran out. Throws as `wait`.
   bool is_on_its_way(Ticket ticket, std::chrono::milliseconds timeout);
 
+  // `wait` for several: false, with nothing ordered, if the time ran out before all were on their way.
+  bool wait_all(std::span<const Ticket> tickets, StreamHandle stream, std::chrono::milliseconds timeout);
+
   // Tickets for bytes of memory of lane `lane` that someone else brings there (other ranks' parts of a
   // tensor); returns the first of `count`. They are waited for like all others.
   Ticket promise(std::uint32_t lane, std::size_t count);

@@ -15,8 +15,10 @@ from pyint8.streaming.ranks.pieces import Piece, in_batches, part_of
 from pyint8.streaming.scratch import ALIGNMENT
 
 # That are agreed on in one round: they are gathered before a failure is told, or a meeting is held that need not wait.
+# So they are no more, but for the last of them, than take so long at the speed of the round before.
 MOST_PIECES = 32
-_MOST_BYTES = 512 << 20  # but for the last of them
+_ROUND_SECONDS = 0.03
+_LEAST_BYTES, _FIRST_BYTES, _MOST_BYTES = 128 << 20, 512 << 20, 2 << 30
 
 
 class Agenda:
@@ -29,18 +31,18 @@ class Agenda:
         source: Has what is gathered behind all pieces; None if there is none, or it is over.
         batch_bytes: Of a source's bands that are gathered at once, but for the last of them.
         agreed: Sizes of the next pieces that all ranks will gather, in batches.
-        urgent: A meeting that is held as soon as all ranks have come to it, whatever is to be gathered before.
         has_dropped: Whether the pieces in it will not come.
     """
 
     def __init__(self, ranks: int) -> None:
         self._ranks = ranks
         self._items: deque[Piece | Meeting] = deque()
+        self._meetings: deque[Meeting] = deque()  # those of them
         self._spare: torch.Tensor | None = None
+        self._most_bytes = _FIRST_BYTES
         self.source: Source | None = None
         self.batch_bytes = 0
         self.agreed: deque[list[int]] = deque()
-        self.urgent: Meeting | None = None
         self.has_dropped = False
 
     @property
@@ -55,8 +57,9 @@ class Agenda:
     def is_empty(self) -> bool:
         return not (self._items or self.agreed or self.source_has_more)
 
-    def put(self, items: Iterable[Piece | Meeting]) -> None:
+    def put(self, items: Sequence[Piece | Meeting]) -> None:
         self._items.extend(items)
+        self._meetings.extend(item for item in items if isinstance(item, Meeting))
 
     def attach(self, source: Source | None, *, is_open: bool) -> None:
         """Takes another source; without an engine that `is_open`, what was agreed on is still to be gathered."""
@@ -66,17 +69,28 @@ class Agenda:
         if source is not None or not self.agreed:
             self._spare = None if source is None else source.scratch
 
+    @property
+    def agreed_bytes(self) -> int:
+        """Of the next pieces that all ranks will gather."""
+        return sum(map(sum, self.agreed))
+
+    def note_speed(self, nbytes: int, seconds: float) -> None:
+        """So many bytes were gathered in a round."""
+        if nbytes:
+            in_a_round = int(nbytes / max(seconds, 1e-6) * _ROUND_SECONDS)
+            self._most_bytes = min(max(in_a_round, _LEAST_BYTES), _MOST_BYTES)
+
     def proposal(self) -> list[int] | None:
         """Sizes of the next pieces that could be agreed on; None if there is nothing to gather.
 
         Nobody has to agree on what all read whole.
         """
         if self.has_dropped and not self.agreed:
-            self._items = deque(item for item in self._items if isinstance(item, Meeting))
+            self._items = deque(self._meetings)
             self.has_dropped = False
         agreed = sum(map(len, self.agreed))
         sizes = [] if self.has_dropped else self._sizes_ahead(agreed, MOST_PIECES)
-        sizes = next(iter(in_batches(sizes, _MOST_BYTES)), [])
+        sizes = next(iter(in_batches(sizes, self._most_bytes)), [])
         return sizes if sizes or agreed or isinstance(self.head, Piece) else None
 
     def _own_sizes(self) -> Iterator[int]:
@@ -91,15 +105,20 @@ class Agenda:
         """Of what is gathered before the next meeting, but for the first `skipped`; `most` at most."""
         own = list(self._own_sizes())
         found = own[skipped : skipped + most]
-        is_last = not any(isinstance(item, Meeting) for item in self._items)
-        if self.source is not None and is_last and len(found) < most:
+        if self.source is not None and not self._meetings and len(found) < most:
             found += self.source.sizes_ahead(max(0, skipped - len(own)), most - len(found))
         return found
 
     def agree(self, sizes: Sequence[int], own_bytes: int, batch_bytes: int) -> None:
-        """All ranks will gather pieces of these sizes next, so much at once of pieces and of a source's bands."""
+        """All ranks will gather pieces of these sizes next.
+
+        Args:
+            sizes: In order.
+            own_bytes: Of pieces so much is gathered at once, or half of all of them; 0 for one by one.
+            batch_bytes: Of a source's bands.
+        """
         own = max(0, sum(1 for _ in self._own_sizes()) - sum(map(len, self.agreed)))
-        self.agreed.extend(in_batches(sizes[:own], own_bytes))
+        self.agreed.extend(in_batches(sizes[:own], own_bytes and max(own_bytes, sum(sizes[:own]) // 2)))
         self.agreed.extend(in_batches(sizes[own:], batch_bytes))
 
     def take(self, left: deque[int]) -> Iterator[Piece]:
@@ -113,15 +132,17 @@ class Agenda:
     @property
     def next_meeting(self) -> Meeting | None:
         """If nothing is to be gathered before it."""
-        head = self.head
-        return self.urgent if head is None else head if isinstance(head, Meeting) else None
+        return head if isinstance(head := self.head, Meeting) else None
+
+    @property
+    def urgent(self) -> Meeting | None:
+        """The next meeting, if it is held as soon as all ranks have come to it, whatever is to be gathered before."""
+        return self._meetings[0] if self._meetings and self._meetings[0].is_urgent else None
 
     def remove(self, meeting: Meeting) -> None:
         """It was held."""
-        if meeting is self.urgent:
-            self.urgent = None
-        else:
-            self._items.popleft()
+        self._meetings.remove(meeting)
+        self._items.remove(meeting)
 
     def drop(self) -> None:
         """Pieces will not come. Those that were agreed on are gathered nevertheless, before they are forgotten."""
@@ -142,5 +163,6 @@ class Agenda:
 
     def clear(self) -> None:
         self._items.clear()
+        self._meetings.clear()
         self.agreed.clear()
-        self.source = self._spare = self.urgent = None
+        self.source = self._spare = None

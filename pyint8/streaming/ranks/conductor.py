@@ -90,25 +90,9 @@ class Conductor:
         self.notify(lambda: self._agenda.put(items))
         self._start()
 
-    def meet(self, meeting: Meeting) -> list[Any]:
-        """Holds a meeting as soon as all ranks have come to it, before what is to be gathered; returns its values.
-
-        One at a time, in the same order on all ranks. Raises as `wait_for`.
-        """
-
-        def note() -> None:
-            self._agenda.urgent = meeting
-
-        self.notify(note)
-        self._start()
-        return self._values_of(meeting)
-
     def hold(self, meeting: Meeting) -> list[Any]:
         """Holds a meeting behind all that was put before; returns its values. Raises as `wait_for`."""
         self.put(meeting)
-        return self._values_of(meeting)
-
-    def _values_of(self, meeting: Meeting) -> list[Any]:
         self.wait_for(lambda: meeting.values is not None)
         assert meeting.values is not None
         return meeting.values
@@ -200,7 +184,9 @@ class Conductor:
         urgent = self._agenda.urgent
         words = [mine.code, mine.length, self._agenda.batch_bytes, 0 if urgent is None else len(urgent.message)]
         hear = self.group.tell([*words, *mine.sizes, *[0] * (MOST_PIECES - len(mine.sizes))])
+        nbytes, began = self._agenda.agreed_bytes, time.monotonic()
         self._gathering.all_agreed()
+        self._agenda.note_speed(nbytes, time.monotonic() - began)
         said = hear()
         codes = [of_rank[0] for of_rank in said]
         if _HAS_FAILED in codes:
@@ -260,8 +246,7 @@ class Conductor:
         return False
 
     def _is_wanted(self) -> bool:
-        has_more = not self._agenda.is_empty or self._agenda.urgent is not None
-        return self._failure is not None or (self._doubt is None and has_more)
+        return self._failure is not None or (self._doubt is None and not self._agenda.is_empty)
 
     def _doubt_it(self, error: BaseException) -> None:
         def note() -> None:
@@ -274,10 +259,16 @@ class Conductor:
         heard = [json.loads(message) for message in self.group.messages(meeting.message, lengths)]
         if len({stage for stage, _ in heard}) > 1:
             return self._diverge("they are at " + ", ".join(f"{stage!r}" for stage, _ in heard))
+        values = [value for _, value in heard]
+        try:
+            meeting.check(values)
+        except RankError as verdict:
+            self._end(verdict)
+            return False
 
         def note() -> None:
             self._agenda.remove(meeting)
-            meeting.values = [value for _, value in heard]
+            meeting.values = values
 
         self.notify(note)
         return not meeting.is_last

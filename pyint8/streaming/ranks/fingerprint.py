@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pyint8.checkpoint.identity import sample_of
+from pyint8.errors import RankError
 from pyint8.host.imports import imported
 from pyint8.remote.objects import state_of
 from pyint8.streaming.extension import _core
@@ -49,15 +50,14 @@ def fingerprint(
 
 
 def _digest(values: Iterable[Any]) -> str:
-    found = hashlib.sha256()
-    for value in values:
-        found.update(repr(value).encode(errors="surrogateescape"))
-    return found.hexdigest()[:12]
+    return hashlib.sha256(repr(list(values)).encode(errors="surrogateescape")).hexdigest()[:12]
 
 
-def differences(fingerprints: Sequence[Mapping[str, str]]) -> str:
-    """What the first rank that is unlike rank 0 has otherwise."""
-    rank = next(rank for rank, found in enumerate(fingerprints) if found != fingerprints[0])
+def check_alike(fingerprints: Sequence[Mapping[str, str]]) -> None:
+    """Raises RankError with what the first rank that is unlike rank 0 has otherwise, unless all are alike."""
+    rank = next((rank for rank, found in enumerate(fingerprints) if found != fingerprints[0]), None)
+    if rank is None:
+        return
     zero, other = fingerprints[0], fingerprints[rank]
     unlike = [f"{name} ({zero[name]} and {other[name]})" for name in zero if zero[name] != other.get(name)]
-    return f"ranks 0 and {rank} differ in {'; '.join(unlike)}"
+    raise RankError(f"the ranks are about to load different things: ranks 0 and {rank} differ in {'; '.join(unlike)}")

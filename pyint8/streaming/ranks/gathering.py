@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
@@ -71,20 +71,20 @@ class Gathering:
             source = self._agenda.source
         bands = self._bands_of(source, len(left))
         pieces += self._agenda.spare_pieces(list(left)[len(bands) :], self._group.device)
-        have_come = [self._has_come(piece) for piece in pieces]
-        for piece, has_come in zip(pieces, have_come, strict=True):
-            if not has_come:  # other ranks take no harm of zeros before they are told
-                self._group.part_of(piece.memory, piece.part).zero_()
+        have_come = self._have_come(pieces)
+        for piece in () if have_come else pieces:  # other ranks take no harm of zeros before they are told
+            self._group.part_of(piece.memory, piece.part).zero_()
         if shared := [(piece.memory, piece.part) for piece in pieces if piece.part] + bands:
             self._group.gather(shared)
         if source is not None and bands:
             self._conductor.guarded(source.gathered, len(bands), self._group.stream)
-        self._keep_promises(piece for piece, has_come in zip(pieces, have_come, strict=True) if has_come)
+        if have_come:
+            self._keep_promises(pieces)
         self._conductor.notify()
 
-    def _has_come(self, piece: Piece) -> bool:
-        """Whether this rank's part has, once it was waited for."""
-        return not self._agenda.has_dropped and self._conductor.guarded(self._await_own, piece)
+    def _have_come(self, pieces: Sequence[Piece]) -> bool:
+        """Whether this rank's parts have, once they were waited for."""
+        return not self._agenda.has_dropped and self._conductor.guarded(self._await_own, pieces)
 
     def _bands_of(self, source: Source | None, count: int) -> list[tuple[torch.Tensor, int]]:
         """The next bands of a source, of which this rank has read its parts; none, if they will not come."""
@@ -107,12 +107,12 @@ class Gathering:
             with suppress(Pyint8Error):
                 engine.keep_promise(piece.promised.start, len(piece.promised), self._group.stream)
 
-    def _await_own(self, piece: Piece) -> None:
-        """Until this rank's part of a piece is on its way to the device; what is gathered then comes after it."""
-        for ticket in piece.tickets:
-            while (engine := self.engine) is not None and not self._conductor.has_failed():
-                if engine.is_on_its_way(ticket, INTERVAL_MS):
-                    engine.wait(ticket, self._group.stream)
-                    break
-            else:
+    def _await_own(self, pieces: Sequence[Piece]) -> None:
+        """Until this rank's parts of pieces are on their way to the device; what is gathered then comes after them."""
+        tickets = [ticket for piece in pieces for ticket in piece.tickets]
+        while tickets:
+            engine = self.engine
+            if engine is None or self._conductor.has_failed():
                 raise CancelledError("the engine was closed")
+            if engine.wait_all(tickets, self._group.stream, INTERVAL_MS):
+                return

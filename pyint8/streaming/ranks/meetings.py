@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -42,11 +43,24 @@ class Meeting:
 
     Attributes:
         message: This rank's stage and value.
+        is_urgent: Whether it need not wait for pieces that were put before it.
         is_last: Whether nothing comes after it.
+        check: Called with the values before what was put behind it goes on; raises RankError, on all ranks alike, if
+            it shall not.
         values: Every rank's, in order.
     """
 
-    def __init__(self, stage: str, value: Any, *, is_last: bool = False) -> None:
+    def __init__(
+        self,
+        stage: str,
+        value: Any,
+        *,
+        is_urgent: bool = False,
+        is_last: bool = False,
+        check: Callable[[list[Any]], object] = lambda _: None,
+    ) -> None:
         self.message = json.dumps([stage, value]).encode()
+        self.is_urgent = is_urgent
         self.is_last = is_last
+        self.check = check
         self.values: list[Any] | None = None

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pyint8.errors import RankError
 from pyint8.host.switches import quick_switches
 from pyint8.streaming.extension import _core
 from pyint8.streaming.lane import LaneOpener, open_lane
 from pyint8.streaming.ranks.checksums import SharedChecksums
 from pyint8.streaming.ranks.conductor import Conductor
 from pyint8.streaming.ranks.consumer import SharedConsumer
-from pyint8.streaming.ranks.fingerprint import differences, fingerprint
+from pyint8.streaming.ranks.fingerprint import check_alike, fingerprint
 from pyint8.streaming.ranks.meetings import Meeting
 from pyint8.streaming.ranks.pieces import Piece, own_reads, part_of, share_of, together
 from pyint8.streaming.ranks.wholes import whole_ones
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 
 # Tensors of a head start: they take longer to read than ranks need to agree.
-_BEFORE_AGREED = 16
+_BEFORE_AGREED = 64
 
 
 class SharedTransport(Transport):
@@ -118,12 +117,15 @@ class SharedTransport(Transport):
         gpus = dict.fromkeys(request.device for request in requests if request.device.type == "cuda")
         lanes = [(lane.on_gpu, lane.scratch_bytes) for lane in map(self.lane, gpus)]
         facts = [lanes, self._options.host_scratch, quantizer is not None]
-        heard = self._meet("its plan", fingerprint(requests, early, facts, checksums=self._options.checksums))
-        if any(of_rank != heard[0] for of_rank in heard):
-            raise RankError(f"the ranks are about to load different things: {differences(heard)}")
+        mine = fingerprint(requests, early, facts, checksums=self._options.checksums)
+        # Nobody waits for it here: each rank reads its parts meanwhile, of which nothing is gathered before.
+        self._conductor.put(self._meeting("its plan", mine, check_alike))
 
     def _meet(self, stage: str, value: Any) -> list[Any]:
-        return self._conductor.meet(Meeting(f"{stage} of load {self._number}", value))
+        return self._conductor.hold(self._meeting(stage, value))
+
+    def _meeting(self, stage: str, value: Any, check: Callable[[list[Any]], object] = lambda _: None) -> Meeting:
+        return Meeting(f"{stage} of load {self._number}", value, is_urgent=True, check=check)
 
     def drain(self) -> None:
         """As any transport's.

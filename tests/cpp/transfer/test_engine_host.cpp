@@ -177,6 +177,26 @@ TEST_CASE("a promised ticket is waited for until it is kept, and is kept once") 
   CHECK(contains(error_of([&] { engine.keep_promise(2, 2, 0); }).message(), "there is no ticket 3"));
 }
 
+TEST_CASE("several tickets are waited for at once, and none of them as long as one is missing") {
+  const Checkpoint checkpoint({1000});
+  Bytes bytes(10);
+  Engine engine({});
+  engine.add_device(std::make_unique<HostDevice>(1));
+  checkpoint.open(engine);
+  CHECK(engine.promise(0, 1) == 0);
+  CHECK(engine.submit(0, one_read(0, 0, bytes), 0, false) == 1);
+  CHECK(engine.wait_all({}, 0, std::chrono::milliseconds(0)));
+  CHECK(engine.is_on_its_way(1, kPatience));
+  const std::vector<Ticket> both = {1, 0};
+  CHECK_FALSE(engine.wait_all(both, 0, std::chrono::milliseconds(1)));
+  std::thread keeper([&] { engine.keep_promise(0, 1, 0); });
+  CHECK(engine.wait_all(both, 0, kPatience));
+  keeper.join();
+  CHECK(contains(error_of([&] { engine.wait_all(both, 0, kPatience); }).message(), "was waited for before"));
+  engine.close();
+  CHECK(error_of([&] { engine.wait_all(both, 0, kPatience); }).code() == ErrorCode::kCancelled);
+}
+
 TEST_CASE("a promise that is not kept ends with the engine") {
   Engine engine({});
   engine.add_device(std::make_unique<HostDevice>(1));

@@ -24,28 +24,26 @@ class SlowEngine:
         self._conductor = conductor
         self._meeting = meeting
 
-    def is_on_its_way(self, ticket: int, milliseconds: int) -> bool:
+    def wait_all(self, tickets: list[int], stream: int, milliseconds: int) -> bool:
         time.sleep(0.001)
-        was_held = self._meeting.values is not None
-        return ticket < 5 or was_held or (ticket < 7 and self._conductor._agenda.urgent is not None)
-
-    def wait(self, ticket: int, stream: int) -> None:
-        """It is there."""
+        was_held, is_wanted = self._meeting.values is not None, self._conductor._agenda.urgent is not None
+        return all(ticket < 5 or was_held or (ticket < 7 and is_wanted) for ticket in tickets)
 
     def keep_promise(self, first: int, count: int, stream: int) -> None:
         """Nobody waits for it."""
 
 
 def test_some_meetings_need_not_wait_for_pieces_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyint8.streaming.ranks.agenda._MOST_BYTES", 1)
+    for limit in ("_LEAST_BYTES", "_FIRST_BYTES", "_MOST_BYTES"):
+        monkeypatch.setattr(f"pyint8.streaming.ranks.agenda.{limit}", 1)
 
     def load(ranks: Ranks, rank: int) -> list[int]:
-        conductor, meeting = ranks._conductor, Meeting("now", rank)
+        conductor, meeting = ranks._conductor, Meeting("now", rank, is_urgent=True)
         conductor.attach(SlowEngine(conductor, meeting))  # type: ignore[arg-type]
         one = range(1)
         for number in range(12):
             conductor.put(pieces.Piece(torch.zeros(64, dtype=torch.uint8), 32, range(number, number + 1), one))
-        values = conductor.meet(meeting)
+        values = conductor.hold(meeting)
         conductor.wait_for(conductor.is_done)
         return values
 

@@ -202,7 +202,8 @@ class Transport:
         return ()
 
     def agree(self, requests: Sequence[TensorRequest], early: Collection[str], quantizer: int | None) -> None:
-        """Called with the arguments of a stream before it begins: all ranks must be about to do the same."""
+        """Called with the arguments of a stream before it begins: all ranks must be about to do the same. If they are
+        not, all of them fail, at the latest in `drain`."""
 
     def drain(self) -> None:
         """Called once all was taken that is wanted: what other ranks still need of this one is waited for."""

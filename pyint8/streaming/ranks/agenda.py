@@ -18,7 +18,7 @@ from pyint8.streaming.scratch import ALIGNMENT
 # So they are no more, but for the last of them, than take so long at the speed of the round before.
 MOST_PIECES = 32
 _ROUND_SECONDS = 0.03
-_LEAST_BYTES, _FIRST_BYTES, _MOST_BYTES = 128 << 20, 512 << 20, 2 << 30
+_LEAST_BYTES, _FIRST_BYTES, _MOST_BYTES = 128 << 20, 512 << 20, 1 << 30
 
 
 class Agenda:

@@ -99,12 +99,12 @@ def test_of_a_server_each_rank_asks_for_its_part(ranks: RankProcesses, tmp_path:
 
 
 def test_each_rank_reads_its_part_and_needs_no_more_memory(ranks: RankProcesses, tmp_path: Path) -> None:
-    module = cases.big_net()
+    module = cases.big_net(cases.LAYERS)
     save_file(module.state_dict(), tmp_path / "model.safetensors")
     sizes = [tensor.nbytes for tensor in module.state_dict().values()]
     for read, together, alone in values(ranks.run(cases.share_and_memory, tmp_path)):
         assert sum(sizes) / ranks.size <= read <= sum(sizes) / ranks.size * 1.01
-        assert together < alone + 3 * max(sizes)  # gloo copies a piece as it gathers it
+        assert together < alone + sum(sizes) / 4  # what comes and goes, and gloo's copies, make 20 MB of difference
 
 
 def test_groups_of_some_ranks_and_of_one(three: RankProcesses, llama: Path) -> None:

@@ -59,13 +59,19 @@ def plain_same_as_alone(_: int, folder: Path) -> float:
     return float(report.engine["bytes_read"] / whole.engine["bytes_read"])
 
 
-def big_net() -> nn.Module:
-    return nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(16)))
+def big_net(layers: int = 16) -> nn.Module:
+    return nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(layers)))
+
+
+LAYERS = 40
+_M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 
 def peak_of(work: Callable[[], Any]) -> int:
-    """By how many bytes memory grew at most, from what is in use: free memory of the heap is given back before."""
+    """By how many bytes memory grew at most. Tensors have mappings of their own, which the system counts as they come
+    and go; the heap would keep some of them, and lend them out again."""
     gc.collect()
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = _status("VmRSS")
@@ -85,14 +91,15 @@ def share_and_memory(_: int, folder: Path) -> tuple[float, int, int]:
     def one(**kwargs: Any) -> None:
         config = pyint8.Int8Config(skip_modules=[])
         with torch.device("meta"):
-            module = big_net()
-        _, report = load(folder, model=module, config=config, return_report=True, **kwargs)
+            module = big_net(LAYERS)
+        options = pyint8.StreamOptions(host_scratch=16 << 20)  # else all would come ahead, or less if it is late
+        _, report = load(folder, model=module, config=config, options=options, return_report=True, **kwargs)
         read.append(report.engine["bytes_read"])
 
     for group in (dist.group.WORLD, None):  # what is done once
         one(process_group=group)
-    together, alone = (  # the heap's own habits come and go
-        statistics.median(peak_of(partial(one, process_group=group)) for _ in range(9))
+    together, alone = (
+        statistics.median(peak_of(partial(one, process_group=group)) for _ in range(3))
         for group in (dist.group.WORLD, None)
     )
     return read[0], int(together), int(alone)

@@ -7,7 +7,8 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from io import FileIO
+from functools import cache
+from typing import BinaryIO
 
 from pyint8.errors import TruncatedError
 from pyint8.host.files import open_file, open_unbuffered
@@ -53,13 +54,13 @@ def sample_of(entries: Sequence[Entry], tag_of: Callable[[str], str | None]) -> 
     found = hashlib.sha256()
     chosen = random.Random(0).sample(range(len(entries)), min(_SAMPLED, len(entries)))
     with ExitStack() as stack:
-        files: dict[str, FileIO] = {}
+        file_of = cache(lambda path: stack.enter_context(open_unbuffered(path)))
         for entry in (entries[number] for number in sorted(chosen)):
-            found.update(_middle(entry, files, stack) if (tag := tag_of(entry.path)) is None else tag.encode())
+            found.update(_middle(entry, file_of) if (tag := tag_of(entry.path)) is None else tag.encode())
     return found.hexdigest()
 
 
-def _middle(entry: Entry, files: dict[str, FileIO], stack: ExitStack) -> bytes:
+def _middle(entry: Entry, file_of: Callable[[str], BinaryIO]) -> bytes:
     count = min(_SAMPLED_BYTES, entry.nbytes)
     start = (entry.nbytes - count) // 2
     if isinstance(entry, EntryInMemory):
@@ -67,9 +68,9 @@ def _middle(entry: Entry, files: dict[str, FileIO], stack: ExitStack) -> bytes:
 
         return entry.value.reshape(-1).view(torch.uint8)[start : start + count].numpy().tobytes()
     with os_errors(entry.path):
-        if entry.path not in files:
-            files[entry.path] = stack.enter_context(open_unbuffered(entry.path))
-        found = os.pread(files[entry.path].fileno(), count, entry.offset + start)
+        file = file_of(entry.path)
+        file.seek(entry.offset + start)
+        found = file.read(count)
     if len(found) < count:
         raise TruncatedError(f"the file ends within this tensor; {DOWNLOAD_AGAIN}", **entry.location)
     return found

@@ -123,7 +123,10 @@ class HeadStart:
             begun.wait()
 
     def _start(self, work: Callable[[], object], ended: threading.Event | None = None) -> bool:
-        """Has a thread do `work`, behind what was begun before; `ended` is set at the end. False without a thread."""
+        """Has a thread do `work`, behind what was begun before; `ended` is set at the end. False without a thread.
+
+        Ranks do it without one, too: they meet over what they begin with.
+        """
         before = self._threads[-1] if self._threads else None
         thread = threading.Thread(target=self._run, args=(work, before, ended), name="pyint8 head start")
         self._threads.append(thread)  # first: Ctrl-C may come once it runs
@@ -131,6 +134,8 @@ class HeadStart:
             thread.start()
         except RuntimeError:  # no more threads: the load then asks for everything itself
             self._threads.pop()
+            if not self._is_alone:
+                self._run(work, before, ended)
             return False
         return True
 

@@ -9,8 +9,12 @@ from typing import Any
 import pytest
 import torch
 from local_ranks import on_ranks
+from streams import CPU, bytes_of, over, requests, stored
 
+from pyint8 import StreamOptions
+from pyint8.checkpoint import Checkpoint
 from pyint8.errors import RankError, ReadError
+from pyint8.streaming.head_start import FirstTensors, HeadStart
 from pyint8.streaming.ranks import pieces
 from pyint8.streaming.ranks.conductor import Conductor
 from pyint8.streaming.ranks.meetings import Meeting
@@ -89,3 +93,31 @@ def test_a_rank_that_is_refused_a_thread_tells_the_others(meets: bool, monkeypat
     assert isinstance(own, ReadError)
     assert "cannot start a thread (raise `ulimit -u`" in str(own)
     assert str(other).endswith(f" of 2 failed: ReadError: {own}")
+
+
+def test_a_rank_that_is_refused_a_thread_begins_as_the_others_do(
+    mixed: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyint8.streaming.head_start._WORTHWHILE_BYTES", 1)
+    thread_start, refused_rank = threading.Thread.start, threading.local()
+
+    def refuse_rank_1(thread: threading.Thread) -> None:
+        if thread.name == "pyint8 head start" and getattr(refused_rank, "is_this", False):
+            raise RuntimeError("can't start new thread")
+        thread_start(thread)
+
+    def load(ranks: Ranks, rank: int) -> tuple[int, dict[str, bytes]]:
+        refused_rank.is_this = rank == 1
+        start = HeadStart([CPU], StreamOptions(threads=2), ranks=ranks)
+        start.begin([FirstTensors(CPU, list(mixed.values()), 1 << 30)])
+        transport, early, _ = start.take()
+        asked = len(early)
+        with over(requests(mixed), transport, early) as stream:
+            found = {name: bytes_of(stream.whole(name)) for name in mixed}
+            stream.finish()
+            return asked, found
+
+    monkeypatch.setattr(threading.Thread, "start", refuse_rank_1)
+    for asked, found in on_ranks(2, load):
+        assert asked == sum(entry.nbytes > 0 for entry in mixed.values())
+        assert found == {name: stored(entry) for name, entry in mixed.items()}

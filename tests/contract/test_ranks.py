@@ -211,7 +211,9 @@ def test_ctrl_c_when_all_is_over_stops_no_other(ranks: RankProcesses, llama: Pat
     assert {outcome.error for of_rank in others for outcome in of_rank} == {None}
 
 
-@pytest.mark.parametrize("how", ["other transformers", "another model", "other values", "other options"])
+@pytest.mark.parametrize(
+    "how", ["other transformers", "other release", "another model", "other values", "other options"]
+)
 def test_ranks_that_do_not_load_the_same(
     ranks: RankProcesses, llama: Path, checkpoints: CheckpointStore, tmp_path: Path, how: str
 ) -> None:
@@ -220,7 +222,7 @@ def test_ranks_that_do_not_load_the_same(
     arguments = {"options": pyint8.StreamOptions(host_scratch=1 << 20)} if how == "other options" else {}
     outcomes = ranks.run(cases.failing, llama, others, 1, how if how in cases.BREAKS else "nothing", TIMES, arguments)
     named = {"other transformers": "transformers (", "other options": "scratch", "another model": "the tensors' names"}
-    named["other values"] = "the tensors' values ("
+    named |= {"other values": "the tensors' values (", "other release": f"pyint8 ({pyint8.__version__} and 0.0.1)"}
     for at_once in zip(*values(outcomes), strict=True):
         for outcome in at_once:
             assert outcome.error == "RankError"

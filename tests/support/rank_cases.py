@@ -180,6 +180,10 @@ def other_transformers(_: int) -> Iterator[None]:
         yield
 
 
+def other_release(_: int) -> Any:
+    return mock.patch.object(pyint8, "__version__", "0.0.1")
+
+
 @contextmanager
 def interrupted_at_the_end(_: int) -> Iterator[None]:
     """Ctrl-C while the last round is waited for, when all has gone well."""
@@ -196,6 +200,7 @@ BREAKS: dict[str, Callable[[int], Any]] = {
     "Ctrl-C at the end": interrupted_at_the_end,
     "an exception": quantizer_fails,
     "other transformers": other_transformers,
+    "other release": other_release,
 }
 
 

@@ -45,7 +45,7 @@ def fingerprint(
         "scratch, kernels and quantizer": _digest([_core.has_kernels(), *facts]),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": getattr(imported("transformers"), "__version__", "not imported"),
+        **{name: getattr(imported(name), "__version__", "not imported") for name in ("transformers", "pyint8")},
     }
 
 

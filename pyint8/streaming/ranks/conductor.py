@@ -86,8 +86,12 @@ class Conductor:
             self._agenda.attach(source, is_open=engine is not None)
 
     def put(self, *items: Piece | Meeting) -> None:
-        """Gathers pieces and holds meetings behind all that were put before; in the same order on all ranks."""
+        """Gathers pieces and holds meetings behind all that were put before; in the same order on all ranks.
+
+        Raises as `wait_for` once all is over: whoever waits for these would wait for ever.
+        """
         self.notify(lambda: self._agenda.put(items))
+        self.wait_for(lambda: not self._is_over)
         self._start()
 
     def hold(self, meeting: Meeting) -> list[Any]:
@@ -110,8 +114,8 @@ class Conductor:
         """
         with self._changed:
             self._changed.wait_for(lambda: predicate() or self._is_over or self._doubt is not None)
+            self.check()  # first: nothing is left to be gathered after an error either
             if not predicate():
-                self.check()
                 raise CancelledError("the ranks are done")
 
     def check(self) -> None:

@@ -108,7 +108,15 @@ class SharedTransport(Transport):
             pieces = (first + self._ask(lane, reads[len(first) : count]))[:count]
             self._forgone = first[count:]
         self._conductor.put(*pieces)
+        self._forgo(lane)
         return [ticket for piece in pieces for ticket in piece.promised]
+
+    def _forgo(self, lane: Lane) -> None:
+        """Gives the memory back, which the load has better uses for, once nothing is on its way to it."""
+        for piece in self._forgone:
+            for ticket in piece.tickets:
+                self.engine.wait(ticket, lane.stream)
+        self._forgone.clear()
 
     def whole_ones(self, requests: Sequence[TensorRequest], early: Collection[str], budget: int) -> Collection[str]:
         return whole_ones(requests, early, budget, self._conductor.group.size)

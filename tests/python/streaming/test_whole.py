@@ -18,7 +18,7 @@ from streams import over
 from pyint8 import RankError, StreamOptions, _core
 from pyint8.checkpoint import open_checkpoint
 from pyint8.errors import FileChangedError, TruncatedError
-from pyint8.streaming.early import EarlyTensors
+from pyint8.streaming.early import EarlyTensors, ask_early
 from pyint8.streaming.head_start import FirstTensors, HeadStart
 from pyint8.streaming.lane import Lane
 from pyint8.streaming.made import Made
@@ -173,6 +173,25 @@ def test_memory_that_is_read_into_outlives_who_asked(requests: list[TensorReques
     assert [each() is not None for each in memory] == [False] + [True] * (len(requests) - 1)
     transport.close()
     assert not any(each() is not None for each in memory)
+
+
+def test_memory_of_what_another_rank_has_no_room_for_is_given_back(requests: list[TensorRequest]) -> None:
+    """Though this rank has begun to read it."""
+    entries = [request.entry for request in requests]
+
+    def load(ranks: Ranks, rank: int) -> list[bool]:
+        transport = ranks.transport(OPTIONS)
+        lane = transport.open_lane(CPU)
+        wanted = [(entry, torch.UntypedStorage(entry.nbytes)) for entry in entries[: 2 if rank else None]]
+        memory = [weakref.ref(storage) for _, storage in wanted]
+        early = ask_early(transport, lane, wanted)
+        del wanted
+        found = [each() is not None for each in memory]
+        transport.discard({tensor.entry.name: tensor for tensor in early})
+        transport.close()
+        return found
+
+    assert on_ranks(2, load) == [[True] * 2 + [False] * (len(entries) - 2), [True] * 2]
 
 
 def test_a_file_that_ends_on_one_rank(

@@ -50,6 +50,9 @@ class LocalGroup:
     def check_device(self, device: torch.device) -> None:
         """Every device is as good as any."""
 
+    def settle(self) -> None:
+        """Everything is done at once."""
+
     def leave(self) -> None:
         """There is nothing to let go of."""
 

@@ -76,6 +76,8 @@ class Gathering:
             self._group.part_of(piece.memory, piece.part).zero_()
         if shared := [(piece.memory, piece.part) for piece in pieces if piece.part] + bands:
             self._group.gather(shared)
+            if not have_come or self.engine is None:  # nobody else waits for it before the memory goes
+                self._group.settle()
         if source is not None and bands:
             self._conductor.guarded(source.gathered, len(bands), self._group.stream)
         if have_come:

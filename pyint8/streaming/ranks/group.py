@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -19,8 +18,6 @@ from pyint8.placement.device_map import is_planned
 from pyint8.streaming.first_tensors import first_gpu
 
 _BATCH_BYTES = 256 << 20
-# Collectives whose tensors the backend's threads may still have: gloo has two of them.
-_NOTED = 4
 _LETTING_GO_SECONDS = 0.5
 _LOOK_SECONDS = 0.0002
 
@@ -48,6 +45,12 @@ def one_device(device_map: Any) -> torch.device:
         )
     found = first_gpu(device_map)
     return torch.device("cpu") if found is None else found[0]
+
+
+def _wait_until(is_so: Callable[[], bool]) -> None:
+    until = time.monotonic() + _LETTING_GO_SECONDS
+    while not is_so() and time.monotonic() < until:
+        time.sleep(_LOOK_SECONDS)
 
 
 def _rows(numbers: torch.Tensor, count: int, wait: Callable[[], object]) -> list[list[int]]:
@@ -86,7 +89,8 @@ class Group:
 
     def __init__(self, process_group: dist.ProcessGroup) -> None:
         self._group = process_group
-        self._given: deque[list[weakref.ref[torch.Tensor]]] = deque(maxlen=_NOTED)
+        self._given: set[weakref.ref[torch.Tensor]] = set()  # those that the backend's threads may still have
+        self._side: torch.cuda.Stream | None = None
         self._words: _Words | None = None
         self.size = dist.get_world_size(process_group)
         self.rank = dist.get_rank(process_group)
@@ -103,11 +107,17 @@ class Group:
 
         One of gloo's that does so only while the process exits would abort it.
         """
-        until = time.monotonic() + _LETTING_GO_SECONDS
-        while any(tensor() is not None for given in self._given for tensor in given) and time.monotonic() < until:
-            time.sleep(_LOOK_SECONDS)
+        _wait_until(lambda: not self._given)
         self._words = None
         del self._group
+
+    def settle(self) -> None:
+        """Waits until the device has done what it was given, so that the memory that it writes to may go.
+
+        Not for ever: where a rank is gone, nothing of it gets done.
+        """
+        if self._side is not None:
+            _wait_until(self._side.query)
 
     def check_device(self, device: torch.device) -> None:
         """Raises OptionError where the group's backend cannot gather a device's memory."""
@@ -140,9 +150,9 @@ class Group:
         with ExitStack() as stack:
             if self.device.type == "cuda":
                 stack.enter_context(torch.cuda.device(self.device))
-                side = torch.cuda.Stream(self.device)
-                stack.enter_context(torch.cuda.stream(side))
-                self.stream = side.cuda_stream
+                self._side = torch.cuda.Stream(self.device)
+                stack.enter_context(torch.cuda.stream(self._side))
+                self.stream = self._side.cuda_stream
             yield
 
     @cached_property
@@ -198,7 +208,8 @@ class Group:
 
     def _note(self, *tensors: torch.Tensor) -> None:
         if tensors[0].device.type == "cpu":
-            self._given.append([weakref.ref(tensor) for tensor in tensors])
+            # None is looked at: who asks a weak reference for a tensor that a thread is letting go may get a ruin.
+            self._given.update([weakref.ref(tensor, self._given.discard) for tensor in tensors])
 
     def part_of(self, memory: torch.Tensor, part: int) -> torch.Tensor:
         """This rank's."""

@@ -148,6 +148,7 @@ class SharedTransport(Transport):
     def close(self) -> None:
         if hasattr(self, "_conductor"):  # else `__init__` was interrupted
             self._conductor.attach(None)
+            self._conductor.group.settle()
             self._switches.close()
         super().close()
         self._forgone.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from pyint8.errors import RankError, ReadError
 from pyint8.streaming.head_start import FirstTensors, HeadStart
 from pyint8.streaming.ranks import pieces
 from pyint8.streaming.ranks.conductor import Conductor
+from pyint8.streaming.ranks.group import Group
 from pyint8.streaming.ranks.meetings import Meeting
 from pyint8.streaming.ranks.ranks import Ranks
 
@@ -52,6 +54,19 @@ def test_some_meetings_need_not_wait_for_pieces_before_them(monkeypatch: pytest.
         return values
 
     assert on_ranks(2, load) == [[0, 1]] * 2
+
+
+def test_a_device_is_waited_for_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a rank is gone, what it was given is never done."""
+    monkeypatch.setattr("pyint8.streaming.ranks.group._LETTING_GO_SECONDS", 0.1)
+    group, answers = object.__new__(Group), iter([False, False, True])
+    group._side = SimpleNamespace(query=lambda: next(answers))  # type: ignore[assignment]
+    group.settle()
+    assert next(answers, None) is None
+    group._side = SimpleNamespace(query=lambda: False)  # type: ignore[assignment]
+    began = time.monotonic()
+    group.settle()
+    assert 0.1 <= time.monotonic() - began < 5
 
 
 class SlowPiece(pieces.Piece):

@@ -214,23 +214,23 @@ class StreamOptions:
         """What a load takes on a GPU beside the model: scratch, plus the needs of the allocator and the kernels."""
         return self.device_scratch + _DEVICE_EXTRA
 
-    def worker_threads(self, gpus: int = 1) -> int:
-        """`threads`, or its default on this machine for a load onto so many GPUs."""
+    def worker_threads(self, gpus: int = 1, *, gathers: bool = False) -> int:
+        """`threads`, or its default on this machine for a load onto so many GPUs, or of a rank that `gathers`."""
         if self.threads is not None:
             return self.threads
         sharing = processes().on_host
         cpus = max(1, usable_cpus() // sharing)
         most = max(1, _MOST_THREADS // sharing)
         wanted = _THREADS_FOR_A_GPU + _THREADS_FOR_ANOTHER * max(0, gpus - 1)
-        return min(wanted, most, max(min(4, cpus), cpus - 2))
+        used = min(cpus - 2, cpus * 5 // 8) if gathers else cpus - 2
+        return min(wanted, most, max(min(4, cpus), used))
 
     def for_ranks(self) -> StreamOptions:
         """The same with the defaults for ranks that load together (docs/performance.md, "Ranks").
 
         A rank's workers share its CPUs with threads that build the model, ask for more, gather, and make int8 of it.
         """
-        cpus = max(1, usable_cpus() // processes().on_host)
-        return replace(self, threads=self.threads or min(self.worker_threads(), max(min(4, cpus), cpus * 5 // 8)))
+        return replace(self, threads=self.worker_threads(gathers=True))
 
     def slot_size(self, threads: int) -> int:
         """`slot_bytes`, or its default for so many workers."""

@@ -149,7 +149,7 @@ class Pour:
         """What comes of an entry, each once; its values are there once it was waited for, at the latest by `finish`."""
         ticket = self._tickets[name]
         lock = self._guarded()
-        # The thread has it while it asks for more, which takes milliseconds.
+        # Without the lock, if it can be: the pump's thread has that for milliseconds while it asks for more.
         if self._pump.runs and (made := self._made.pop(ticket, None)) is not None:
             return made
         with lock:

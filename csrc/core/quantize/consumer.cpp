@@ -465,7 +465,7 @@ std::optional<std::vector<Shared>> Consumer::await_parts(std::size_t count, Stre
   }
   const auto left =
       std::chrono::duration_cast<std::chrono::milliseconds>(until - std::chrono::steady_clock::now());
-  if (!engine_.wait_all(own, stream, std::max(left, std::chrono::milliseconds(0)))) return std::nullopt;
+  if (!engine_.wait_all(own, stream, left)) return std::nullopt;
   return bands;
 }
 

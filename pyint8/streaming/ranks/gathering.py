@@ -72,8 +72,9 @@ class Gathering:
         bands = self._bands_of(source, len(left))
         pieces += self._agenda.spare_pieces(list(left)[len(bands) :], self._group.device)
         have_come = self._have_come(pieces)
-        for piece in () if have_come else pieces:  # other ranks take no harm of zeros before they are told
-            self._group.part_of(piece.memory, piece.part).zero_()
+        if not have_come:  # other ranks take no harm of zeros before they are told
+            for piece in pieces:
+                self._group.part_of(piece.memory, piece.part).zero_()
         if shared := [(piece.memory, piece.part) for piece in pieces if piece.part] + bands:
             self._group.gather(shared)
             if not have_come or self.engine is None:  # nobody else waits for it before the memory goes

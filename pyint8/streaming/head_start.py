@@ -18,6 +18,7 @@ from pyint8.streaming.caller import as_caller
 from pyint8.streaming.early import EarlyTensor, ask_early
 from pyint8.streaming.guessed_pours import GuessedPours
 from pyint8.streaming.lane import Lane, LaneOpener, open_lane, reserve_memory
+from pyint8.streaming.naming import naming_tensors
 from pyint8.streaming.transport import Transport
 
 if TYPE_CHECKING:
@@ -238,7 +239,8 @@ class HeadStart:
     def _ask_for(self, lane: Lane, entries: Sequence[Entry]) -> bool:
         """Asks for those that there is memory for, on all ranks; returns whether those are all."""
         wanted = _allocated(lane, entries)
-        asked = ask_early(self._transport, lane, wanted)
+        with naming_tensors(lambda: entries):
+            asked = ask_early(self._transport, lane, wanted)
         self._early.update((tensor.entry.name, tensor) for tensor in asked)
         return len(asked) == len(entries)
 

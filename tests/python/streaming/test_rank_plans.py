@@ -20,6 +20,7 @@ from streams import CPU, requests
 from pyint8 import RankError, StreamOptions, _core
 from pyint8.checkpoint import Checkpoint
 from pyint8.errors import Pyint8Error, TruncatedError
+from pyint8.streaming.head_start import FirstTensors, HeadStart
 from pyint8.streaming.ranks import pieces
 from pyint8.streaming.ranks.fingerprint import check_alike
 from pyint8.streaming.ranks.ranks import Ranks
@@ -111,3 +112,24 @@ def test_no_load_begins_once_the_ranks_are_done(mixed: Checkpoint) -> None:
     assert isinstance(first, RankError)
     assert str(first).startswith("rank 1 of 2 failed: AssertionError: of this rank")
     assert (0, 2) not in begun
+
+
+def test_a_file_that_ends_in_what_another_rank_has_no_room_for(
+    mixed: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyint8.streaming.head_start._WORTHWHILE_BYTES", 1)
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(Path(mixed["large"].path).read_bytes()[: mixed["large"].offset + 1000])
+
+    def load(ranks: Ranks, rank: int) -> None:
+        entry = replace(mixed["large"], path=str(cut), stamp=None) if rank else mixed["large"]
+        start = HeadStart([CPU], OPTIONS, ranks=ranks)
+        start.begin([FirstTensors(CPU, [entry], (1 << 30) if rank else 0)])
+        try:
+            start.take().transport.close()
+        finally:
+            start.close()
+
+    second = on_ranks(2, load)[1]
+    assert isinstance(second, TruncatedError)
+    assert second.tensor == "large"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from typing import Any
 
@@ -89,7 +89,7 @@ class Group:
 
     def __init__(self, process_group: dist.ProcessGroup) -> None:
         self._group = process_group
-        self._given: set[weakref.ref[torch.Tensor]] = set()  # those that the backend's threads may still have
+        self._given: dict[int, weakref.ref[torch.Tensor]] = {}  # what the backend's threads may still have
         self._side: torch.cuda.Stream | None = None
         self._words: _Words | None = None
         self.size = dist.get_world_size(process_group)
@@ -114,10 +114,11 @@ class Group:
     def settle(self) -> None:
         """Waits until the device has done what it was given, so that the memory that it writes to may go.
 
-        Not for ever: where a rank is gone, nothing of it gets done.
+        Not for ever: where a rank is gone, nothing of it gets done. And a device that has failed does nothing more.
         """
         if self._side is not None:
-            _wait_until(self._side.query)
+            with suppress(RuntimeError):
+                _wait_until(self._side.query)
 
     def check_device(self, device: torch.device) -> None:
         """Raises OptionError where the group's backend cannot gather a device's memory."""
@@ -208,8 +209,10 @@ class Group:
 
     def _note(self, *tensors: torch.Tensor) -> None:
         if tensors[0].device.type == "cpu":
-            # None is looked at: who asks a weak reference for a tensor that a thread is letting go may get a ruin.
-            self._given.update([weakref.ref(tensor, self._given.discard) for tensor in tensors])
+            # None is looked at, nor compared: a weak reference to what a thread is letting go may give a ruin of it.
+            given = self._given
+            references = [weakref.ref(tensor, lambda gone: given.pop(id(gone), None)) for tensor in tensors]
+            given.update((id(reference), reference) for reference in references)
 
     def part_of(self, memory: torch.Tensor, part: int) -> torch.Tensor:
         """This rank's."""

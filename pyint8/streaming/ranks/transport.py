@@ -146,11 +146,13 @@ class SharedTransport(Transport):
             self._checksums.compare(self._meet("the checksums", self._checksums.of_parts()))
 
     def close(self) -> None:
-        if hasattr(self, "_conductor"):  # else `__init__` was interrupted
-            self._conductor.attach(None)
-            self._conductor.group.settle()
-            self._switches.close()
-        super().close()
+        try:
+            if hasattr(self, "_conductor"):  # else `__init__` was interrupted
+                self._conductor.attach(None)
+                self._switches.close()
+                self._conductor.group.settle()
+        finally:
+            super().close()
         self._forgone.clear()
 
 

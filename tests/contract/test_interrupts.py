@@ -1,14 +1,16 @@
-"""Ctrl-C at any line of the package: nothing is left, everything is as it was, and the next load is right.
+"""Ctrl-C at any line of the package, or of what changes the process for a while in transformers and torch.
 
-Real signals, sent where a line begins, one a load. A sample of the lines runs always; all of them with
-PYINT8_TEST_EVERY_LINE=1, which takes long.
+Nothing is left, everything is as it was, and the next load is right. Real signals, sent where a line begins, one a
+load. A sample of the lines runs always; all of them with PYINT8_TEST_EVERY_LINE=1, which takes long.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -20,10 +22,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.autograd.grad_mode
+import torch.overrides
 import transformers
+import transformers.initialization
+import transformers.monkey_patching
 from safetensors.torch import save_file
 from torch import nn
 from torch.overrides import _get_current_function_mode
+from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from zoo import ZOO, CheckpointStore
 
@@ -136,6 +143,9 @@ def state() -> dict[str, object]:
         "open files": sorted(os.readlink(path) for path in paths if os.path.exists(path)),
         "threads": sorted(thread.name for thread in threading.enumerate() if thread.name != "tqdm_monitor"),
         "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "gradients": torch.is_grad_enabled(),
+        "replaced": [torch.linspace, torch.nn.init.ones_, PreTrainedModel.init_weights, PreTrainedModel.tie_weights],
         "pinned": pyint8._core.pinned_bytes_in_use(),
         "bars": transformers.utils.logging.is_progress_bar_enabled(),
         "session": LoadSession.active(),
@@ -172,3 +182,97 @@ def test_nothing_is_left(road: Road) -> None:
     assert again.keys() == expected.keys()
     for name, value in again.items():
         assert torch.equal(value, expected[name]), name
+
+
+# What enters and leaves context managers, in any library, and those of transformers and torch.
+MANAGERS = {
+    str(module.__file__)
+    for module in (
+        contextlib,
+        torch.autograd.grad_mode,
+        torch.overrides,
+        transformers.initialization,
+        transformers.monkey_patching,
+    )
+}
+OTHER_MANAGERS = {"local_torch_dtype", "set_quantized_state"}
+# Its line with a lock comes once more when the block is left, with the lock held: a trace can interrupt there, a signal
+# cannot.
+NOT_INTERRUPTED = "get_patch_mapping"
+Moment = tuple[str, int, str, str]
+
+
+def moments_of(action: Callable[[], object], interrupted: Moment | None = None) -> list[Moment]:
+    """The lines of context managers that it runs in this thread, each once for each that calls them; first those that
+    come first while torch's default dtype is changed."""
+    seen: dict[Moment, bool] = {}
+    usual = torch.get_default_dtype()
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        code = frame.f_code
+        is_manager = code.co_filename in MANAGERS or code.co_name in OTHER_MANAGERS
+        if not is_manager or code.co_name == NOT_INTERRUPTED:
+            return None
+        if event == "line":
+            caller = frame.f_back
+            beyond = caller and caller.f_back
+            moment = (
+                code.co_filename,
+                frame.f_lineno,
+                caller.f_code.co_name if caller else "",
+                beyond.f_code.co_name if beyond else "",
+            )
+            if moment == interrupted:
+                sys.settrace(None)
+                signal.raise_signal(signal.SIGINT)
+            seen.setdefault(moment, torch.get_default_dtype() is usual)
+        return trace
+
+    sys.settrace(trace)
+    try:
+        action()
+    finally:
+        sys.settrace(None)
+    return sorted(seen, key=lambda moment: seen[moment])
+
+
+def test_what_transformers_changes_is_put_back(checkpoints: CheckpointStore) -> None:
+    """It does so itself by context managers, in most lines of which Ctrl-C would leave things changed."""
+    folder = checkpoints.folder(ZOO["llama"], "bf16")
+
+    def road() -> dict[str, torch.Tensor]:
+        return dict(pyint8.load(folder, "cpu").state_dict())
+
+    expected = road()
+    moments = moments_of(road)
+    gc.collect()
+    before, left = state(), []
+    chance = random.Random(0)
+    some = chance.sample(moments[: len(moments) // 4], SAMPLE) + chance.sample(moments, SAMPLE)
+    for moment in moments if EVERY_LINE else some:
+        with contextlib.suppress(KeyboardInterrupt):
+            moments_of(road, moment)
+            pytest.fail(f"{moment} was not interrupted")
+        gc.collect()
+        after = state()
+        if after != before:
+            left.append((moment, {name: after[name] for name in after if after[name] != before[name]}))
+            before = after
+    assert not left, "\n" + "\n".join(map(str, left))
+    again = road()
+    for name, value in expected.items():
+        assert torch.equal(again[name], value), name
+
+
+def test_an_error_is_not_taken_for_a_ctrl_c_that_was_caught_before(
+    tmp_path: Path, checkpoints: CheckpointStore
+) -> None:
+    shutil.copy(checkpoints.folder(ZOO["llama"], "bf16") / "model.safetensors", tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    before = torch.get_default_device()
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        with pytest.raises(pyint8.errors.ModelNotSupportedError, match="configuration"):
+            pyint8.load(tmp_path, "cpu")
+        assert before == torch.get_default_device()  # `before` is still here

@@ -29,6 +29,7 @@ from pyint8.models.transformers.failures import (
     named_problems,
     untrusted,
 )
+from pyint8.models.transformers.left_as_found import left_as_found
 from pyint8.models.transformers.likely_dtypes import likely_dtypes
 from pyint8.models.transformers.planned import PlannedLoad
 from pyint8.models.transformers.session import LoadSession, PlanningSession
@@ -137,8 +138,19 @@ def is_int8_already(model_class: Any, request: LoadRequest) -> bool:
 
 
 def _from_pretrained(model_class: Any, session: LoadSession, placement: dict[str, Any]) -> transformers.PreTrainedModel:
+    stack = ExitStack()
+    with _load_lock, left_as_found():
+        try:
+            return _made_by_transformers(model_class, session, placement, stack)
+        finally:  # again: Ctrl-C may have come while it was closed
+            stack.close()
+
+
+def _made_by_transformers(
+    model_class: Any, session: LoadSession, placement: dict[str, Any], stack: ExitStack
+) -> transformers.PreTrainedModel:
     request, recorder = session.request, session.recorder
-    with _load_lock, ExitStack() as stack:
+    with stack:
         stack.enter_context(named_failures(request))
         with named_configuration(request):
             model_class, arguments, config = _resolve(model_class, request)

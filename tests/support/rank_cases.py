@@ -140,7 +140,7 @@ _ordinary_seconds: list[float] = []
 
 @contextmanager
 def interrupted_by_a_clock(number: int) -> Iterator[None]:
-    """Ctrl-C after the rank has joined (before, nobody can be told), each time a little later, the last too late."""
+    """Ctrl-C after the rank has joined (before, nobody can be told), each time later, the last far too late."""
     from pyint8.streaming.ranks.ranks import Ranks
 
     enter = Ranks.__enter__
@@ -150,7 +150,8 @@ def interrupted_by_a_clock(number: int) -> Iterator[None]:
 
     def entered(self: Ranks) -> Ranks:
         found = enter(self)
-        signal.setitimer(signal.ITIMER_REAL, 0.001 + number / (30 * _STEP) * _ordinary_seconds[-1])
+        times = number / _STEP
+        signal.setitimer(signal.ITIMER_REAL, 0.001 + (times / 30 if times < 38 else 100) * _ordinary_seconds[-1])
         return found
 
     signal.signal(signal.SIGALRM, interrupt)

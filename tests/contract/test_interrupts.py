@@ -25,8 +25,6 @@ import torch
 import torch.autograd.grad_mode
 import torch.overrides
 import transformers
-import transformers.initialization
-import transformers.monkey_patching
 from safetensors.torch import save_file
 from torch import nn
 from torch.overrides import _get_current_function_mode
@@ -82,6 +80,15 @@ def road(request: pytest.FixtureRequest, tmp_path: Path, checkpoints: Checkpoint
     return lambda: plain(path)
 
 
+@contextmanager
+def traced(trace: Callable[[FrameType, str, Any], Any]) -> Iterator[None]:
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(None)
+
+
 def lines_of(action: Callable[[], object]) -> list[Line]:
     """The lines of the package that it runs in this thread, in the order in which they are reached."""
     seen: dict[Line, None] = {}
@@ -93,11 +100,8 @@ def lines_of(action: Callable[[], object]) -> list[Line]:
             seen[frame.f_code.co_filename, frame.f_lineno] = None
         return trace
 
-    sys.settrace(trace)
-    try:
+    with traced(trace):
         action()
-    finally:
-        sys.settrace(None)
     return list(seen)
 
 
@@ -112,13 +116,11 @@ def interrupted_at(line: Line, action: Callable[[], object]) -> bool:
             signal.raise_signal(signal.SIGINT)
         return trace
 
-    sys.settrace(trace)
     try:
-        action()
+        with traced(trace):
+            action()
     except KeyboardInterrupt:
         return True
-    finally:
-        sys.settrace(None)
     return False
 
 
@@ -186,14 +188,8 @@ def test_nothing_is_left(road: Road) -> None:
 
 # What enters and leaves context managers, in any library, and those of transformers and torch.
 MANAGERS = {
-    str(module.__file__)
-    for module in (
-        contextlib,
-        torch.autograd.grad_mode,
-        torch.overrides,
-        transformers.initialization,
-        transformers.monkey_patching,
-    )
+    *(str(module.__file__) for module in (contextlib, torch.autograd.grad_mode, torch.overrides)),
+    *(str(Path(transformers.__file__).parent / name) for name in ("initialization.py", "monkey_patching.py")),
 }
 OTHER_MANAGERS = {"local_torch_dtype", "set_quantized_state"}
 # Its line with a lock comes once more when the block is left, with the lock held: a trace can interrupt there, a signal
@@ -228,11 +224,8 @@ def moments_of(action: Callable[[], object], interrupted: Moment | None = None) 
             seen.setdefault(moment, torch.get_default_dtype() is usual)
         return trace
 
-    sys.settrace(trace)
-    try:
+    with traced(trace):
         action()
-    finally:
-        sys.settrace(None)
     return sorted(seen, key=lambda moment: seen[moment])
 
 

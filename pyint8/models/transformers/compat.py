@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, modeling_utils
 from transformers.core_model_loading import (
     Concatenate,
     ConversionOps,
@@ -43,6 +44,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 __all__ = [
     "ALL_EXPERTS_FUNCTIONS",
     "AUTO_QUANTIZER_MAPPING",
+    "CHANGED_WHILE_BUILDING",
     "Bnb8BitHfQuantizer",
     "Concatenate",
     "ConversionOps",
@@ -79,6 +81,9 @@ __all__ = [
     "tied_weights",
     "unsplit_modules",
 ]
+
+# Of transformers, what has functions and flags that it replaces for as long as it builds a model.
+CHANGED_WHILE_BUILDING = (modeling_utils, PreTrainedModel)
 
 
 def fixed_dtypes(model: Any, dtype: torch.dtype, names: Mapping[str, Any]) -> dict[str, torch.dtype]:

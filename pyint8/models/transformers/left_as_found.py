@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import torch.utils._device
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
-from transformers import PreTrainedModel, modeling_utils
+
+from pyint8.models.transformers.compat import CHANGED_WHILE_BUILDING
 
 
 @contextmanager
@@ -60,7 +61,7 @@ class _Found:
 
     def __init__(self) -> None:
         layers = [each for each in vars(torch.nn.modules).values() if isinstance(each, ModuleType)]
-        places = [torch, torch.utils._device, torch.nn.init, *layers, modeling_utils, PreTrainedModel]
+        places = [torch, torch.utils._device, torch.nn.init, *layers, *CHANGED_WHILE_BUILDING]
         self._values: list[tuple[Any, dict[str, Any]]] = [(place, dict(vars(place))) for place in places]
         self._modes = _get_current_function_mode_stack()
         self._dtype = torch.get_default_dtype()

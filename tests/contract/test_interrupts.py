@@ -33,6 +33,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from zoo import ZOO, CheckpointStore
 
 import pyint8
+from pyint8.models.transformers import left_as_found
 from pyint8.models.transformers.session import LoadSession
 from pyint8.report.recorder import _listeners
 
@@ -269,3 +270,27 @@ def test_an_error_is_not_taken_for_a_ctrl_c_that_was_caught_before(
         with pytest.raises(pyint8.errors.ModelNotSupportedError, match="configuration"):
             pyint8.load(tmp_path, "cpu")
         assert before == torch.get_default_device()  # `before` is still here
+
+
+def test_a_second_ctrl_c_while_things_are_put_back(
+    checkpoints: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, times = state(), iter([KeyboardInterrupt])
+    build, put_back = transformers.LlamaForCausalLM.__init__, left_as_found._Found.put_back
+
+    def interrupted(self: Any, *args: Any) -> None:
+        build(self, *args)
+        torch.set_default_device("meta")
+        raise KeyboardInterrupt
+
+    def again(self: Any) -> None:
+        for second in times:
+            raise second
+        put_back(self)
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "__init__", interrupted)
+    monkeypatch.setattr(left_as_found._Found, "put_back", again)
+    with pytest.raises(KeyboardInterrupt):
+        pyint8.load(checkpoints.folder(ZOO["llama"], "bf16"), "cpu")
+    gc.collect()
+    assert state() == before

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.utils._device
@@ -19,31 +18,40 @@ from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_m
 
 from pyint8.models.transformers.compat import CHANGED_WHILE_BUILDING
 
+_Model = TypeVar("_Model")
 
-@contextmanager
-def left_as_found() -> Iterator[None]:
-    """Around a from_pretrained; not two at a time, in whatever threads. Whatever ends it that is no error counts.
+
+def left_as_found(load: Callable[[], _Model]) -> _Model:
+    """What a from_pretrained gives; not two at a time, in whatever threads. Whatever ends it that is no error counts.
+
+    Not a context manager: one that Ctrl-C ends outside of its block would put things back once it is forgotten.
 
     Raises:
         KeyboardInterrupt: Also where transformers made another error of it while it cleaned up.
     """
     handled, found = sys.exc_info()[1], _Found()
     try:
-        yield
+        return load()
     except BaseException as error:
-        chain = list(_chain_of(error, handled))
-        interrupt = error
-        if isinstance(error, Exception):
-            behind = next((each for each in chain if isinstance(each, KeyboardInterrupt)), None)
-            if behind is None:
-                raise
-            interrupt = behind
+        try:
+            interrupt = _mended(error, handled, found)
+        finally:  # again: another Ctrl-C may have come in between
+            interrupt = _mended(error, handled, found)
+        if interrupt is None or interrupt is error:
+            raise
+        raise interrupt from None
+
+
+def _mended(error: BaseException, handled: BaseException | None, found: _Found) -> BaseException | None:
+    """What is no error, of an error and those in whose handling it came up: then all is put back. Idempotent."""
+    chain = list(_chain_of(error, handled))
+    kind = KeyboardInterrupt if isinstance(error, Exception) else BaseException
+    interrupt = next((each for each in chain if isinstance(each, kind)), None)
+    if interrupt is not None:
         for each in chain:  # managers that were left without being told put things back now, not once it is forgotten
             traceback.clear_frames(each.__traceback__)
         found.put_back()
-        if interrupt is error:
-            raise
-        raise interrupt from None
+    return interrupt
 
 
 def _chain_of(error: BaseException, last: BaseException | None) -> Iterator[BaseException]:
@@ -53,7 +61,7 @@ def _chain_of(error: BaseException, last: BaseException | None) -> Iterator[Base
     while at is not None and at is not last and at not in seen:
         yield at
         seen.append(at)
-        at = at.__cause__ or at.__context__
+        at = at.__context__
 
 
 class _Found:
@@ -70,11 +78,11 @@ class _Found:
     def put_back(self) -> None:
         while _get_current_function_mode_stack():
             _pop_mode()
-        for mode in self._modes:
-            _push_mode(mode)
         torch.set_default_dtype(self._dtype)
         torch.set_grad_enabled(self._has_gradients)
         for place, values in self._values:
             for name, value in values.items():
                 if vars(place).get(name) is not value:
                     setattr(place, name, value)
+        for mode in self._modes:  # last: calls of torch pass through them
+            _push_mode(mode)

@@ -139,11 +139,15 @@ def is_int8_already(model_class: Any, request: LoadRequest) -> bool:
 
 def _from_pretrained(model_class: Any, session: LoadSession, placement: dict[str, Any]) -> transformers.PreTrainedModel:
     stack = ExitStack()
-    with _load_lock, left_as_found():
+
+    def load() -> Any:
         try:
             return _made_by_transformers(model_class, session, placement, stack)
         finally:  # again: Ctrl-C may have come while it was closed
             stack.close()
+
+    with _load_lock:
+        return left_as_found(load)
 
 
 def _made_by_transformers(

@@ -280,7 +280,7 @@ def test_a_second_ctrl_c_while_things_are_put_back(
 
     def interrupted(self: Any, *args: Any) -> None:
         build(self, *args)
-        torch.set_default_device("meta")
+        torch.device("meta").__enter__()
         raise KeyboardInterrupt
 
     def again(self: Any) -> None:

@@ -22,9 +22,12 @@ _Model = TypeVar("_Model")
 
 
 def left_as_found(load: Callable[[], _Model]) -> _Model:
-    """What a from_pretrained gives; not two at a time, in whatever threads. Whatever ends it that is no error counts.
+    """Calls `load`, a from_pretrained, and returns its model; if it ends by what is no error, all is put back.
 
     Not a context manager: one that Ctrl-C ends outside of its block would put things back once it is forgotten.
+
+    Args:
+        load: One at a time, in whatever threads.
 
     Raises:
         KeyboardInterrupt: Also where transformers made another error of it while it cleaned up.
@@ -43,7 +46,7 @@ def left_as_found(load: Callable[[], _Model]) -> _Model:
 
 
 def _mended(error: BaseException, handled: BaseException | None, found: _Found) -> BaseException | None:
-    """What is no error, of an error and those in whose handling it came up: then all is put back. Idempotent."""
+    """Puts all back if Ctrl-C, or something else that is no error, is behind an error, and returns that. Idempotent."""
     chain = list(_chain_of(error, handled))
     kind = KeyboardInterrupt if isinstance(error, Exception) else BaseException
     interrupt = next((each for each in chain if isinstance(each, kind)), None)
